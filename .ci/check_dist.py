@@ -1,0 +1,68 @@
+"""What a wheel or an sdist must and must not contain.
+
+    python .ci/check_dist.py FILE...
+"""
+
+import sys
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent.parent
+JUNK = {".o", ".a", ".pyc", ".nbi", ".nbc"}
+
+
+def modules():
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn").rglob("*.py")}
+
+
+def engine():
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "src_c").rglob("*")
+        if path.is_file() and path.suffix not in JUNK
+    }
+
+
+def check_wheel(names):
+    extension = [name for name in names if name.startswith("fastattn/_native.") and name.endswith((".so", ".pyd"))]
+    metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
+    yield from (f"lacks {name}" for name in sorted(modules() - names))
+    yield from (f"must not hold {name}" for name in sorted(names - modules() - metadata - set(extension)))
+    if len(extension) != 1:
+        yield f"holds {len(extension)} native extensions, not 1"
+    if not any(name.endswith("licenses/LICENSE") for name in metadata):
+        yield "lacks LICENSE"
+
+
+def check_sdist(names):
+    names = {str(PurePosixPath(*PurePosixPath(name).parts[1:])) for name in names}
+    tests = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.[pch]*") if path.suffix not in JUNK}
+    needed = modules() | engine() | tests | {
+        ".ci/run", "LICENSE", "README.md", "fastattn/_native.pyx", "pyproject.toml", "setup.py",
+    }
+    yield from (f"lacks {name}" for name in sorted(needed - names))
+    yield from (f"must not hold {name}" for name in sorted(names) if PurePosixPath(name).suffix in JUNK | {".so"})
+    if "fastattn/_native.c" in names:
+        yield "must not hold generated C"
+
+
+def main():
+    failed = False
+    for file in map(Path, sys.argv[1:]):
+        if file.suffix == ".whl":
+            names = {name for name in zipfile.ZipFile(file).namelist() if not name.endswith("/")}
+            problems = list(check_wheel(names))
+        else:
+            with tarfile.open(file) as archive:
+                names = {member.name for member in archive if member.isfile()}
+            problems = list(check_sdist(names))
+        for problem in problems:
+            print(f"{file.name} {problem}")
+        print(f"{file.name}: {len(names)} files, {len(problems)} problems")
+        failed |= bool(problems)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
