@@ -1,0 +1,61 @@
+"""fastattn: exact attention on the CPU, from NumPy arrays down to C micro-kernels.
+
+>>> import numpy as np, fastattn
+>>> q = np.random.default_rng(0).standard_normal((1, 8, 128, 64), dtype=np.float32)
+>>> out = fastattn.attention(q, q, q, causal=True)
+
+There is one operation, :func:`attention`, and every other name stands around it.
+
+Which keys a query sees, and how scores are made, is data: masks, windows, lengths, offsets, biases, sinks. They compose, and
+none of them costs a pass over a matrix of scores, since that matrix never exists. Key blocks which nobody can see are not
+loaded, so that a causal call costs half of a full one.
+
+Three backends compute the same thing. ``native`` is a C library with kernels for each instruction set, chosen at run time;
+``numba`` stands in where the extension was not built; ``numpy`` is the oracle, readable and slow, and alone takes float64.
+:func:`show_config` says which one is in use and why, :func:`explain` how one call would be computed.
+
+A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
+splitting, caching and distributing all rest on that.
+
+Settings (threads, backend, instruction set) belong to the process. No result depends on the number of threads.
+"""
+
+from .attention import (
+    attention,
+    attention_mass,
+    attention_weights,
+    merge_states,
+    scaled_dot_product_attention,
+)
+from .runtime import (
+    BackendWarning,
+    cpu_info,
+    explain,
+    get_num_threads,
+    set_num_threads,
+    show_config,
+    threads,
+    use_backend,
+)
+from .runtime import _initialize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendWarning",
+    "attention",
+    "attention_mass",
+    "attention_weights",
+    "cpu_info",
+    "explain",
+    "get_num_threads",
+    "merge_states",
+    "scaled_dot_product_attention",
+    "set_num_threads",
+    "show_config",
+    "threads",
+    "use_backend",
+]
+
+_initialize()
+del _initialize

@@ -1,0 +1,277 @@
+"""Every shape, dtype and range error of the package, in one voice, and the normal form in which backends receive a call.
+
+A message names the argument, says what it must be and then what it was. Nothing is written before every check has passed.
+"""
+
+import math
+import operator
+import sys
+
+import numpy as np
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
+_MASK_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
+PRECISIONS = ("highest", "high", "medium")
+
+
+def as_array(name, value):
+    """`value` as an ndarray that shares its memory wherever the CPU can see it; `TypeError` where it cannot."""
+    if type(value) is np.ndarray:
+        return value
+    try:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
+            import ml_dtypes  # torch exports no bfloat16 to NumPy, but the same bits as integers
+
+            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+            return np.from_dlpack(value)
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, BufferError, ImportError) as error:
+        raise TypeError(f"{name} must be an array in the memory of the CPU; got {type(value).__name__} ({error})") from error
+
+
+def kernel_ready(array):
+    """`array`, or the one copy of it that is native, aligned and contiguous along its last axis."""
+    contiguous = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
+    if contiguous and array.flags.aligned and array.dtype.isnative:
+        return array
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True, subok=False)
+
+
+def as_float32(name, value):
+    """`value` as a native, aligned, contiguous float32 array."""
+    array = as_array(name, value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must hold real numbers; got {array.dtype}")
+    return np.require(array, np.float32, "AC")
+
+
+def finite(name, value):
+    """`value` as a Python float that is finite in float32."""
+    try:
+        number = value.__float__()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a real number; got {value!r}") from error
+    if not abs(number) <= _FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32; got {value!r}")
+    return number
+
+
+def flag(name, value):
+    """`value` as a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
+
+
+def integers(name, value, batch, low, high):
+    """An int or an integer array ``(batch,)`` with values in [low, high], as a private int64 array ``(batch,)``.
+
+    The copy is what the backends trust: nobody can change a checked length while a kernel runs.
+    """
+    array = as_array(name, value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} must be an int or an integer array; got {array.dtype}")
+    if array.shape not in ((), (batch,)):
+        raise ValueError(f"{name} must be an int or have shape ({batch},), one entry for each batch entry; got shape {array.shape}")
+    if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
+        raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
+    return np.array(np.broadcast_to(array, (batch,)), dtype=np.int64)
+
+
+def window_sides(window):
+    """``(left, right)`` with -1 for an unbounded side."""
+    if window is None:
+        return -1, -1
+    try:
+        left, right = window
+        sides = [-1 if side is None else operator.index(side) for side in (left, right)]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"window must be a pair (left, right) of ints or None; got {window!r}") from error
+    for side, given in zip(sides, (left, right)):
+        if side < 0 and given is not None:
+            raise ValueError(f"window must have sides that are None (unbounded) or at least 0; got {window!r}")
+    return tuple(min(side, 2 * _MAX_OFFSET) for side in sides)
+
+
+def _overlap(a, b):
+    """Whether two arrays share an element; where that takes too long to decide, they are said to."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def check_dtype(name, array, backend):
+    """Raise unless `backend` computes with arrays of this dtype."""
+    if array.dtype.name not in backend.dtypes:
+        hint = ', which fastattn.use_backend("numpy") alone computes' if array.dtype.name == "float64" else ""
+        raise TypeError(f"{name} must be {', '.join(sorted(backend.dtypes))}; got {array.dtype}{hint}")
+
+
+def check_out(out, shape, dtype, inputs):
+    """The caller's `out` as an ndarray: writable, of this shape and dtype, apart from every one of the named `inputs`."""
+    if not (isinstance(out, np.ndarray) or hasattr(out, "__array_interface__") or hasattr(out, "__dlpack__")):
+        raise TypeError(f"out must be an array; got {type(out).__name__}")
+    array = as_array("out", out)
+    if array.dtype != dtype:
+        raise TypeError(f"out must be {dtype}, the dtype of q; got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"out must have shape {shape}; got {array.shape}")
+    if not array.flags.writeable:
+        raise ValueError("out must be writable; got a read-only array")
+    if array.size and any(n > 1 and stride == 0 for n, stride in zip(array.shape, array.strides)):
+        raise ValueError(f"out must not overlap itself; got strides {array.strides}")
+    for name, other in inputs:
+        if _overlap(array, other):
+            raise ValueError(f"out must not overlap an input; it overlaps {name}")
+    return array
+
+
+class Call:
+    """One call of attention, validated and normalised: what every backend receives.
+
+    Attributes
+    ----------
+    q, k, v : ndarray
+        ``(B, Hq, Lq, Dk)``, ``(B, Hkv, Lk, Dk)``, ``(B, Hkv, Lk, Dv)``; native byte order, aligned, the last axis contiguous,
+        any other strides.
+    out : ndarray
+        ``(B, Hq, Lq, Dv)`` of the dtype of `q`, for the backend to fill.
+    lse : ndarray or None
+        ``(B, Hq, Lq)`` float32, for the backend to fill.
+    mask : ndarray or None
+        A view broadcast to ``(B, Hq, Lq, Lk)``: bool, float16, bfloat16, float32 or float64.
+    block_mask : BlockMask or None
+    causal : bool
+    window : tuple of int
+        ``(left, right)``; -1 is unbounded.
+    query_offset, kv_lengths : ndarray
+        ``(B,)`` int64, defaults resolved.
+    scale, softcap : float
+        Finite; a softcap of 0 is none.
+    alibi_slopes : ndarray or None
+        A float32 view broadcast to ``(B, Hq)``.
+    sinks : ndarray or None
+        ``(Hq,)`` float32, contiguous, finite.
+    precision : str
+    """
+
+    __slots__ = (
+        "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths", "scale",
+        "softcap", "alibi_slopes", "sinks", "precision", "_rank", "_given_out", "_copy_to",
+    )  # fmt: skip
+
+    def __init__(
+        self, backend, q, k, v, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None,
+        softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
+    ):  # fmt: skip
+        given = {name: as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))}
+        self._take_qkv(given, backend)
+        batch, num_heads, q_len, head_dim = self.q.shape
+        kv_len, v_head_dim = self.v.shape[2:]
+
+        self.causal = flag("causal", causal)
+        self.window = window_sides(window)
+        self.kv_lengths = integers("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, 0, kv_len)
+        if query_offset is None:
+            self.query_offset = self.kv_lengths - q_len
+        else:
+            self.query_offset = integers("query_offset", query_offset, batch, -_MAX_OFFSET, _MAX_OFFSET)
+        self.scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else finite("scale", scale)
+        self.softcap = 0.0 if softcap is None else finite("softcap", softcap)
+        if self.softcap < 0:
+            raise ValueError(f"softcap must be positive, or None or 0 for none; got {softcap!r}")
+        if not isinstance(precision, str) or precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+        self.precision = precision
+
+        self.mask = self.block_mask = self.alibi_slopes = self.sinks = None
+        if mask is not None:
+            self._take_mask(mask, given)
+        if alibi_slopes is not None:
+            slopes = given["alibi_slopes"] = as_float32("alibi_slopes", alibi_slopes)
+            if slopes.shape not in ((num_heads,), (batch, num_heads)):
+                raise ValueError(f"alibi_slopes must have shape ({num_heads},) or {(batch, num_heads)}; got {slopes.shape}")
+            self.alibi_slopes = np.broadcast_to(slopes, (batch, num_heads))
+        if sinks is not None:
+            self.sinks = given["sinks"] = as_float32("sinks", sinks)
+            if self.sinks.shape != (num_heads,):
+                raise ValueError(f"sinks must have shape ({num_heads},), one logit for each query head; got {self.sinks.shape}")
+            if not np.isfinite(self.sinks).all():
+                raise ValueError("sinks must be finite; got NaN or inf")
+
+        lse_shape = (batch, num_heads, q_len)
+        self.lse = np.empty(lse_shape, np.float32) if flag("return_lse", return_lse) else None
+        out_shape = (*lse_shape, v_head_dim)
+        self._given_out = out
+        self._copy_to = None
+        if out is None:
+            self.out = np.empty(out_shape, self.q.dtype)
+        else:
+            target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items())
+            ready = target.flags.aligned and (v_head_dim <= 1 or target.strides[-1] == target.itemsize)
+            target = target[(None,) * (4 - self._rank)]
+            self.out = target if ready else np.empty(out_shape, self.q.dtype)
+            self._copy_to = None if ready else target
+
+    def _take_qkv(self, given, backend):
+        """Check the three arrays against each other and keep them with rank 4."""
+        q, k, v = given.values()
+        self._rank = q.ndim
+        if q.ndim not in (2, 3, 4):
+            raise ValueError(f"q must have shape (B, Hq, Lq, D), (Hq, Lq, D) or (Lq, D); got {q.shape}")
+        for name in ("k", "v"):
+            if given[name].ndim != q.ndim:
+                raise ValueError(f"{name} must have as many axes as q, {q.ndim}; got shape {given[name].shape}")
+        for name, array in given.items():
+            check_dtype(name, array, backend)
+        if v.dtype.name != k.dtype.name:
+            raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
+        if q.dtype.name != k.dtype.name and q.itemsize <= k.itemsize:
+            raise TypeError(f"q must have the dtype of k and v, {k.dtype}, or a wider one; got {q.dtype}")
+
+        self.q, self.k, self.v = (kernel_ready(array)[(None,) * (4 - q.ndim)] for array in (q, k, v))
+        batch, num_heads, _, head_dim = self.q.shape
+        num_kv_heads, kv_len = self.k.shape[1:3]
+        if self.k.shape[0] != batch:
+            raise ValueError(f"k must have the batch size of q, {batch}; got shape {k.shape}")
+        if self.k.shape[3] != head_dim:
+            raise ValueError(f"k must have the head size of q, {head_dim}; got shape {k.shape}")
+        if num_heads % num_kv_heads if num_kv_heads else num_heads:
+            raise ValueError(f"k must have a number of heads that divides that of q, {num_heads}; got {num_kv_heads}, shape {k.shape}")
+        if self.v.shape[:3] != (batch, num_kv_heads, kv_len):
+            raise ValueError(f"v must have the shape of k, {k.shape}, in all but the last axis; got {v.shape}")
+
+    def _take_mask(self, mask, given):
+        """Keep a dense mask as a broadcast view, or a block mask as it is."""
+        shape = (*self.q.shape[:3], self.k.shape[2])
+        if hasattr(type(mask), "dense_rows"):
+            if len(mask.shape) != 4 or any(m not in (1, n) for m, n in zip(mask.shape[:2], shape)) or tuple(mask.shape[2:]) != shape[2:]:
+                raise ValueError(f"mask must be a BlockMask for {shape}, 1 standing for any batch size or heads; got {mask.shape}")
+            self.block_mask = mask
+            return
+        array = given["mask"] = as_array("mask", mask)
+        if array.dtype.name not in _MASK_DTYPES:
+            raise TypeError(f"mask must be a BlockMask or an array of {', '.join(_MASK_DTYPES)}; got {array.dtype}")
+        if not (array.dtype.isnative and array.flags.aligned):
+            array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
+        try:
+            self.mask = np.broadcast_to(array, shape)
+        except ValueError as error:
+            raise ValueError(f"mask must broadcast to (B, Hq, Lq, Lk) = {shape}; got shape {array.shape}") from error
+
+    def result(self):
+        """What the caller is given once the backend has filled `out` and `lse`, in the rank that `q` had."""
+        if self._copy_to is not None:
+            self._copy_to[...] = self.out
+        out, lse = self.out, self.lse
+        for _ in range(4 - self._rank):
+            out, lse = out[0], None if lse is None else lse[0]
+        if self._given_out is not None:
+            out = self._given_out
+        return out if lse is None else (out, lse)

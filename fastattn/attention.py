@@ -1,0 +1,349 @@
+"""The public operations on arrays."""
+
+import numpy as np
+
+from . import runtime
+from ._check import Call, as_array, as_float32, check_dtype, finite, flag
+from .backends import numpy as _oracle
+
+_state = runtime._state
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    causal=False,
+    window=None,
+    query_offset=None,
+    kv_lengths=None,
+    scale=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    precision="highest",
+    return_lse=False,
+    out=None,
+):
+    """Exact scaled-dot-product attention.
+
+    For query row ``i`` at position ``p = i + query_offset`` and key ``j`` of one head::
+
+        s   = scale * dot(q[i], k[j])
+        s   = softcap * tanh(s / softcap)             if softcap is given
+        s  += mask[i, j]                              if mask holds floats
+        s  -= alibi_slopes[h] * abs(p - j)            if alibi_slopes is given
+        out[i] = sum(softmax(s over the visible keys)[j] * v[j])
+
+    A key is visible when every one of `kv_lengths`, `mask`, `causal` and `window` lets it be seen. Invisible keys and values
+    are skipped, whatever they hold. A row that sees no key gives 0, with an lse of -inf. Logits, softmax and
+    accumulation are float32 for every dtype but float64.
+
+    With ``causal=True`` and ``Lq != Lk`` the mask is aligned to the bottom right corner: the last query sees the last key, as a
+    cache of earlier keys needs it. For ``Lq = 2, Lk = 5`` and for ``Lq = 5, Lk = 2`` (1 is visible)::
+
+        1 1 1 1 0        0 0
+        1 1 1 1 1        0 0
+                         0 0
+                         1 0
+                         1 1
+
+    and with ``query_offset=0`` to the top left corner::
+
+        1 0 0 0 0        1 0
+        1 1 0 0 0        1 1
+                         1 1
+                         1 1
+                         1 1
+
+    Parameters
+    ----------
+    q : array_like, (B, Hq, Lq, Dk)
+        Queries. All three arrays may also have rank 3, ``(H, L, D)``, or rank 2, ``(L, D)``. float32, float16 or bfloat16
+        (``ml_dtypes.bfloat16``); the NumPy backend takes float64 too. Any strides; only an array that is byte-swapped,
+        unaligned or not contiguous along its last axis is copied. Whatever has ``__dlpack__`` or ``__array_interface__`` on
+        the CPU is taken without a copy.
+    k : array_like, (B, Hkv, Lk, Dk)
+        Keys. `Hq` must be a multiple of `Hkv`; query head ``h`` reads kv head ``h // (Hq // Hkv)``.
+    v : array_like, (B, Hkv, Lk, Dv)
+        Values, of the dtype of `k`, which may be narrower than that of `q`.
+    mask : array_like or BlockMask, optional
+        Broadcast to ``(B, Hq, Lq, Lk)`` without a copy. Boolean: True is visible. Floating: added to the scores, and exactly
+        -inf hides a key.
+    causal : bool
+        Key ``j`` is visible when ``j <= p``.
+    window : (left, right), optional
+        Key ``j`` is visible when ``p - left <= j <= p + right``; None leaves a side unbounded.
+    query_offset : int or array_like of int, (B,), optional
+        The position of the first query. Default: ``kv_lengths - Lq``.
+    kv_lengths : int or array_like of int, (B,), optional
+        Only the first ``kv_lengths[b]`` keys of entry ``b`` are visible. Default: ``Lk``.
+    scale : float, optional
+        Any finite value. Default: ``1 / sqrt(Dk)``.
+    softcap : float, optional
+        Bound of the scores; None or 0 is none.
+    alibi_slopes : array_like, (Hq,) or (B, Hq), optional
+    sinks : array_like, (Hq,), optional
+        One extra logit for each head, which takes part in the denominator of the softmax only.
+    precision : {"highest", "high", "medium"}
+        How exactly float32 and float16 operands are multiplied: in float32, to about 16 bits, or at least as bfloat16. A lower
+        setting allows a faster unit and never demands one.
+    return_lse : bool
+        Return also the natural logarithm of the softmax denominator.
+    out : array, (B, Hq, Lq, Dv), optional
+        Where to write the result: of the dtype of `q`, writable, sharing no memory with an input.
+
+    Returns
+    -------
+    out : ndarray, (B, Hq, Lq, Dv)
+        Of the dtype of `q`; the caller's object if `out` was given.
+    lse : ndarray, (B, Hq, Lq)
+        float32, only with ``return_lse=True``.
+
+    Notes
+    -----
+    The result has the same bits for any number of threads, and for a batch entry alone or among others.
+
+    Examples
+    --------
+    >>> q = k = v = np.random.default_rng(0).standard_normal((1, 8, 128, 64), np.float32)
+    >>> fastattn.attention(q, k, v, causal=True).shape
+    (1, 8, 128, 64)
+    """
+    plain = _state.plain
+    if (
+        plain is not None
+        and mask is None
+        and out is None
+        and return_lse is False
+        and window is None
+        and kv_lengths is None
+        and query_offset is None
+        and softcap is None
+        and alibi_slopes is None
+        and sinks is None
+        and precision == "highest"
+    ):
+        result = plain(q, k, v, causal, scale)  # None sends anything out of the ordinary through the checks below
+        if result is not None:
+            return result
+    backend = runtime.backend()
+    call = Call(
+        backend, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
+        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision, return_lse=return_lse,
+        out=out,
+    )  # fmt: skip
+    backend.attention(call)
+    return call.result()
+
+
+def attention_weights(q, k, **keywords):
+    """The probabilities of :func:`attention`, all of them: ``(B, Hq, Lq, Lk)`` numbers, for looking at.
+
+    Computed with NumPy on every backend.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+
+    Returns
+    -------
+    ndarray, (B, Hq, Lq, Lk)
+        float32. A row sums to 1, to less where a sink takes its share, and to 0 where it sees no key.
+    """
+    for name in ("return_lse", "out"):
+        if name in keywords:
+            raise TypeError(f"attention_weights() has no argument {name}")
+    k = as_array("k", k)
+    call = Call(_oracle, q, k, np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **keywords)
+    probabilities = _oracle.weights(call)
+    return probabilities.reshape(probabilities.shape[4 - np.ndim(q) :])
+
+
+def attention_mass(q, k, segments, *, num_segments=None, **keywords):
+    """How much of each query's attention falls on each segment of the keys, without materialising the probabilities.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+    segments : array_like of int, (Lk,) or (B, Lk)
+        The segment of each key, from 0; a key at -1 is in none.
+    num_segments : int, optional
+        Default: the largest segment and one.
+
+    Returns
+    -------
+    ndarray, (B, Hq, Lq, num_segments)
+        float32 sums of probabilities.
+
+    Examples
+    --------
+    How much the last token looks at a prompt of 100 tokens, and how much at what followed:
+
+    >>> fastattn.attention_mass(q[:, :, -1:], k, np.arange(k.shape[2]) >= 100)
+    """
+    for name in ("return_lse", "out"):
+        if name in keywords:
+            raise TypeError(f"attention_mass() has no argument {name}")
+    q, k = as_array("q", q), as_array("k", k)
+    segments = as_array("segments", segments)
+    if segments.dtype.kind not in "biu":
+        raise TypeError(f"segments must hold ints; got {segments.dtype}")
+    shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
+    if segments.shape not in shapes:
+        raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
+    largest = int(segments.max(initial=-1))
+    if num_segments is None:
+        num_segments = largest + 1
+    if segments.size and (int(segments.min()) < -1 or largest >= num_segments):
+        raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {int(segments.min())} to {largest}")
+
+    # The mass is attention over indicator values: one (Lk, num_segments) table, seen by all heads through strides of 0.
+    one_hot = (segments[..., None] == np.arange(num_segments)).astype(k.dtype)
+    if segments.ndim == 2:
+        one_hot = one_hot[:, None]
+    if q.itemsize < 4:
+        q = q.astype(np.float32)  # sums of many small probabilities deserve a float32 output
+    mass = attention(q, k, np.broadcast_to(one_hot, (*k.shape[:-1], num_segments)), **keywords)
+    return mass.astype(np.float32, copy=False)
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """PyTorch's ``torch.nn.functional.scaled_dot_product_attention`` for NumPy arrays, with PyTorch's meaning.
+
+    Parameters
+    ----------
+    query : array_like, (N, ..., Hq, L, E)
+        At least rank 2. Leading axes broadcast among the three arrays.
+    key : array_like, (N, ..., H, S, E)
+    value : array_like, (N, ..., H, S, Ev)
+    attn_mask : array_like, optional
+        Broadcast to ``(N, ..., Hq, L, S)``. Boolean: True takes part. Floating: added to the scores.
+    dropout_p : float
+        Must be 0: this is inference.
+    is_causal : bool
+        Query ``i`` sees keys ``j <= i``: aligned to the top left corner, unlike :func:`attention`. Excludes `attn_mask`.
+    scale : float, optional
+        Default: ``1 / sqrt(E)``.
+    enable_gqa : bool
+        Let `Hq` be a multiple of the number of heads of `key` and `value`.
+
+    Returns
+    -------
+    ndarray, (N, ..., Hq, L, Ev)
+        Of the dtype of `query`.
+    """
+    if finite("dropout_p", dropout_p) != 0.0:
+        raise ValueError(f"dropout_p must be 0: dropout is for training; got {dropout_p!r}")
+    is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal is True")
+    arrays = [as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))]
+    for name, x in zip(("query", "key", "value"), arrays):
+        if x.ndim < 2:
+            raise ValueError(f"{name} must have at least 2 axes, (..., L, E); got shape {x.shape}")
+    lead, arrays = _broadcast_leads(arrays, enable_gqa)
+    query, key, value = arrays
+    out = np.empty((*lead, query.shape[-2], value.shape[-1]), query.dtype.newbyteorder("="))
+    if attn_mask is not None:
+        shape = (*out.shape[:-1], key.shape[-2])
+        attn_mask = as_array("attn_mask", attn_mask)
+        try:
+            attn_mask = np.broadcast_to(attn_mask, shape)
+        except ValueError as error:
+            raise ValueError(f"attn_mask must broadcast to {shape}; got shape {attn_mask.shape}") from error
+
+    # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.
+    for index in np.ndindex(lead[:-2]):
+        attention(
+            query[index],
+            key[index],
+            value[index],
+            mask=None if attn_mask is None else attn_mask[index],
+            causal=is_causal,
+            query_offset=0 if is_causal else None,
+            scale=scale,
+            out=out[index],
+        )
+    return out
+
+
+def _broadcast_leads(arrays, enable_gqa):
+    """The leading shape of the result of PyTorch's call, and `query`, `key`, `value` with leads that :func:`attention` takes."""
+    leads = [x.shape[:-2] for x in arrays]
+    if enable_gqa and min(map(len, leads)) < 1:
+        raise ValueError(f"enable_gqa must have arrays with a heads axis; got leading shapes {leads}")
+    keep = 1 if enable_gqa else 0
+    try:
+        lead = np.broadcast_shapes(*(shape[: len(shape) - keep] for shape in leads))
+    except ValueError as error:
+        hint = "" if enable_gqa else "; heads may differ with enable_gqa=True"
+        raise ValueError(f"query, key and value must have leading axes that broadcast; got {leads}{hint}") from error
+    if not enable_gqa:
+        targets = [lead] * 3
+    else:
+        if leads[1][-1] != leads[2][-1]:
+            raise ValueError(f"value must have the number of heads of key, {leads[1][-1]}; got {leads[2][-1]}")
+        targets = [(*lead, shape[-1]) for shape in leads]
+    arrays = [np.broadcast_to(x, (*target, *x.shape[-2:])) for x, target in zip(arrays, targets)]
+    return targets[0], arrays
+
+
+def merge_states(outs, lses):
+    """Combine attention over disjoint sets of keys, exactly: softmax is associative in its log-sum-exp.
+
+    ::
+
+        lse = log(sum(exp(lse_p)))
+        out = sum(exp(lse_p - lse) * out_p)
+
+    Parameters
+    ----------
+    outs : sequence of array_like, each (..., Dv)
+        What :func:`attention` returned for each set of keys; one shape and dtype. An array ``(P, ..., Dv)`` is such a sequence.
+    lses : sequence of array_like, each (...)
+        The float32 `lse` of each. Where it is -inf, a part has seen no key and contributes nothing.
+
+    Returns
+    -------
+    out : ndarray, (..., Dv)
+    lse : ndarray, (...)
+
+    Examples
+    --------
+    >>> left = fastattn.attention(q, k[:, :, :n], v[:, :, :n], return_lse=True)
+    >>> right = fastattn.attention(q, k[:, :, n:], v[:, :, n:], return_lse=True)
+    >>> out, lse = fastattn.merge_states(*zip(left, right))
+    """
+    backend = runtime.backend()
+    outs = [as_array(f"outs[{n}]", part) for n, part in enumerate(outs)]
+    lses = [as_float32(f"lses[{n}]", part) for n, part in enumerate(lses)]
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"outs and lses must have the same number of parts, 1 or more; got {len(outs)} and {len(lses)}")
+    first = outs[0]
+    if first.ndim < 1:
+        raise ValueError("outs[0] must have shape (..., Dv); got a scalar")
+    check_dtype("outs[0]", first, backend)
+    for n, (part, part_lse) in enumerate(zip(outs, lses)):
+        if part.shape != first.shape:
+            raise ValueError(f"outs[{n}] must have the shape of outs[0], {first.shape}; got {part.shape}")
+        if part.dtype.name != first.dtype.name:
+            raise TypeError(f"outs[{n}] must have the dtype of outs[0], {first.dtype}; got {part.dtype}")
+        if part_lse.shape != first.shape[:-1]:
+            raise ValueError(f"lses[{n}] must have shape {first.shape[:-1]}; got {part_lse.shape}")
+    dtype = first.dtype.newbyteorder("=")
+    out, lse = np.empty(first.shape, dtype), np.empty(first.shape[:-1], np.float32)
+    rows, v_head_dim = lse.size, first.shape[-1]
+    backend.merge_states(
+        [np.require(part, dtype, "CA").reshape(rows, v_head_dim) for part in outs],
+        [part_lse.reshape(rows) for part_lse in lses],
+        out.reshape(rows, v_head_dim),
+        lse.reshape(rows),
+    )
+    return out, lse

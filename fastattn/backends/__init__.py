@@ -1,0 +1,17 @@
+"""Three ways to compute the same thing.
+
+Every backend is a module with these names and no others:
+
+``attention(call)``
+    Fill ``call.out`` and, unless it is None, ``call.lse``; `call` is a :class:`fastattn._check.Call`.
+``merge_states(outs, lses, out, lse)``
+    Combine parts, lists of contiguous ``(rows, Dv)`` and ``(rows,)`` arrays, into `out` and `lse`.
+``explain(call)``
+    A dict that says how `call` would be computed.
+``dtypes``
+    The names of the dtypes that `q`, `k` and `v` may have.
+``set_num_threads(n)``
+    Use at most `n` threads in later calls.
+
+``native`` also has ``attention_plain``, a shorter way into the same engine. A backend imports nothing from the layers above it.
+"""

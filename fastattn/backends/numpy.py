@@ -1,0 +1,220 @@
+"""The readable oracle: attention in NumPy, for any floating dtype.
+
+It is the loop of the C engine in the terms of the paper: tiles of query rows against blocks of keys, a running maximum
+`m`, denominator `l` and accumulator `acc` for each row. Keys that no row of a tile sees are not loaded at all. Arithmetic is
+float32 for 16-bit and float32 storage, and of the dtype of `q` where that is wider.
+"""
+
+import numpy as np
+
+_TILE_ROWS = 256
+_TILE_KEYS = 4096
+
+dtypes = frozenset({"float16", "bfloat16", "float32", "float64", np.dtype(np.longdouble).name})
+
+
+def set_num_threads(n):
+    """Do nothing: the threads of NumPy are those of its BLAS library."""
+
+
+def attention(call):
+    """Fill ``call.out`` and ``call.lse``."""
+    with np.errstate(all="ignore"):  # NaN and inf pass through, as in the formula
+        for b, h, i0, i1 in _tiles(call):
+            out, lse = _attend_tile(call, b, h, i0, i1)
+            call.out[b, h, i0:i1] = out
+            if call.lse is not None:
+                call.lse[b, h, i0:i1] = lse
+
+
+def weights(call):
+    """The probabilities ``(B, Hq, Lq, Lk)`` in float32; a row sums to 1, to less with a sink, to 0 where it sees no key."""
+    probabilities = np.zeros((*call.q.shape[:3], call.k.shape[2]), np.float32)
+    with np.errstate(all="ignore"):
+        for b, h, i0, i1 in _tiles(call):
+            blocks = list(_score_blocks(call, b, h, i0, i1))
+            m, l = _empty_state(call, i1 - i0)
+            for _, scores, _ in blocks:
+                m, l, _, _ = _softmax_step(m, l, scores)
+            m, l, _ = _add_sink(call, h, m, l)
+            for keys, scores, visible in blocks:
+                p = np.exp(scores - _shift(m)[:, None]) / l[:, None]
+                probabilities[b, h, i0:i1][:, keys] = np.where(visible, p, 0)
+    return probabilities
+
+
+def merge_states(outs, lses, out, lse):
+    """Fill `out` ``(rows, Dv)`` and `lse` ``(rows,)`` with the combination of the parts."""
+    dtype = _compute_dtype(out.dtype)
+    with np.errstate(all="ignore"):
+        m = np.max(lses, axis=0, initial=-np.inf)
+        l = np.zeros(lse.shape, dtype)
+        acc = np.zeros(out.shape, dtype)
+        for part, part_lse in zip(outs, lses):
+            weight = np.exp(part_lse - _shift(m), dtype=dtype)
+            l += weight
+            acc += np.where((part_lse == -np.inf)[:, None], 0, weight[:, None] * part.astype(dtype))
+        lse[...] = m + np.log(l)
+        out[...] = np.where((m == -np.inf)[:, None], 0, acc / l[:, None])
+
+
+def explain(call):
+    """How `call` is computed."""
+    batch, num_heads, q_len, head_dim = call.q.shape
+    kv_len, v_head_dim = call.v.shape[2:]
+    tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, kv_len)
+    computed = 0
+    for b, _, i0, i1 in _tiles(call):
+        low, high = _key_range(call, b, i0, i1)
+        computed += (i1 - i0) * (high - low)
+    elements = 3 * tile_rows * tile_keys + tile_keys * (head_dim + v_head_dim) + 2 * tile_rows * v_head_dim
+    return {
+        "backend": "numpy",
+        "isa": None,
+        "kernel": _compute_dtype(call.q.dtype).name,
+        "tile_rows": tile_rows,
+        "tile_keys": tile_keys,
+        "splits": 1,
+        "work_items": batch * num_heads * -(-q_len // _TILE_ROWS),
+        "threads": 1,
+        "workspace_bytes": elements * _compute_dtype(call.q.dtype).itemsize,
+        "visible_fraction": computed / max(batch * num_heads * q_len * kv_len, 1),
+    }
+
+
+def _compute_dtype(dtype):
+    return dtype if dtype.kind == "f" and dtype.itemsize > 4 else np.dtype(np.float32)
+
+
+def _tiles(call):
+    """Every ``(b, h, i0, i1)``: query rows i0 to i1 of one head. Tiles depend on the shape of an entry alone."""
+    batch, num_heads, q_len, _ = call.q.shape
+    for b in range(batch):
+        for h in range(num_heads):
+            for i0 in range(0, q_len, _TILE_ROWS):
+                yield b, h, i0, min(i0 + _TILE_ROWS, q_len)
+
+
+def _key_range(call, b, i0, i1):
+    """The keys ``low`` to ``high`` outside of which lengths, causal and window hide everything from rows i0 to i1."""
+    offset = int(call.query_offset[b])
+    left, right = call.window
+    low, high = 0, int(call.kv_lengths[b])
+    if call.causal:
+        high = min(high, i1 + offset)
+    if right >= 0:
+        high = min(high, i1 + offset + right)
+    if left >= 0:
+        low = max(low, i0 + offset - left)
+    return (low, high) if low < high else (0, 0)
+
+
+def _score_blocks(call, b, h, i0, i1):
+    """Yield ``(keys, scores, visible)`` for each block of keys of which some row i0 to i1 sees one.
+
+    `keys` are the indices of the keys that at least one row sees; `scores` is -inf where `visible` is False.
+    """
+    dtype = _compute_dtype(call.q.dtype)
+    left, right = call.window
+    low, high = _key_range(call, b, i0, i1)
+    position = np.arange(i0, i1)[:, None] + call.query_offset[b]
+    q = call.q[b, h, i0:i1].astype(dtype)
+    k = call.k[b, h // (call.q.shape[1] // call.k.shape[1])]
+    listed = None if call.block_mask is None else call.block_mask.dense_rows(b, h, i0, i1)
+
+    for j0 in range(low - low % _TILE_KEYS, high, _TILE_KEYS):
+        keys = np.arange(max(j0, low), min(j0 + _TILE_KEYS, high))
+        span = slice(keys[0], keys[-1] + 1)
+        visible = np.ones((i1 - i0, keys.size), bool)
+        if call.causal:
+            visible &= keys <= position
+        if left >= 0:
+            visible &= keys >= position - left
+        if right >= 0:
+            visible &= keys <= position + right
+        if listed is not None:
+            visible &= listed[:, span]
+        bias = None
+        if call.mask is not None and call.mask.dtype == bool:
+            visible &= call.mask[b, h, i0:i1, span]
+        elif call.mask is not None:
+            bias = call.mask[b, h, i0:i1, span]
+            visible &= bias != -np.inf
+
+        seen = np.flatnonzero(visible.any(axis=0))
+        if not seen.size:
+            continue
+        keys, visible = keys[seen], visible[:, seen]
+
+        scores = q @ k[keys].astype(dtype).T
+        scores *= dtype.type(call.scale)
+        if call.softcap:
+            scores = dtype.type(call.softcap) * np.tanh(scores / dtype.type(call.softcap))
+        if bias is not None:
+            scores += _narrow(bias[:, seen], dtype)
+        if call.alibi_slopes is not None:
+            scores -= call.alibi_slopes[b, h] * np.abs(position - keys).astype(dtype)
+        yield keys, np.where(visible, scores, dtype.type(-np.inf)), visible
+
+
+def _narrow(bias, dtype):
+    """A bias in the dtype of the scores; a finite one stays finite, for only exact -inf hides a key."""
+    if bias.dtype.kind == "f" and bias.dtype.itemsize > dtype.itemsize:
+        limit = np.finfo(dtype).max
+        bias = np.where(np.isfinite(bias), np.clip(bias, -limit, limit), bias)
+    return bias.astype(dtype)
+
+
+def _attend_tile(call, b, h, i0, i1):
+    """`out` and `lse` of query rows i0 to i1 of one head."""
+    v = call.v[b, h // (call.q.shape[1] // call.v.shape[1])]
+    m, l = _empty_state(call, i1 - i0)
+    acc = np.zeros((i1 - i0, v.shape[1]), l.dtype)
+    sees = np.zeros(i1 - i0, bool)
+    for keys, scores, visible in _score_blocks(call, b, h, i0, i1):
+        m, l, p, alpha = _softmax_step(m, l, scores)
+        acc = acc * alpha[:, None] + _weighted_values(p, visible, v[keys].astype(l.dtype))
+        sees |= visible.any(axis=1)
+    m, l, alpha = _add_sink(call, h, m, l)
+    acc *= alpha[:, None]
+    return np.where(sees[:, None], acc / l[:, None], 0), m + np.log(l)
+
+
+def _empty_state(call, rows):
+    """The running maximum and denominator of rows that have seen nothing."""
+    dtype = _compute_dtype(call.q.dtype)
+    return np.full(rows, -np.inf, dtype), np.zeros(rows, dtype)
+
+
+def _softmax_step(m, l, scores):
+    """Take a block of scores in: the new `m` and `l`, the weights of the block, and what earlier weights shrink by."""
+    m_new = np.maximum(m, scores.max(axis=1))
+    p = np.exp(scores - _shift(m_new)[:, None])
+    alpha = np.exp(m - _shift(m_new))
+    return m_new, l * alpha + p.sum(axis=1), p, alpha
+
+
+def _add_sink(call, h, m, l):
+    """Let the sink of head `h`, if it has one, take part in the denominator: the new `m` and `l`, and what `acc` shrinks by."""
+    if call.sinks is None:
+        return m, l, np.ones_like(l)
+    m_new = np.maximum(m, call.sinks[h])
+    alpha = np.exp(m - m_new)
+    return m_new, l * alpha + np.exp(call.sinks[h] - m_new), alpha
+
+
+def _shift(m):
+    """What to subtract before exp: `m`, or 0 for a row that has seen nothing above -inf, lest -inf - -inf give NaN."""
+    return np.where(m == -np.inf, 0, m).astype(m.dtype)
+
+
+def _weighted_values(p, visible, v):
+    """``p @ v`` in which a NaN or inf of `v` reaches only the rows that see its key."""
+    finite = np.isfinite(v).all(axis=1)
+    if finite.all():
+        return p @ v
+    out = p @ np.where(finite[:, None], v, 0)
+    for j in np.flatnonzero(~finite):
+        rows = visible[:, j]
+        out[rows] += p[rows, j, None] * v[j]
+    return out
