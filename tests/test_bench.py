@@ -1,0 +1,172 @@
+"""The figures of ``bench`` are computed right. A clock that is ours stands in for the real one: nothing is timed."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+
+from fastattn import _bench
+from fastattn._bench import Case, Side
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until its `advance` is called."""
+    state = types.SimpleNamespace(now=0.0)
+
+    def advance(seconds):
+        state.now += seconds
+
+    fake = types.SimpleNamespace(perf_counter=lambda: state.now, process_time=lambda: 0.0, sleep=advance, advance=advance)
+    monkeypatch.setattr(_bench, "time", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("case", "flops", "kv_bytes", "rate"),
+    [
+        (Case("a", (1, 8, 8, 2048, 2048, 64)), 8589934592, 8388608, "859 GF/s"),
+        (Case("b", (1, 8, 8, 2048, 2048, 64), causal=True), 4294967296, 8388608, "429 GF/s"),
+        (Case("c", (2, 8, 2, 16, 64, 32), causal=True), 4 * 2 * 8 * 16 * 64 * 32, 65536, "0.21 GF/s"),
+        (Case("d", (1, 32, 8, 1, 8192, 128), "bfloat16"), 134217728, 33554432, "3.36 GB/s"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_work_and_rate(case, flops, kv_bytes, rate):
+    assert (case.flops, case.kv_bytes, case.rate(0.01)) == (flops, kv_bytes, rate)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.5, "2.5 s"), (0.1234, "123 ms"), (0.00101, "1.01 ms"), (4.2e-6, "4.2 us"), (3e-7, "0.3 us")]
+)
+def test_format_seconds(seconds, text):
+    assert _bench.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("float16", 2e-3)])
+def test_baseline_agrees_with_float64(mask, causal, dtype, bound):
+    case = Case("x", (2, 6, 2, 17, 29, 24), dtype, causal, mask)
+    q, k, v, array = case.inputs()
+    out = _bench.numpy_attention(q, k, v, array, causal)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    assert 0 < _bench.max_error(out, q, k, v, array, causal) < bound
+
+
+def test_error_is_found_in_first_and_last_row():
+    q, k, v, _ = Case("x", (2, 4, 2, 50, 20, 8)).inputs()
+    for position in [(0, 0, 0, 3), (-1, -1, -1, -1)]:
+        out = _bench.numpy_attention(q, k, v)
+        out[position] += 0.5
+        assert _bench.max_error(out, q, k, v, rows=4) == pytest.approx(0.5, abs=1e-5)
+        out[position] = np.nan
+        assert math.isnan(_bench.max_error(out, q, k, v, rows=4))
+
+
+def test_sides_alternate_and_short_calls_repeat(clock):
+    order = []
+
+    def side(name, seconds):
+        def call():
+            order.append(name)
+            clock.advance(seconds)
+
+        return call
+
+    taken = _bench.alternate([side("a", 0.5), side("b", 2.0)], rounds=4, min_time=1.0)
+    assert taken == [pytest.approx([0.5] * 4), pytest.approx([2.0] * 4)]
+    assert order == ["a", "b"] + ["a", "a", "b"] * 4
+
+
+def test_budget_ends_after_three_rounds(clock):
+    taken = _bench.alternate([lambda: clock.advance(1.0)], rounds=9, min_time=0.1, budget=2.0)
+    assert len(taken[0]) == 3
+
+
+def test_duel(clock):
+    case = Case("x", (1, 2, 1, 5, 7, 8))
+    q, k, v, mask = case.inputs()
+    right = _bench.numpy_attention(q, k, v)
+    # The call that is judged, the one that counts repeats, then the rounds.
+    durations = iter([1.0, 1.0, 1.0, 2.0, 4.0])
+
+    def fast():
+        clock.advance(next(durations))
+        return right
+
+    def slow():
+        clock.advance(6.0)
+        return list(right + np.float32(0.25))
+
+    result = _bench.duel(case, Side("fast", fast), Side("slow", slow, np.array), (q, k, v, mask), rounds=3)
+    assert result["seconds"] == {"fast": pytest.approx([1.0, 2.0, 4.0]), "slow": pytest.approx([6.0] * 3)}
+    assert result["median"] == {"fast": pytest.approx(2.0), "slow": pytest.approx(6.0)}
+    assert result["ratio"] == pytest.approx(3.0)
+    assert result["spread"] == pytest.approx([2.25, 4.5])
+    assert result["error"]["fast"] < 1e-6
+    assert result["error"]["slow"] == pytest.approx(0.25, abs=1e-5)
+    assert (result["name"], result["shape"], result["rounds"]) == ("x", case.shape, 3)
+
+
+def test_table(capsys):
+    _bench.print_table(["case", "time"], [["a", "10 ms"], ["longer", "1 s"]])
+    assert capsys.readouterr().out.splitlines() == ["case     time", "------  -----", "a       10 ms", "longer    1 s"]
+
+
+@pytest.fixture
+def tiny(monkeypatch, clock):
+    """Two small cases, and sides that take a known time."""
+    cases = (Case("one", (1, 2, 1, 5, 7, 8)), Case("two", (1, 2, 2, 6, 6, 8), causal=True))
+    monkeypatch.setattr(_bench, "CASES", cases)
+    for name, seconds in (("fastattn_side", 1.0), ("numpy_side", 2.5)):
+
+        def slowed(*args, side=getattr(_bench, name), seconds=seconds):
+            inner = side(*args)
+            return Side(inner.name, lambda: clock.advance(seconds) or inner.call())
+
+        monkeypatch.setattr(_bench, name, slowed)
+
+
+def test_command_prints_a_table(tiny, capsys):
+    assert _bench.main(["--threads", "1"]) == 0
+    captured = capsys.readouterr()
+    rows = [line.split() for line in captured.out.splitlines() if line.startswith(("one", "two"))]
+    assert [row[0] for row in rows] == ["one", "two"]
+    for row in rows:
+        assert " ".join(row).count("2.50 x") == 1
+        assert float(row[-1]) < 1e-6
+    assert captured.err.splitlines() == ["[1/2] one (1, 2/1, 5, 7, 8)", "[2/2] two (1, 2/2, 6, 6, 8)"]
+
+
+def test_command_writes_json(tiny, capsys, tmp_path):
+    assert _bench.main(["--json", "--dtype", "float16", "--backend", "numpy"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert _bench.main(["--json", str(tmp_path / "x.json")]) == 0
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert [result["dtype"] for result in printed["results"]] == ["float16"] * 2
+    for result in printed["results"] + written["results"]:
+        assert result["ratio"] == pytest.approx(2.5)
+        assert result["plan"]["backend"]
+    assert {result["plan"]["backend"] for result in printed["results"]} == {"numpy"}
+    assert printed["environment"]["threads"] >= 1
+
+
+def test_command_leaves_out_what_it_has_no_time_for(tiny, clock, capsys, monkeypatch):
+    monkeypatch.setattr(_bench, "environment", lambda threads: {})
+    inputs = Case.inputs
+    monkeypatch.setattr(Case, "inputs", lambda case: clock.advance(60.0) or inputs(case))
+    assert _bench.main([]) == 0
+    out = capsys.readouterr().out
+    assert "left out: two (50 s were over)" in out
+    assert not any(line.startswith("two") for line in out.splitlines())
+
+
+def test_command_refuses_nonsense(capsys):
+    for arguments in (["--threads", "0"], ["--dtype", "float64"], ["--backend", "none"]):
+        with pytest.raises(SystemExit) as caught:
+            _bench.main(arguments)
+        assert caught.value.code == 2
+    assert "0 is not positive" in capsys.readouterr().err
