@@ -1,0 +1,169 @@
+"""What the right answer is, and how close to it a result has to be.
+
+`attention` is the definition of the operation: one row at a time, one rule after the other, in float64. It shares no
+line with the package.
+
+A result is judged as flash-attention judges its own: its largest error against float64 may be at most twice that of
+the plain formula evaluated in the same dtype (float32 logits; weights and output rounded to the storage dtype), plus a floor
+for the cases in which the plain formula is exact by luck: an ulp of the output, and what an ulp (of float32) in the
+logits does to it.
+"""
+
+import hashlib
+
+import numpy as np
+
+import fastattn
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    causal=False,
+    window=None,
+    query_offset=None,
+    kv_lengths=None,
+    scale=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    compute=np.float64,
+    store=None,
+):
+    """Attention by definition: ``(out, lse)``, computed in ``compute``, weights and output rounded to ``store``."""
+    rank = np.ndim(q)
+    q, k, v = (np.asarray(x)[(None,) * (4 - rank)] for x in (q, k, v))
+    batch, num_heads, q_len, head_dim = q.shape
+    group = num_heads // k.shape[1] if k.shape[1] else 1
+    kv_len = k.shape[2]
+    store = store or compute
+
+    lengths = np.broadcast_to(kv_len if kv_lengths is None else kv_lengths, batch)
+    offsets = np.broadcast_to(lengths - q_len if query_offset is None else query_offset, batch)
+    left, right = (None, None) if window is None else window
+    if mask is not None:
+        mask = np.broadcast_to(mask, (batch, num_heads, q_len, kv_len))
+    if alibi_slopes is not None:
+        alibi_slopes = np.broadcast_to(alibi_slopes, (batch, num_heads)).astype(compute)
+    if scale is None:
+        scale = 1 / np.sqrt(max(head_dim, 1))
+
+    out = np.zeros((batch, num_heads, q_len, v.shape[3]), store)
+    lse = np.full((batch, num_heads, q_len), -np.inf, compute)
+    j = np.arange(kv_len)
+    for b, h, i in np.ndindex(batch, num_heads, q_len):
+        p = i + int(offsets[b])
+        visible = j < lengths[b]
+        if causal:
+            visible &= j <= p
+        if left is not None:
+            visible &= j >= p - left
+        if right is not None:
+            visible &= j <= p + right
+        bias = None
+        if mask is not None and mask.dtype == bool:
+            visible &= mask[b, h, i]
+        elif mask is not None:
+            bias = mask[b, h, i].astype(compute)
+            visible &= mask[b, h, i] != -np.inf
+
+        keys = k[b, h // group][visible].astype(compute)
+        values = v[b, h // group][visible].astype(compute)
+        with np.errstate(all="ignore"):
+            s = compute(scale) * (keys @ q[b, h, i].astype(compute))
+            if softcap is not None:
+                s = compute(softcap) * np.tanh(s / compute(softcap))
+            if bias is not None:
+                s = s + bias[visible]
+            if alibi_slopes is not None:
+                s = s - alibi_slopes[b, h] * np.abs(p - j[visible]).astype(compute)
+            logits = s if sinks is None else np.append(s, compute(sinks[h]))
+            if len(logits) == 0:
+                continue
+            top = logits.max()
+            weights = np.exp(logits - top)
+            total = weights.sum()
+            lse[b, h, i] = top + np.log(total)
+            weights = weights[: len(s)].astype(store).astype(compute)
+            out[b, h, i] = (weights @ values / total).astype(store)
+    return out[(0,) * (4 - rank)], lse[(0,) * (4 - rank)]
+
+
+def _digest(args, options):
+    state = hashlib.blake2b()
+    for name, value in (*enumerate(args), *sorted(options.items())):
+        array = np.asarray(value)
+        state.update(f"{name} {array.dtype} {array.shape} ".encode())
+        state.update(repr(value).encode() if array.dtype == object else array.tobytes())
+    return state.digest()
+
+
+class _Memo(dict):
+    """The same case is asked for on every engine; the oracle is slow."""
+
+    def __call__(self, args, options, compute, store):
+        key = _digest(args, options), compute, store
+        if key not in self:
+            self[key] = attention(*args, **options, compute=compute, store=store)
+        return self[key]
+
+
+_memo = _Memo()
+
+
+def ulp(dtype):
+    """The relative spacing of a dtype, bfloat16 included."""
+    return 2.0**-7 if np.dtype(dtype).name == "bfloat16" else float(np.finfo(dtype).eps)
+
+
+def _largest(array):
+    finite = np.abs(array[np.isfinite(array)])
+    return float(finite.max()) if finite.size else 0.0
+
+
+def _distance(actual, expected):
+    both = np.isfinite(actual) & np.isfinite(expected)
+    return _largest(actual[both].astype(np.float64) - expected[both])
+
+
+def assert_close(actual, expected, plain, floor, name="out"):
+    """`actual` is NaN and inf where `expected` is, and elsewhere about as close to it as `plain`."""
+    assert actual.shape == expected.shape
+    actual = actual.astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected), f"{name}: NaN in the wrong places")
+    infinite = np.isinf(expected)
+    np.testing.assert_array_equal(actual[infinite], expected[infinite], f"{name}: inf in the wrong places")
+    error = _distance(actual, expected)
+    allowed = 2 * _distance(plain.astype(np.float64), expected) + floor
+    assert np.isfinite(actual[np.isfinite(expected)]).all(), f"{name}: not finite where it should be"
+    assert error <= allowed, f"{name}: error {error:.3g} exceeds {allowed:.3g}"
+
+
+def assert_matches(q, k, v, **options):
+    """``fastattn.attention(q, k, v, **options)`` is right: output, lse, dtype and shape. Returns ``(out, lse)``."""
+    out, lse = fastattn.attention(q, k, v, return_lse=True, **options)
+    check(out, lse, q, k, v, **options)
+    return out, lse
+
+
+def check(out, lse, q, k, v, **options):
+    """Judge ``(out, lse)`` as the attention of these arguments."""
+    arrays = q, k, v = tuple(np.asarray(x) for x in (q, k, v))
+    dtype = q.dtype.newbyteorder("=")
+    single = np.float64 if dtype == np.float64 else np.float32
+    expected, expected_lse = _memo(arrays, options, np.float64, np.float64)
+    plain, plain_lse = _memo(arrays, options, single, dtype.type)
+
+    assert out.dtype == dtype
+    assert lse.dtype == np.float32
+    logit_error = ulp(single) * _largest(expected_lse)
+    assert_close(out, expected, plain, (ulp(dtype) + logit_error) * _largest(expected))
+    zero = (expected == 0).all(axis=-1)
+    assert not out[zero].any(), "out: rows that see nothing are exactly 0"
+    lse_floor = ulp(np.float32) * max(1.0, _largest(expected_lse))
+    undefined = np.isnan(expected_lse)  # the row holds NaN or inf: its lse is not finite, and that is all we promise
+    assert not np.isfinite(lse[undefined]).any()
+    assert_close(np.where(undefined, 0, lse), np.where(undefined, 0, expected_lse), plain_lse, lse_floor, "lse")

@@ -1,0 +1,629 @@
+"""Sections 1 and 2 of the contract, rule by rule, on every engine."""
+
+import numpy as np
+import pytest
+from inputs import DTYPES, SIZES, dtype_of, random_qkv, read_only, unaligned
+from numpy.lib.stride_tricks import as_strided
+from oracle import assert_matches, check
+
+import fastattn
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+INF, NAN = np.inf, np.nan
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("axis", ["q_len", "kv_len", "head_dim", "v_head_dim"])
+def test_every_size_on_every_axis(axis, size):
+    shape = {"heads": 2, "q_len": 6, "kv_len": 37, "head_dim": 19, "v_head_dim": 21, axis: size}
+    assert_matches(*random_qkv(**shape, seed=size))
+
+
+@pytest.mark.parametrize("kv_len, q_len", list(zip(SIZES, SIZES[7:] + SIZES[:7])))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_together(q_len, kv_len, dtype):
+    q, k, v = random_qkv(2, 4, q_len, kv_len, 33, 17, kv_heads=2, dtype=dtype, seed=q_len)
+    assert_matches(q, k, v, causal=True, query_offset=0)
+
+
+@pytest.mark.parametrize("head_dim, v_head_dim", [(128, 128), (192, 128), (160, 80), (256, 256), (299, 300), (1, 257), (257, 1)])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_head_sizes(head_dim, v_head_dim, q_len):
+    assert_matches(*random_qkv(1, 2, q_len, 70, head_dim, v_head_dim))
+
+
+@pytest.mark.parametrize("kv_len", [255, 257, 511, 513, 1023, 1025, 2049])
+@pytest.mark.parametrize("q_len", [1, 3, 37])
+def test_many_keys(q_len, kv_len):
+    assert_matches(*random_qkv(1, 2, q_len, kv_len, 24, kv_heads=1), causal=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_queries_and_keys(causal):
+    assert_matches(*random_qkv(1, 2, 700, 650, 40, 48), causal=causal)
+
+
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_very_many_keys(q_len):
+    """Long enough for the keys of one row to be split."""
+    q, k, v = random_qkv(1, 4, q_len, 20_000, 16, kv_heads=1)
+    assert_matches(q, k, v)
+    assert_matches(q, k, v, window=(12_345, None), sinks=np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("axis", ["batch", "heads", "q_len", "kv_len", "head_dim", "v_head_dim"])
+def test_zero_size_axes(axis):
+    shape = {"batch": 2, "heads": 3, "q_len": 4, "kv_len": 5, "head_dim": 6, "v_head_dim": 7, axis: 0}
+    q, k, v = random_qkv(**shape)
+    out, lse = assert_matches(q, k, v)
+    if axis == "kv_len":
+        assert not out.any() and (lse == -INF).all()
+    if axis == "head_dim":  # every logit is 0
+        np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape), rtol=1e-5)
+    assert_matches(q, k, v, causal=True, mask=np.ones((4 * (axis != "q_len"), 5 * (axis != "kv_len")), bool))
+
+
+def test_no_keys_but_a_sink():
+    q, k, v = random_qkv(heads=2, kv_len=0)
+    out, lse = assert_matches(q, k, v, sinks=np.float32([0.5, -2]))
+    assert not out.any()
+    np.testing.assert_array_equal(lse[0], np.broadcast_to(np.float32([[0.5], [-2]]), (2, 5)))
+
+
+# Heads, ranks, dtypes
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("q_len", [1, 5, 34])
+def test_grouped_heads(kv_heads, q_len):
+    q, k, v = random_qkv(2, 6, q_len, 45, 16, 8, kv_heads=kv_heads)
+    assert_matches(q, k, v)
+    assert_matches(q, k, v, causal=True, window=(20, None))
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_large_groups(q_len):
+    """More rows in a group of heads than any tile has."""
+    assert_matches(*random_qkv(1, 142, q_len, 50, 8, kv_heads=2), causal=True)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_ranks(rank):
+    q, k, v = (x[(0,) * (4 - rank)] for x in random_qkv(2, 3))
+    out, lse = assert_matches(q, k, v, causal=True)
+    assert out.ndim == rank and lse.ndim == rank - 1
+    mask = np.random.default_rng(0).random((*q.shape[:-1], k.shape[-2])) < 0.5
+    heads = 1 if rank == 2 else 3
+    slopes, sinks = np.linspace(0, 1, heads, dtype=np.float32), np.ones(heads, np.float32)
+    assert_matches(q, k, v, mask=mask, query_offset=20, kv_lengths=30, alibi_slopes=slopes, sinks=sinks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len, head_dim", [(1, 64), (7, 15), (65, 33)])
+def test_dtypes(dtype, q_len, head_dim):
+    q, k, v = random_qkv(2, 4, q_len, 130, head_dim, kv_heads=2, dtype=dtype)
+    assert_matches(q, k, v)
+    assert_matches(q, k, v, causal=True, softcap=5.0)
+
+
+@pytest.mark.parametrize("dtype, kv_dtype", [("float32", "float16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_queries_wider_than_keys(dtype, kv_dtype, q_len):
+    q, k, v = random_qkv(1, 2, q_len, 77, 20, dtype=dtype, kv_dtype=kv_dtype)
+    out, _ = assert_matches(q, k, v, causal=True)
+    assert out.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_finite_value_of_a_narrow_type(dtype):
+    """Loads of 16-bit types are exact, subnormal numbers included: with one key, out is v, bit for bit."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype_of(dtype))
+    every = every[np.isfinite(every.astype(np.float32))]
+    v = every[every != 0].reshape(1, -1)
+    q = np.zeros((1, 1), v.dtype)
+    out = fastattn.attention(q, q, v)
+    np.testing.assert_array_equal(out.view(np.uint16), v.view(np.uint16))
+
+
+def test_float16_output_rounds_to_nearest_even():
+    """Halfway between two neighbours, subnormal ones included."""
+    q = np.zeros((1, 1), np.float16)
+    k = np.zeros((2, 1), np.float16)
+    v = np.float16([[1, 65504, 6e-8, 3], [1 + 2**-10, 65504, 0, 3 + 2**-9]])
+    out = fastattn.attention(q, k, v)
+    np.testing.assert_array_equal(out, [[1, 65504, 0, 3]])
+
+
+def test_float64_is_for_the_numpy_backend(engine):
+    q, k, v = (x.astype(np.float64) for x in random_qkv())
+    if engine.backend == "numpy":
+        out, _ = assert_matches(q, k, v, causal=True)
+        assert out.dtype == np.float64
+    else:
+        with pytest.raises(TypeError, match="float64"):
+            fastattn.attention(q, k, v)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_precision_bounds_the_error(precision, dtype):
+    """A precision promises bits: of the operands of every product, that is of q, k, the weights and v."""
+    bits = {"highest": 24, "high": 16, "medium": 8}[precision]
+    q, k, v = random_qkv(1, 2, 50, 300, 64, dtype=dtype)
+    out = fastattn.attention(q, k, v, precision=precision)
+    exact = fastattn.attention(q, k, v)
+    if precision == "highest" or dtype == "bfloat16":
+        np.testing.assert_array_equal(out, exact)
+    error = np.abs(out.astype(np.float32) - exact.astype(np.float32)).max()
+    storage = {"float32": 0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    assert error <= 4 * 2.0**-bits + storage
+
+
+# Layout
+
+
+LAYOUTS = {
+    "BLHD": lambda x: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+    "LBHD": lambda x: np.ascontiguousarray(x.transpose(2, 0, 1, 3)).transpose(1, 2, 0, 3),
+    "reversed rows": lambda x: x[:, :, ::-1].copy()[:, :, ::-1],
+    "reversed batch and heads": lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+    "every third row": lambda x: np.repeat(x, 3, axis=2)[:, :, ::3],
+    "padded rows": lambda x: np.pad(x, [(0, 0), (0, 0), (0, 0), (0, 5)], constant_values=7)[..., :-5],
+    "reversed columns": lambda x: x[..., ::-1].copy()[..., ::-1],
+    "every second column": lambda x: np.repeat(x, 2, axis=3)[..., ::2],
+    "Fortran": np.asfortranarray,
+    "unaligned": unaligned,
+    "byte-swapped": lambda x: x.astype(x.dtype.newbyteorder()),
+    "read-only": read_only,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(layout, dtype):
+    if layout == "byte-swapped" and dtype == "bfloat16":
+        pytest.skip("ml_dtypes has no byte-swapped bfloat16")
+    q, k, v = (LAYOUTS[layout](x) for x in random_qkv(2, 4, 9, 35, 17, 13, kv_heads=2, dtype=dtype))
+    before = [x.copy() for x in (q, k, v)]
+    assert_matches(q, k, v, causal=True)
+    for x, same in zip((q, k, v), before):
+        np.testing.assert_array_equal(x, same)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_broadcast_axes(axis):
+    """Strides of 0, on the last axis too."""
+    shape = [2, 2, 7, 9]
+    shape[axis] = 1
+    x = np.random.default_rng(axis).standard_normal(shape).astype(np.float32)
+    x = np.broadcast_to(x, (2, 2, 7, 9))
+    assert_matches(x, x, x)
+    assert_matches(x, x, x, causal=True, mask=x[..., :7])
+
+
+def test_q_k_and_v_may_share_memory():
+    """Queries, keys and values cut out of one projection (B, L, 3, H, D)."""
+    packed = np.random.default_rng(0).standard_normal((2, 33, 3, 4, 16)).astype(np.float32)
+    assert_matches(*(packed[:, :, n].swapaxes(1, 2) for n in range(3)), causal=True)
+
+
+def test_rows_that_overlap():
+    signal = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    frames = as_strided(signal, (80, 16), (4, 4))
+    assert_matches(frames[:30], frames, frames, window=(10, 10))
+
+
+class DLPackOnly:
+    """A tensor of another library."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class ArrayInterfaceOnly:
+    def __init__(self, array):
+        self._array = array  # keeps the memory alive
+        self.__array_interface__ = array.__array_interface__
+
+
+@pytest.mark.parametrize("wrap", [DLPackOnly, ArrayInterfaceOnly])
+def test_arrays_of_other_libraries(wrap):
+    q, k, v = random_qkv(2, 4, 9, 35, 17, 13, kv_heads=2)
+    mask = np.random.default_rng(0).random((9, 35)) < 0.8
+    mask[:, 0] = True
+    out, lse = fastattn.attention(wrap(q), wrap(k), wrap(v), mask=wrap(mask), return_lse=True)
+    check(out, lse, q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.swapaxes(1, 2), lambda x: x[:, ::-1, ::-1], lambda x: x[..., ::2]])
+def test_out(dtype, view):
+    """`out` is filled and returned, whatever its strides, and nothing beside it is touched."""
+    q, k, v = random_qkv(2, 4, 4, 35, 16, 12, dtype=dtype)
+    base = np.full((2, 4, 4, 24), 99, q.dtype)
+    out = view(base)[..., :12]
+    result, lse = fastattn.attention(q, k, v, out=out, return_lse=True, causal=True)
+    assert result is out
+    check(out, lse, q, k, v, causal=True)
+    out[...] = 99
+    assert (base == 99).all()
+
+
+def test_out_is_not_written_when_an_error_is_raised():
+    q, k, v = random_qkv()
+    out = np.full((1, 1, 5, 19), 99, np.float32)
+    with pytest.raises(ValueError, match="kv_lengths"):
+        fastattn.attention(q, k, v, kv_lengths=38, out=out)
+    assert (out == 99).all()
+
+
+# Scores
+
+
+@pytest.mark.parametrize("scale", [0, 1, 0.3, -0.5, np.float32(2), 1e-30])
+def test_scale(scale):
+    assert_matches(*random_qkv(heads=2), scale=scale)
+
+
+def test_scale_of_zero_is_the_mean():
+    q, k, v = random_qkv()
+    out = fastattn.attention(q, k, v, scale=0.0)
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [30, 100, 1e4])
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_logits(magnitude, causal):
+    q, k, v = random_qkv(1, 2, 60, 700, 32)
+    assert_matches(q, k, v, scale=magnitude / np.sqrt(32), causal=causal)
+
+
+def test_logits_that_grow_along_the_keys():
+    """The running maximum moves in every tile, by so much that the earlier weights vanish."""
+    q, k, v = random_qkv(1, 1, 20, 1500, 8)
+    ramp = np.linspace(-1e4, 1e4, 1500, dtype=np.float32)
+    assert_matches(q, k, v, mask=np.ascontiguousarray(np.broadcast_to(ramp, (20, 1500))))
+    assert_matches(q, k, v, mask=np.ascontiguousarray(np.broadcast_to(ramp[::-1], (20, 1500))))
+
+
+@pytest.mark.parametrize("value", [-1e4, -104.0, -87.0, 88.0, 1e4, 3e38])
+def test_logits_that_are_all_alike(value):
+    """Only differences between logits matter, wherever on the axis of float32 they are."""
+    q, k, v = random_qkv(1, 1, 20, 300, 8)
+    out, lse = fastattn.attention(q, k, v, scale=0, mask=np.full((20, 300), value, np.float32), return_lse=True)
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape), atol=1e-6)
+    np.testing.assert_allclose(lse, value + np.log(300), rtol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 20.0, 50, 1e4])
+@pytest.mark.parametrize("scale", [None, 10.0])
+def test_softcap(softcap, scale):
+    assert_matches(*random_qkv(1, 2, 30, 300, 16), softcap=softcap, scale=scale)
+
+
+MASK_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
+
+
+def random_mask(shape, dtype, seed=0, hidden=0.3):
+    """A mask that hides some keys, and, if it holds floats, biases the others."""
+    random = np.random.default_rng(seed)
+    visible = random.random(shape) >= hidden
+    if dtype == "bool":
+        return visible
+    return np.where(visible, random.standard_normal(shape) * 3, -INF).astype(dtype_of(dtype))
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES)
+@pytest.mark.parametrize("shape", [(2, 4, 33, 70), (1, 1, 33, 70), (2, 1, 1, 70), (33, 70), (70,), (4, 33, 1), (1, 1), ()])
+def test_masks_broadcast(dtype, shape):
+    q, k, v = random_qkv(2, 4, 33, 70, 16, kv_heads=2)
+    assert_matches(q, k, v, mask=random_mask(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", MASK_DTYPES)
+@pytest.mark.parametrize("kv_len", [1, 15, 31, 33, 65, 600])
+def test_mask_sizes(dtype, kv_len):
+    q, k, v = random_qkv(1, 4, 7, kv_len, 16, kv_heads=2, dtype="float16")
+    assert_matches(q, k, v, mask=random_mask((4, 7, kv_len), dtype, seed=kv_len))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32", "float64"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "byte-swapped"])
+def test_mask_layouts(dtype, layout):
+    q, k, v = random_qkv(2, 2, 13, 40, 8)
+    assert_matches(q, k, v, mask=LAYOUTS[layout](random_mask((2, 2, 13, 40), dtype)))
+
+
+def test_a_mask_of_swapped_bytes():
+    q, k, v = random_qkv(2, 2, 13, 40, 8)
+    assert_matches(q, k, v, mask=random_mask((13, 40), "float32").astype(">f4").astype("<f4").astype(">f4"))
+
+
+def test_a_mask_that_is_transposed():
+    q, k, v = random_qkv(1, 2, 50, 90, 8)
+    assert_matches(q, k, v, mask=random_mask((90, 50), "float32").T)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_most_negative_float_is_a_bias_and_hides_nothing(dtype):
+    """Among other keys it has no weight; where all keys have it, they share the weight."""
+    dtype = dtype_of(dtype)
+    least = dtype.type(-65504) if dtype == np.float16 else np.nextafter(dtype.type(-INF), dtype.type(0))
+    q, k, v = random_qkv(1, 2, 20, 300, 8)
+    everywhere = fastattn.attention(q, k, v, mask=np.full((20, 300), least), scale=0)
+    np.testing.assert_allclose(everywhere, np.broadcast_to(v.mean(axis=2, keepdims=True), everywhere.shape), atol=1e-6)
+
+    visible = random_mask((20, 300), "bool")
+    some = fastattn.attention(q, k, v, mask=np.where(visible, dtype.type(0), least))
+    np.testing.assert_array_equal(np.isnan(some), False)
+    np.testing.assert_allclose(some, fastattn.attention(q, k, v, mask=visible), atol=1e-6)
+
+    v[:, :, 7] = NAN  # visible, so it counts, with however little weight
+    assert np.isnan(fastattn.attention(q, k, v, mask=np.full((20, 300), least))).all()
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"query_offset": 7}, {"query_offset": -3}, {"scale": 0}])
+def test_alibi(shape, options):
+    q, k, v = random_qkv(2, 4, 40, 90, 16, kv_heads=2)
+    slopes = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    assert_matches(q, k, v, alibi_slopes=slopes, **options)
+
+
+@pytest.mark.parametrize("sink", [0.0, -1e4, 5.0, 1e4])
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_sinks(sink, q_len):
+    q, k, v = random_qkv(2, 4, q_len, 90, 16, kv_heads=2)
+    sinks = np.float32([sink, -1, sink + 1, 2])
+    assert_matches(q, k, v, sinks=sinks)
+    assert_matches(q, k, v, sinks=sinks, causal=True, scale=3.0, query_offset=-10)
+
+
+# Visibility
+
+
+OFFSETS = [None, 0, 3, 29, 100, -1, -20, -100, [5, -7], np.array([0, 60]), np.array([-3, 4], np.int32)]
+
+
+@pytest.mark.parametrize("offset", OFFSETS, ids=str)
+@pytest.mark.parametrize("lengths", [None, 17, [37, 0], np.array([12, 30])], ids=str)
+def test_causal(offset, lengths):
+    q, k, v = random_qkv(2, 2, 29, 37, 8)
+    assert_matches(q, k, v, causal=True, query_offset=offset, kv_lengths=lengths)
+
+
+WINDOWS = [(0, 0), (3, 2), (0, None), (None, 0), (20, None), (None, 20), (None, None), (10_000, 10_000), (1, 40)]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("offset", [None, 0, 11, -20, [31, -100]], ids=str)
+def test_window(window, offset):
+    q, k, v = random_qkv(2, 2, 29, 37, 8)
+    assert_matches(q, k, v, window=window, query_offset=offset)
+    assert_matches(q, k, v, window=window, query_offset=offset, causal=True, kv_lengths=[37, 30])
+
+
+@pytest.mark.parametrize("window", [(100, 0), (300, 50), (None, 30), (7, None)], ids=str)
+@pytest.mark.parametrize("offset", [None, 0, 400], ids=str)
+def test_windows_over_many_tiles(window, offset):
+    assert_matches(*random_qkv(1, 2, 300, 1100, 8, kv_heads=1), window=window, query_offset=offset)
+
+
+@pytest.mark.parametrize("lengths", [0, 1, 36, 37, [0, 37], [37, 0], [0, 0], [16, 17]], ids=str)
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_kv_lengths(lengths, q_len):
+    q, k, v = random_qkv(2, 4, q_len, 37, 8, kv_heads=2)
+    assert_matches(q, k, v, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 5, 2**31 + 5, 2**40, -(2**31) - 5, -(2**40)])
+def test_positions_beyond_32_bits(offset):
+    q, k, v = random_qkv(1, 2, 20, 37, 8)
+    assert_matches(q, k, v, causal=True, query_offset=offset)
+    assert_matches(q, k, v, window=(offset, None) if offset > 0 else (None, -offset), query_offset=offset)
+    assert_matches(q, k, v, window=(2**62, 2**62), query_offset=offset)
+
+
+@pytest.mark.parametrize("first", [1, 255, 256, 700, 1299])
+@pytest.mark.parametrize("how", ["bool", "float32"])
+def test_whole_tiles_hidden_before_the_first_live_one(first, how):
+    """The state of a row is empty for several tiles; the rows of a tile wake up at different keys."""
+    q, k, v = random_qkv(1, 2, 40, 1400, 16)
+    visible = np.arange(1400) >= first + 2 * np.arange(40)[:, None]
+    visible[5] = False  # never wakes up
+    visible[6] = np.arange(1400) == 1399
+    visible[7] = True
+    mask = visible if how == "bool" else np.where(visible, np.float32(0), np.float32(-INF))
+    out, lse = assert_matches(q, k, v, mask=mask)
+    assert not out[:, :, 5].any() and (lse[:, :, 5] == -INF).all()
+    out, lse = assert_matches(q, k, v, mask=mask, sinks=np.float32([0.25, -7]))
+    assert not out[:, :, 5].any() and (lse[0, :, 5] == np.float32([0.25, -7])).all()
+
+
+HIDE_EVERYTHING = {
+    "causal": {"causal": True, "query_offset": -40},
+    "window before the keys": {"window": (3, 3), "query_offset": -40},
+    "window behind the keys": {"window": (3, 3), "query_offset": 400},
+    "lengths": {"kv_lengths": 0},
+    "boolean mask": {"mask": np.zeros((30, 50), bool)},
+    "one boolean": {"mask": np.zeros((), bool)},
+    "additive mask": {"mask": np.full((30, 50), -INF, np.float32)},
+    "a mask against causal": {"causal": True, "query_offset": 0, "mask": np.triu(np.ones((30, 50), bool), 1)},
+    "lengths against a window": {"kv_lengths": 10, "window": (5, 5), "query_offset": 20},
+}
+
+
+@pytest.mark.parametrize("how", HIDE_EVERYTHING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_see_nothing(how, dtype):
+    """0 and -inf, or the sink: never NaN, never the mean of V, and never what was in memory before."""
+    q, k, v = random_qkv(2, 2, 30, 50, 8, dtype=dtype)
+    for x in (k, v):
+        x[..., 0] = NAN
+    out = np.full_like(q, NAN)
+    _, lse = fastattn.attention(q, k, v, out=out, return_lse=True, **HIDE_EVERYTHING[how])
+    assert (out == 0).all() and (lse == -INF).all()
+    out[...] = NAN
+    sinks = np.float32([1.5, -3])
+    _, lse = fastattn.attention(q, k, v, out=out, return_lse=True, sinks=sinks, **HIDE_EVERYTHING[how])
+    assert (out == 0).all() and (lse == sinks[:, None]).all()
+
+
+# NaN and inf
+
+
+def hiding(how, visible):
+    """The keyword that hides all but the keys [a, b), for one of the mechanisms that can."""
+    a, b = visible
+    sees = (np.arange(600) >= a) & (np.arange(600) < b)
+    return {
+        "causal": {"causal": True, "query_offset": b - 1},
+        "window": {"window": (b - 1 - a, 0), "query_offset": b - 1},
+        "window ahead": {"window": (0, b - 1 - a), "query_offset": a},
+        "lengths": {"kv_lengths": b},
+        "boolean mask": {"mask": sees},
+        "float32 mask": {"mask": np.where(sees, np.float32(0.5), np.float32(-INF))},
+        "float16 mask": {"mask": np.where(sees, np.float16(0.5), np.float16(-INF))},
+        "float64 mask": {"mask": np.where(sees, 0.5, -INF)},
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how", ["causal", "window", "window ahead", "lengths", "boolean mask", "float32 mask", "float16 mask", "float64 mask"]
+)
+@pytest.mark.parametrize("a, b", [(0, 1), (0, 13), (0, 300), (37, 95), (300, 599), (590, 600)])
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_hidden_keys_and_values_never_touch_the_result(how, a, b, poison, dtype):
+    if a and how in ("causal", "lengths"):
+        pytest.skip("hides only what comes after")
+    q, k, v = random_qkv(1, 2, 1, 600, 20, 12, dtype=dtype)
+    keywords = hiding(how, (a, b))
+    clean, clean_lse = assert_matches(q, k, v, **keywords)
+    for x in (k, v):
+        x[:, :, :a] = poison
+        x[:, :, b:] = poison
+    out, lse = fastattn.attention(q, k, v, return_lse=True, **keywords)
+    np.testing.assert_array_equal(out, clean)
+    np.testing.assert_array_equal(lse, clean_lse)
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("key", [0, 20, 39])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_poison_reaches_exactly_the_rows_that_see_it(poison, where, key, dtype):
+    """Through causality, some rows of a tile see the poisoned key and their neighbours do not."""
+    q, k, v = random_qkv(1, 2, 40, 40, 9, dtype=dtype)
+    {"q": q, "k": k, "v": v}[where][0, 1, key, 3] = poison
+    assert_matches(q, k, v, causal=True)
+    assert_matches(q, k, v, mask=np.arange(40) != key)
+    assert_matches(q, k, v, mask=np.tri(40, dtype=bool), sinks=np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_poison_in_many_tiles(poison):
+    q, k, v = random_qkv(1, 1, 70, 1300, 16)
+    k[0, 0, 100] = poison
+    v[0, 0, 900, 5] = poison
+    assert_matches(q, k, v, window=(300, 0))
+    assert_matches(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 20.0}, {"sinks": np.zeros(1, np.float32)}], ids=str)
+def test_visible_scores_of_minus_inf_are_not_hidden_ones(options):
+    """The plain formula: NaN where all scores are -inf, no weight where some are."""
+    q, k, v = random_qkv(1, 1, 6, 50, 4)
+    q = np.abs(q)
+    k[...] = -INF
+    out, _ = assert_matches(q, k, v, **options)
+    if "softcap" not in options and "sinks" not in options:
+        assert np.isnan(out).all()
+    k[:, :, 30] = 1
+    assert_matches(q, k, v, **options)
+    k[:, :, 30] = INF
+    assert_matches(q, k, v, **options)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_masks_that_hold_nan_and_inf(value, dtype):
+    q, k, v = random_qkv(1, 1, 40, 40, 4)
+    mask = np.zeros((40, 40), dtype)
+    mask[20, 10] = mask[21, 30] = value
+    out, _ = assert_matches(q, k, v, mask=mask, causal=True)
+    assert np.isnan(out[0, 0, 20]).all() and np.isfinite(out[0, 0, 21]).all()
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask_dtype", ["bool", "float32"])
+@pytest.mark.parametrize("q_len, kv_len", [(1, 700), (50, 80), (130, 700)])
+def test_all_rules_compose(dtype, mask_dtype, q_len, kv_len):
+    q, k, v = random_qkv(2, 4, q_len, kv_len, 24, 20, kv_heads=2, dtype=dtype)
+    assert_matches(
+        q,
+        k,
+        v,
+        mask=random_mask((2, 1, q_len, kv_len), mask_dtype),
+        causal=True,
+        window=(200, 5),
+        query_offset=[kv_len - q_len - 3, 2],
+        kv_lengths=[kv_len - 1, kv_len // 2],
+        scale=-0.4,
+        softcap=3.0,
+        alibi_slopes=np.float32([0.01, 0.02, 0, -0.01]),
+        sinks=np.float32([-1, 0, 1, 2]),
+    )
+
+
+def test_keywords_that_change_nothing():
+    """An absent rule and one that allows everything are the same."""
+    q, k, v = random_qkv(2, 2, 20, 50, 8)
+    plain = fastattn.attention(q, k, v)
+    for options in (
+        {"mask": None, "window": None, "softcap": None, "scale": None, "sinks": None, "alibi_slopes": None},
+        {"window": (None, None)},
+        {"window": (50, 50), "query_offset": [30, 0]},
+        {"kv_lengths": [50, 50], "query_offset": 30},
+        {"causal": True, "query_offset": 49},
+        {"scale": 1 / np.sqrt(8)},
+    ):
+        np.testing.assert_array_equal(fastattn.attention(q, k, v, **options), plain)
+    for options in ({"mask": np.ones((20, 50), bool)}, {"mask": np.zeros((20, 50))}, {"alibi_slopes": np.zeros(2)}):
+        np.testing.assert_allclose(fastattn.attention(q, k, v, **options), plain, atol=1e-6)
+
+
+# More than 2**31 elements
+
+
+def test_more_than_2_to_the_31_keys():
+    """A key index does not fit 32 bits. The arrays are one row, repeated."""
+    kv_len = 2**31 + 1000
+    q, k, v = random_qkv(1, 1, 3, 1, 4)
+    k, v = (np.broadcast_to(x, (1, 1, kv_len, 4)) for x in (k, v))
+    out, lse = fastattn.attention(q, k, v, window=(99, 0), alibi_slopes=np.float32([0.1]), return_lse=True)
+    near = k[:, :, :102], v[:, :, :102]
+    check(out, lse, q, *near, window=(99, 0), alibi_slopes=np.float32([0.1]))
+
+
+def test_more_than_2_to_the_31_elements_apart(huge_zeros):
+    """An element's offset does not fit 32 bits. Only the last pages of the arrays are ever touched."""
+    rows = 2**31 // 64 + 300
+    q, k, v = random_qkv(1, 1, 3, 40, 64)
+    far_k, far_v = (huge_zeros((1, 1, rows, 64)) for _ in range(2))
+    far_k[:, :, -40:], far_v[:, :, -40:] = k, v
+    out, lse = fastattn.attention(q, far_k, far_v, window=(37, 0), return_lse=True)
+    check(out, lse, q, k, v, window=(37, 0))

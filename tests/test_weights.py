@@ -1,0 +1,55 @@
+"""attention_weights: the probabilities themselves."""
+
+import numpy as np
+import pytest
+from inputs import DTYPES, random_qkv
+from oracle import attention as expected_attention
+
+import fastattn
+
+pytestmark = pytest.mark.usefixtures("engine")
+
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"window": (4, 1), "query_offset": 3, "kv_lengths": [20, 9]},
+    {"softcap": 2.0, "scale": 3.0, "alibi_slopes": np.float32([0.1, 0.2, 0.3, 0.4])},
+    {"sinks": np.float32([0, 1, 2, -1]), "causal": True, "query_offset": -5},
+    {"mask": np.random.default_rng(0).random((13, 20)) < 0.4},
+    {"mask": np.where(np.random.default_rng(0).random((4, 13, 20)) < 0.4, 1.5, -np.inf)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights(options, dtype):
+    """Values that are the unit vectors make attention return its weights."""
+    q, k, _ = random_qkv(2, 4, 13, 20, 8, kv_heads=2, dtype=dtype)
+    unit = np.broadcast_to(np.eye(20), (2, 2, 20, 20))
+    expected, _ = expected_attention(q, k, unit, **options)
+    weights = fastattn.attention_weights(q, k, **options)
+    assert weights.dtype == np.float32 and weights.shape == (2, 4, 13, 20)
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    np.testing.assert_array_equal(weights == 0, expected.astype(np.float32) == 0)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_ranks(rank):
+    q, k, _ = (x[(0,) * (4 - rank)] for x in random_qkv(1, 2, 13, 20, 8))
+    weights = fastattn.attention_weights(q, k)
+    assert weights.shape == (*q.shape[:-1], 20)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+
+
+def test_they_are_the_weights_of_attention():
+    q, k, v = random_qkv(1, 2, 30, 50, 8)
+    weights = fastattn.attention_weights(q, k, causal=True)
+    np.testing.assert_allclose(weights @ v, fastattn.attention(q, k, v, causal=True), atol=1e-6)
+
+
+def test_hidden_poison_has_no_weight():
+    q, k, _ = random_qkv(1, 1, 10, 10, 8)
+    k[0, 0, 6] = np.nan
+    weights = fastattn.attention_weights(q, k, causal=True)
+    assert np.isfinite(weights[0, 0, :6]).all() and np.isnan(weights[0, 0, 6:, :7]).all()
+    assert not np.triu(weights[0, 0], 1).any()
