@@ -1,0 +1,107 @@
+#include "call.h"
+
+#include "check.h"
+#include "state.h"
+
+#include <math.h>
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static fa_rows plan_rows(const fastattn_attention_args *a) {
+    fa_rows r;
+    const fastattn_block_mask *blocks = a->block_mask;
+    r.group = a->num_heads / a->num_kv_heads;
+    if (blocks && blocks->head_stride != 0) r.group = 1;
+    r.sequences = a->num_heads / r.group;
+    r.count = a->q_len * r.group;
+    r.segment = blocks ? smaller(blocks->block_size * r.group, r.count) : r.count;
+    r.panels_a_segment = ceil_div(r.segment, FA_PANEL_ROWS);
+    /* Panels of a long sequence are full; those of a block row share it evenly, or a ragged one would come with each. */
+    const int64_t even = blocks ? ceil_div(r.segment, r.panels_a_segment) : smaller(r.segment, FA_PANEL_ROWS);
+    r.panel_rows = (int)smaller(ceil_div(even, FA_ROW_STEP) * FA_ROW_STEP, r.segment);
+    r.panels_a_segment = ceil_div(r.segment, r.panel_rows);
+    r.panels = r.count / r.segment * r.panels_a_segment + ceil_div(r.count % r.segment, r.panel_rows);
+    r.ld = (int)(ceil_div(r.panel_rows, FA_ROW_STEP) * FA_ROW_STEP);
+    return r;
+}
+
+/* Few rows over many keys leave threads idle, so the keys are split; the parts are merged exactly. The number depends on
+ * one batch entry's shape alone, never on the threads or the batch: results must not. */
+static void plan_splits(fa_call *call) {
+    enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024 };
+    const int64_t panels = call->rows.sequences * call->rows.panels, keys = call->args->kv_len;
+    const int64_t wanted = smaller(ceil_div(WANTED_ITEMS, panels), keys / FEWEST_KEYS);
+    call->split_keys = keys;
+    if (wanted > 1) call->split_keys = ceil_div(ceil_div(keys, wanted), call->block_keys) * call->block_keys;
+    call->splits = call->split_keys > 0 ? ceil_div(keys, call->split_keys) : 1;
+}
+
+/* Threads cost microseconds to wake; below this many multiplications one is faster. Results do not depend on it. */
+static int plan_threads(const fa_call *call) {
+    const double enough = 4e5;
+    const fastattn_attention_args *a = call->args;
+    const double work = (double)call->items * call->rows.ld * (double)smaller(call->split_keys, a->kv_len) *
+                        (double)(a->head_dim + a->v_head_dim);
+    int64_t threads = smaller(a->num_threads, call->items);
+    if (threads < 1 || work < 2 * enough) return 1;
+    return (int)(work / enough < (double)threads ? work / enough : (double)threads);
+}
+
+static size_t take(size_t *bytes, int64_t count, size_t size) {
+    const size_t at = *bytes;
+    *bytes += ((size_t)count * size + 63) / 64 * 64;
+    return at;
+}
+
+static fastattn_status plan_memory(fa_call *call) {
+    const fastattn_attention_args *a = call->args;
+    const int64_t ld = call->rows.ld, keys = call->block_keys;
+    fa_scratch *m = &call->scratch;
+    size_t bytes = 0;
+    m->q = take(&bytes, a->head_dim * ld, sizeof(float));
+    m->s = take(&bytes, keys * ld, sizeof(float));
+    m->bias = take(&bytes, keys * ld, sizeof(float));
+    m->shown = take(&bytes, keys * ld, sizeof(float));
+    m->k = take(&bytes, a->kv_dtype == FASTATTN_FLOAT32 ? 0 : keys * a->head_dim, sizeof(float));
+    m->v = take(&bytes, keys * a->v_head_dim, sizeof(float));
+    m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
+    m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 3 * sizeof(int64_t));
+    m->bytes = bytes;
+    call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;
+    const int workers = a->num_threads > 1 ? a->num_threads : 1;
+    const size_t most = SIZE_MAX / 4;
+    if (m->bytes > most / (size_t)workers ||
+        (call->partial_bytes > 0 && (size_t)call->items > most / call->partial_bytes))
+        return FASTATTN_ERROR_MEMORY;
+    call->workspace = m->bytes * (size_t)workers + call->partial_bytes * (size_t)call->items;
+    return FASTATTN_OK;
+}
+
+fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args) {
+    fastattn_status status = fastattn_check_args(args);
+    if (status != FASTATTN_OK) return status;
+    call->args = args;
+    call->uk = fastattn_ukernel_select(args->isa);
+    if (!call->uk) return FASTATTN_ERROR_ISA;
+    call->items = 0;
+    call->workspace = 0;
+    call->splits = 1;
+    call->threads = 1;
+    call->block_keys = 0;
+    if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) return FASTATTN_OK;
+
+    /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
+     * of 0. Other rules need the finished score. */
+    call->natural = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
+    const float log2_e = 1.44269504088896341f;
+    call->sign = call->natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
+    call->exponent = call->natural || args->scale == 0 ? log2_e : fabsf(args->scale) * log2_e;
+
+    call->rows = plan_rows(args);
+    call->block_keys = smaller(call->uk->block_keys, args->kv_len > 0 ? args->kv_len : 1);
+    plan_splits(call);
+    call->items = args->batch * call->rows.sequences * call->rows.panels * call->splits;
+    call->threads = plan_threads(call);
+    return plan_memory(call);
+}

@@ -1,0 +1,50 @@
+/* One call: the caller's arguments, checked, and what follows from them. */
+#ifndef FA_CALL_H
+#define FA_CALL_H
+
+#include "../ukernel/ukernel.h"
+
+/* How the rows of one (batch entry, key/value head) become panels.
+ *
+ * The `group` query heads that share a key/value head are packed into one sequence of rows, query by query:
+ * row = query * group + head, so that a panel spans few queries and its causal edge stays short. A segment is a run of
+ * rows that no panel crosses: all rows, or with a block mask the rows of one block row. Where a block mask differs
+ * between the heads of a group, each head is packed alone (group 1, heads_alone query heads in turn). */
+typedef struct fa_rows {
+    int64_t group;            /* query heads in a packed sequence */
+    int64_t sequences;        /* packed sequences per batch entry */
+    int64_t count;            /* rows of a packed sequence */
+    int64_t segment;          /* rows of a segment, the last one may have fewer */
+    int64_t panels_a_segment; /* each of panel_rows rows, the last one may have fewer */
+    int64_t panels;           /* panels of a packed sequence */
+    int panel_rows;           /* at most FA_PANEL_ROWS */
+    int ld;                   /* panel_rows rounded up to FA_ROW_STEP */
+} fa_rows;
+
+/* Scratch of one worker, as offsets in bytes from its beginning. */
+typedef struct fa_scratch {
+    size_t q, s, bias, shown, k, v, o, rows; /* rows: the vectors of one float a row, and the row pointers */
+    size_t bytes;
+} fa_scratch;
+
+typedef struct fa_call {
+    const fastattn_attention_args *args;
+    const fa_ukernel *uk;
+    fa_rows rows;
+    int64_t block_keys;    /* keys in one step */
+    int64_t splits;        /* parts of the keys, each an item of work */
+    int64_t split_keys;    /* keys of a part, a multiple of block_keys */
+    int64_t items;         /* batch * sequences * panels * splits */
+    int threads;           /* workers that pay off, at most args->num_threads */
+    int natural;           /* scores are finished by the rules; else the softmax scales them itself */
+    float sign;            /* multiplies q while packing */
+    float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
+    fa_scratch scratch;
+    size_t partial_bytes;  /* of the state of one item, where keys are split */
+    size_t workspace;      /* bytes in all */
+} fa_call;
+
+/* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. */
+fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args);
+
+#endif

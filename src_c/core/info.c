@@ -1,0 +1,77 @@
+/* What the library says of itself and of a call. */
+#include "keyblocks.h"
+
+#include <stdlib.h>
+
+#ifndef FASTATTN_VERSION
+#define FASTATTN_VERSION "unknown"
+#endif
+
+const char *fastattn_version(void) { return FASTATTN_VERSION; }
+
+const char *fastattn_status_string(fastattn_status status) {
+    switch (status) {
+    case FASTATTN_OK: return "success";
+    case FASTATTN_ERROR_ARGUMENT: return "a pointer is null or misaligned, or a struct size or an enum is unknown";
+    case FASTATTN_ERROR_SHAPE: return "a size is negative or too large, or num_heads is no multiple of num_kv_heads";
+    case FASTATTN_ERROR_DTYPE: return "the dtypes of q, k, v and mask are unknown or do not go together";
+    case FASTATTN_ERROR_SCALE: return "scale, softcap or a sink is not finite, or softcap is negative";
+    case FASTATTN_ERROR_KV_LENGTHS: return "an entry of kv_lengths is negative or larger than kv_len";
+    case FASTATTN_ERROR_BLOCK_MASK: return "the tables of block_mask are out of order or out of range";
+    case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
+    case FASTATTN_ERROR_MEMORY: return "out of memory";
+    case FASTATTN_ERROR_ISA: return "the instruction set is unknown or not available";
+    }
+    return "unknown status";
+}
+
+const char *fastattn_isa_name(fastattn_isa isa) {
+    switch (isa) {
+    case FASTATTN_ISA_BEST: return "best";
+    case FASTATTN_ISA_PORTABLE: return "portable";
+    case FASTATTN_ISA_AVX2: return "avx2";
+    case FASTATTN_ISA_AVX512: return "avx512";
+    case FASTATTN_ISA_AMX: return "amx";
+    case FASTATTN_ISA_NEON: return "neon";
+    }
+    return NULL;
+}
+
+int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(isa) != NULL; }
+
+/* (row, key) pairs of the blocks that the loop would visit, as counted by its own iterator. */
+static double visited_pairs(const fa_call *call, char *memory) {
+    double pairs = 0;
+    for (int64_t item = 0; item < call->items; item++) {
+        const fa_panel panel = fastattn_panel_of(call, item, memory);
+        fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
+        fa_key_block block;
+        while (fastattn_next_key_block(&blocks, &block)) pairs += (double)block.keys * panel.rows;
+    }
+    return pairs;
+}
+
+fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info) {
+    if (!info || info->size != sizeof *info) return FASTATTN_ERROR_ARGUMENT;
+    fa_call call;
+    const fastattn_status status = fastattn_call_prepare(&call, args);
+    if (status != FASTATTN_OK) return status;
+    double visited = 0;
+    if (call.items > 0) {
+        char *memory = malloc(call.scratch.bytes - call.scratch.rows);
+        if (!memory) return FASTATTN_ERROR_MEMORY;
+        visited = visited_pairs(&call, memory);
+        free(memory);
+    }
+    const double pairs = (double)args->batch * (double)args->num_heads * (double)args->q_len * (double)args->kv_len;
+    info->isa = call.uk->isa;
+    info->kernel = call.uk->name;
+    info->tile_rows = call.items > 0 ? call.rows.panel_rows : 0;
+    info->tile_keys = call.block_keys;
+    info->splits = call.splits;
+    info->work_items = call.items;
+    info->num_threads = call.threads;
+    info->workspace = call.workspace;
+    info->visible_fraction = pairs > 0 ? visited / pairs : 0;
+    return FASTATTN_OK;
+}

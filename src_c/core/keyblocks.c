@@ -1,0 +1,66 @@
+#include "keyblocks.h"
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
+    fa_key_blocks it = {0};
+    /* Bounds ascend with the row, so the first and the last row tell all. */
+    const int last = panel->rows - 1;
+    it.next = larger(panel->first_key, panel->begin[0]);
+    it.end = smaller(panel->end_key, panel->end[last]);
+    it.full_from = panel->begin[last];
+    it.full_to = panel->end[0];
+    it.step = call->block_keys;
+    it.run_end = it.end;
+    it.mask = call->args->block_mask;
+    if (it.mask) {
+        it.block_row = panel->query[0] / it.mask->block_size;
+        const int64_t row = panel->batch * it.mask->batch_stride + panel->head * it.mask->head_stride + it.block_row;
+        it.entry = it.mask->indptr[row];
+        it.last_entry = it.mask->indptr[row + 1];
+        it.run_end = it.next;
+    }
+    return it;
+}
+
+/* Takes the next listed block with a key in reach, and whole blocks that follow it without a gap. */
+static int next_run(fa_key_blocks *it) {
+    const fastattn_block_mask *m = it->mask;
+    const int64_t size = m->block_size;
+    while (it->entry < it->last_entry && (m->indices[it->entry] + 1) * size <= it->next) it->entry++;
+    if (it->entry == it->last_entry || m->indices[it->entry] * size >= it->end) return 0;
+    const int64_t block = m->indices[it->entry];
+    const int32_t element_mask = m->partial ? m->partial[it->entry] : -1;
+    it->entry++;
+    it->next = larger(it->next, block * size);
+    it->run_end = (block + 1) * size;
+    it->bits = NULL;
+    if (element_mask >= 0) {
+        it->bits = m->element_bits + element_mask * size * ((size + 7) / 8);
+        it->bits_first = block * size;
+    } else
+        while (it->entry < it->last_entry && m->indices[it->entry] * size == it->run_end &&
+               (!m->partial || m->partial[it->entry] < 0)) {
+            it->run_end += size;
+            it->entry++;
+        }
+    it->run_end = smaller(it->run_end, it->end);
+    return 1;
+}
+
+int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
+    if (it->next >= it->end) return 0;
+    if (it->next >= it->run_end && !(it->mask && next_run(it))) return 0;
+    block->first = it->next;
+    block->keys = smaller(it->step, it->run_end - it->next);
+    it->next += block->keys;
+    block->partial = block->first < it->full_from || it->next > it->full_to;
+    block->bits = NULL;
+    if (it->bits) {
+        block->bits_stride = (it->mask->block_size + 7) / 8;
+        block->bits = it->bits + (block->first - it->bits_first) * block->bits_stride;
+        block->bits_query = it->block_row * it->mask->block_size;
+    }
+    return 1;
+}

@@ -1,0 +1,34 @@
+/* The keys of a panel, block by block: only those that some row may see. Dense, causal, windowed, of limited length or
+ * block-sparse, the loop that asks cannot tell. */
+#ifndef FA_KEYBLOCKS_H
+#define FA_KEYBLOCKS_H
+
+#include "panel.h"
+
+typedef struct fa_key_block {
+    int64_t first;         /* key */
+    int64_t keys;          /* at most call->block_keys */
+    int partial;           /* some row does not see some key by its position */
+    const uint8_t *bits;   /* element mask (see fastattn_block_mask) from the first key on, or null */
+    int64_t bits_stride;   /* bytes from one key's bits to the next */
+    int64_t bits_query;    /* the query of bit 0 */
+} fa_key_block;
+
+typedef struct fa_key_blocks {
+    int64_t next, end;            /* keys that some row sees by position */
+    int64_t full_from, full_to;   /* keys that every row sees by position */
+    int64_t step;
+    const fastattn_block_mask *mask;
+    int64_t entry, last_entry;    /* of the block row's list */
+    int64_t run_end;              /* keys before it belong to blocks already taken from the list */
+    int64_t block_row;
+    const uint8_t *bits;          /* element mask of the current block, at run_bits_first */
+    int64_t bits_first;
+} fa_key_blocks;
+
+fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel);
+
+/* The next block, in ascending order of keys; 0 when there is none. */
+int fastattn_next_key_block(fa_key_blocks *blocks, fa_key_block *block);
+
+#endif

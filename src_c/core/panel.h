@@ -1,0 +1,35 @@
+/* The rows of one item of work, and the keys that they may see. */
+#ifndef FA_PANEL_H
+#define FA_PANEL_H
+
+#include "call.h"
+
+typedef struct fa_panel {
+    int64_t batch, kv_head;
+    int64_t head;           /* query head of the packed sequence's first */
+    int64_t first_row;      /* of the panel, in its packed sequence */
+    int64_t offset;         /* query_offset of the batch entry */
+    int64_t first_key, end_key; /* keys of this item's split */
+    int rows;               /* real rows */
+    int padded;             /* rows rounded up to FA_ROW_STEP: columns that the slots work on */
+    int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
+    int64_t *begin, *end;   /* [padded] visible keys by position: causal, window, lengths; both ascend */
+    float *slopes;          /* [padded] when there are ALiBi slopes */
+    float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
+    float *begin_of, *end_of;
+    float *alpha;
+    const void **rows_of;   /* [padded] row pointers: of q, then of the mask */
+    void **outputs;         /* [padded] row pointers of out */
+} fa_panel;
+
+/* The panel of an item; its vectors live in `memory`, the rows part of a worker's scratch. */
+fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory);
+
+/* The query head of row r. */
+int64_t fastattn_panel_head(const fa_call *call, const fa_panel *panel, int r);
+
+/* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
+void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
+void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
+
+#endif

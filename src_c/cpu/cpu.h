@@ -1,0 +1,13 @@
+/* What this processor and its system can run. */
+#ifndef FA_CPU_H
+#define FA_CPU_H
+
+enum {
+    FA_CPU_AVX2 = 1,  /* AVX2, FMA, F16C and the system saves ymm registers */
+    FA_CPU_AVX512 = 2 /* AVX-512 F, BW, DQ, VL and the system saves zmm and mask registers */
+};
+
+/* 1 when all of these features are there. The answer is found once and kept. */
+int fastattn_cpu_has(unsigned features);
+
+#endif

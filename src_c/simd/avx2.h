@@ -1,0 +1,79 @@
+/* Eight float32 lanes: AVX2, FMA and F16C. The operations are described in portable.h. */
+#ifndef FA_SIMD_AVX2_H
+#define FA_SIMD_AVX2_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+#define SIMD_LANES 8
+#define SIMD_TILE_VECTORS 2
+#define SIMD_TILE_WIDTH(vectors) 6
+
+typedef __m256 simd_f;
+typedef __m256 simd_m;
+
+static inline simd_f simd_set1(float x) { return _mm256_set1_ps(x); }
+static inline simd_f simd_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void simd_store(float *p, simd_f a) { _mm256_storeu_ps(p, a); }
+static inline simd_f simd_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline simd_f simd_load_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline simd_f simd_load_bool(const uint8_t *p) {
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
+    return _mm256_and_ps(hidden, _mm256_set1_ps(-INFINITY));
+}
+static inline void simd_store_f16(uint16_t *p, simd_f a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void simd_store_bf16(uint16_t *p, simd_f a) {
+    __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storeu_si128((__m128i *)p, packed);
+}
+static inline simd_f simd_add(simd_f a, simd_f b) { return _mm256_add_ps(a, b); }
+static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm256_sub_ps(a, b); }
+static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm256_mul_ps(a, b); }
+static inline simd_f simd_div(simd_f a, simd_f b) { return _mm256_div_ps(a, b); }
+static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm256_fmadd_ps(a, b, c); }
+static inline simd_f simd_max(simd_f a, simd_f b) { return _mm256_max_ps(a, b); }
+static inline simd_f simd_abs(simd_f a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline simd_f simd_round(simd_f a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline simd_f simd_scale2(simd_f a, simd_f n) {
+    __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+}
+static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+static inline simd_m simd_or(simd_m a, simd_m b) { return _mm256_or_ps(a, b); }
+static inline int simd_any(simd_m a) { return _mm256_movemask_ps(a) != 0; }
+static inline int simd_all(simd_m a) { return _mm256_movemask_ps(a) == 0xff; }
+static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm256_blendv_ps(b, a, m); }
+static inline void simd_transpose(simd_f v[8]) {
+    __m256 a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+
+#endif

@@ -1,0 +1,79 @@
+/* Sixteen float32 lanes: AVX-512 F, BW, DQ, VL. The operations are described in portable.h. */
+#ifndef FA_SIMD_AVX512_H
+#define FA_SIMD_AVX512_H
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+#define SIMD_LANES 16
+#define SIMD_TILE_VECTORS 4
+#define SIMD_TILE_WIDTH(vectors) ((vectors) == 4 ? 6 : (vectors) == 3 ? 8 : 12)
+
+typedef __m512 simd_f;
+typedef __mmask16 simd_m;
+
+static inline simd_f simd_set1(float x) { return _mm512_set1_ps(x); }
+static inline simd_f simd_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void simd_store(float *p, simd_f a) { _mm512_storeu_ps(p, a); }
+static inline simd_f simd_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline simd_f simd_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline simd_f simd_load_bool(const uint8_t *p) {
+    __mmask16 shown = _cvtu32_mask16(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(-1)));
+    return _mm512_mask_blend_ps(shown, _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
+}
+static inline void simd_store_f16(uint16_t *p, simd_f a) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+static inline void simd_store_bf16(uint16_t *p, simd_f a) {
+    __m512i bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+static inline simd_f simd_add(simd_f a, simd_f b) { return _mm512_add_ps(a, b); }
+static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); }
+static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm512_mul_ps(a, b); }
+static inline simd_f simd_div(simd_f a, simd_f b) { return _mm512_div_ps(a, b); }
+static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmadd_ps(a, b, c); }
+static inline simd_f simd_max(simd_f a, simd_f b) { return _mm512_max_ps(a, b); }
+static inline simd_f simd_abs(simd_f a) { return _mm512_abs_ps(a); }
+static inline simd_f simd_round(simd_f a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline simd_f simd_scale2(simd_f a, simd_f n) { return _mm512_scalef_ps(a, n); }
+static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline simd_m simd_or(simd_m a, simd_m b) { return _kor_mask16(a, b); }
+static inline int simd_any(simd_m a) { return a != 0; }
+static inline int simd_all(simd_m a) { return a == 0xffff; }
+static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm512_mask_blend_ps(m, b, a); }
+/* Pairs, then quadruples within 128-bit quarters, then the quarters themselves. */
+static inline void simd_transpose(simd_f v[16]) {
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        __m512 low0 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), low1 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        __m512 high0 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        __m512 high1 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(low0, high0, 0x88);
+        v[i + 4] = _mm512_shuffle_f32x4(low1, high1, 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(low0, high0, 0xdd);
+        v[i + 12] = _mm512_shuffle_f32x4(low1, high1, 0xdd);
+    }
+}
+
+#endif

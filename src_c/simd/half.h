@@ -1,0 +1,48 @@
+/* Scalar conversions between float32 and the 16-bit types; rounding is to nearest, ties to even. */
+#ifndef FA_SIMD_HALF_H
+#define FA_SIMD_HALF_H
+
+#include <stdint.h>
+#include <string.h>
+
+static inline float fa_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline uint32_t fa_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float fa_from_bf16(uint16_t h) { return fa_from_bits((uint32_t)h << 16); }
+
+static inline uint16_t fa_to_bf16(float x) {
+    uint32_t bits = fa_to_bits(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u); /* stay a NaN */
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static inline float fa_from_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return fa_from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+    /* Exponent and fraction moved into place are the value times 2**-112, exactly, for subnormal numbers too. */
+    float x = fa_from_bits(rest << 13) * fa_from_bits(0x77800000u);
+    return fa_from_bits(sign | fa_to_bits(x));
+}
+
+static inline uint16_t fa_to_f16(float x) {
+    uint32_t bits = fa_to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+    if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
+    if (rest < 0x38800000u) { /* below 2**-14: let the addition of 0.5 round to units of 2**-24 */
+        float y = fa_from_bits(rest) + 0.5f;
+        return (uint16_t)(sign | (fa_to_bits(y) - 0x3f000000u));
+    }
+    rest += 0xfffu + (rest >> 13 & 1u);
+    return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
+}
+
+#endif

@@ -1,0 +1,62 @@
+/* Four float32 lanes: AArch64 Advanced SIMD. The operations are described in portable.h. */
+#ifndef FA_SIMD_NEON_H
+#define FA_SIMD_NEON_H
+
+#include <arm_neon.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SIMD_LANES 4
+#define SIMD_TILE_VECTORS 4
+#define SIMD_TILE_WIDTH(vectors) 6
+
+typedef float32x4_t simd_f;
+typedef uint32x4_t simd_m;
+
+static inline simd_f simd_set1(float x) { return vdupq_n_f32(x); }
+static inline simd_f simd_load(const float *p) { return vld1q_f32(p); }
+static inline void simd_store(float *p, simd_f a) { vst1q_f32(p, a); }
+static inline simd_f simd_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline simd_f simd_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline simd_f simd_load_bool(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    uint16x4_t wide = vget_low_u16(vmovl_u8(vcreate_u8(four)));
+    uint32x4_t hidden = vceqq_u32(vmovl_u16(wide), vdupq_n_u32(0));
+    return vreinterpretq_f32_u32(vandq_u32(hidden, vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
+}
+static inline void simd_store_f16(uint16_t *p, simd_f a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
+static inline void simd_store_bf16(uint16_t *p, simd_f a) {
+    uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+    vst1_u16(p, vshrn_n_u32(rounded, 16));
+}
+static inline simd_f simd_add(simd_f a, simd_f b) { return vaddq_f32(a, b); }
+static inline simd_f simd_sub(simd_f a, simd_f b) { return vsubq_f32(a, b); }
+static inline simd_f simd_mul(simd_f a, simd_f b) { return vmulq_f32(a, b); }
+static inline simd_f simd_div(simd_f a, simd_f b) { return vdivq_f32(a, b); }
+static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(c, a, b); }
+static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline simd_f simd_abs(simd_f a) { return vabsq_f32(a); }
+static inline simd_f simd_round(simd_f a) { return vrndnq_f32(a); }
+static inline simd_f simd_scale2(simd_f a, simd_f n) {
+    int32x4_t power = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(power, 23)));
+}
+static inline simd_m simd_lt(simd_f a, simd_f b) { return vcltq_f32(a, b); }
+static inline simd_m simd_eq(simd_f a, simd_f b) { return vceqq_f32(a, b); }
+static inline simd_m simd_or(simd_m a, simd_m b) { return vorrq_u32(a, b); }
+static inline int simd_any(simd_m a) { return vmaxvq_u32(a) != 0; }
+static inline int simd_all(simd_m a) { return vminvq_u32(a) != 0; }
+static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return vbslq_f32(m, a, b); }
+static inline void simd_transpose(simd_f v[4]) {
+    float32x4x2_t low = vtrnq_f32(v[0], v[1]), high = vtrnq_f32(v[2], v[3]);
+    v[0] = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
+    v[1] = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
+    v[2] = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
+    v[3] = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
+}
+
+#endif

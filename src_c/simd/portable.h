@@ -1,0 +1,60 @@
+/* The float32 lanes of the kernels in plain C: four at a time, in a shape that compilers turn into whatever the
+ * baseline offers. The other headers of this folder define the same names in the same order. */
+#ifndef FA_SIMD_PORTABLE_H
+#define FA_SIMD_PORTABLE_H
+
+#include "half.h"
+
+#include <math.h>
+
+#define SIMD_LANES 4
+#define SIMD_TILE_VECTORS 2 /* vectors of rows in a register tile, at most */
+#define SIMD_TILE_WIDTH(vectors) 4 /* broadcast elements beside them */
+
+typedef struct simd_f { float lane[4]; } simd_f;
+typedef struct simd_m { int lane[4]; } simd_m;
+
+#define SIMD_EACH(i) for (int i = 0; i < 4; i++)
+
+static inline simd_f simd_set1(float x) { return (simd_f){{x, x, x, x}}; }
+static inline simd_f simd_load(const float *p) { simd_f r; memcpy(&r, p, sizeof r); return r; }
+static inline void simd_store(float *p, simd_f a) { memcpy(p, &a, sizeof a); }
+static inline simd_f simd_load_f16(const uint16_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(p[i]); return r; }
+static inline simd_f simd_load_bf16(const uint16_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(p[i]); return r; }
+static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }
+static inline void simd_store_f16(uint16_t *p, simd_f a) { SIMD_EACH(i) p[i] = fa_to_f16(a.lane[i]); }
+static inline void simd_store_bf16(uint16_t *p, simd_f a) { SIMD_EACH(i) p[i] = fa_to_bf16(a.lane[i]); }
+static inline simd_f simd_add(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] += b.lane[i]; return a; }
+static inline simd_f simd_sub(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] -= b.lane[i]; return a; }
+static inline simd_f simd_mul(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] *= b.lane[i]; return a; }
+static inline simd_f simd_div(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] /= b.lane[i]; return a; }
+/* a * b + c; fused where the instruction set has it. */
+static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { SIMD_EACH(i) a.lane[i] = a.lane[i] * b.lane[i] + c.lane[i]; return a; }
+/* The larger one; b where either is NaN. */
+static inline simd_f simd_max(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+static inline simd_f simd_abs(simd_f a) { SIMD_EACH(i) a.lane[i] = fabsf(a.lane[i]); return a; }
+/* To the nearest integer, ties to even, for |a| < 2**22. */
+static inline simd_f simd_round(simd_f a) { SIMD_EACH(i) a.lane[i] = (a.lane[i] + 12582912.0f) - 12582912.0f; return a; }
+/* a * 2**n for an integer n from -126 to 127 and 0.5 < a < 2 (or NaN); anything for other n. */
+static inline simd_f simd_scale2(simd_f a, simd_f n) {
+    SIMD_EACH(i) a.lane[i] *= fa_from_bits((fa_to_bits(n.lane[i] + 12583039.0f) & 0xffu) << 23);
+    return a;
+}
+static inline simd_m simd_lt(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] < b.lane[i]; return r; }
+static inline simd_m simd_eq(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] == b.lane[i]; return r; }
+static inline simd_m simd_or(simd_m a, simd_m b) { SIMD_EACH(i) a.lane[i] |= b.lane[i]; return a; }
+static inline int simd_any(simd_m a) { return a.lane[0] | a.lane[1] | a.lane[2] | a.lane[3]; }
+static inline int simd_all(simd_m a) { return a.lane[0] & a.lane[1] & a.lane[2] & a.lane[3]; }
+static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = m.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+/* Exchanges rows and lanes of a square of SIMD_LANES vectors. */
+static inline void simd_transpose(simd_f v[4]) {
+    SIMD_EACH(i) for (int j = 0; j < i; j++) {
+        float x = v[i].lane[j];
+        v[i].lane[j] = v[j].lane[i];
+        v[j].lane[i] = x;
+    }
+}
+
+#undef SIMD_EACH
+
+#endif

@@ -1,0 +1,11 @@
+/* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add. */
+#include "ukernel.h"
+
+#if defined(__aarch64__) || defined(_M_ARM64)
+
+#include "../simd/neon.h"
+#include "template.h"
+
+FA_TABLE(neon, FASTATTN_ISA_NEON, 96)
+
+#endif

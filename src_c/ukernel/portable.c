@@ -1,0 +1,5 @@
+/* The micro-kernels in plain C: the reference for the others, and what runs where none of them does. */
+#include "../simd/portable.h"
+#include "template.h"
+
+FA_TABLE(portable, FASTATTN_ISA_PORTABLE, 96)

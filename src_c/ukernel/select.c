@@ -1,0 +1,25 @@
+/* Which table of micro-kernels runs. */
+#include "../cpu/cpu.h"
+#include "ukernel.h"
+
+const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
+    if (limit == FASTATTN_ISA_BEST) {
+        static const fastattn_isa best_first[] = {FASTATTN_ISA_AVX512, FASTATTN_ISA_AVX2, FASTATTN_ISA_NEON};
+        for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
+            const fa_ukernel *uk = fastattn_ukernel_select(best_first[i]);
+            if (uk) return uk;
+        }
+        return &fastattn_ukernel_portable;
+    }
+    switch (limit) {
+    case FASTATTN_ISA_PORTABLE: return &fastattn_ukernel_portable;
+#if defined(__x86_64__) || defined(_M_X64)
+    case FASTATTN_ISA_AVX2: return fastattn_cpu_has(FA_CPU_AVX2) ? &fastattn_ukernel_avx2 : NULL;
+    case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? &fastattn_ukernel_avx512 : NULL;
+#endif
+#if defined(__aarch64__) || defined(_M_ARM64)
+    case FASTATTN_ISA_NEON: return &fastattn_ukernel_neon;
+#endif
+    default: return NULL;
+    }
+}

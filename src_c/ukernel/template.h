@@ -1,0 +1,31 @@
+/* The slots of ukernel.h for one instruction set. Include it once, after the instruction set's SIMD header and inside its
+ * target region; FA_TABLE then defines the table. */
+#include "ukernel.h"
+#include "../simd/half.h"
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#if defined(__GNUC__)
+#define FA_INLINE static inline __attribute__((always_inline))
+#else
+#define FA_INLINE static inline
+#endif
+#if defined(__clang__)
+#define FA_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define FA_UNROLL _Pragma("GCC unroll 16")
+#else
+#define FA_UNROLL
+#endif
+
+#include "pack.h"
+#include "softmax.h"
+#include "scores.h"
+#include "tile.h"
+
+#define FA_TABLE(suffix, isa, keys)                                                                       \
+    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys, pack, widen, qk, mask, \
+                                                  scores,             softmax, pv,   finite, unpack};

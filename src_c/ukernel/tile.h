@@ -1,0 +1,91 @@
+/* Template: the two products of attention as one register tile.
+ *
+ * Parameters, from the SIMD header: simd_f, SIMD_LANES, SIMD_TILE_VECTORS (1 to 4) and SIMD_TILE_WIDTH(vectors) (at most
+ * 12). A tile keeps width x vectors accumulators and reads, for every step, `vectors` vectors of the panel and
+ * `width` single elements. */
+
+#define FA_TILE_MAX_WIDTH 12
+
+/* acc[w][v] = sum over steps of a[w * across + step * along] * panel[step][v]; then either stored to c, or added to
+ * c scaled by alpha. width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
+FA_INLINE void tile(int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
+                    ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+    simd_f acc[FA_TILE_MAX_WIDTH][4];
+    FA_UNROLL for (int w = 0; w < width; w++)
+        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
+    for (int64_t step = 0; step < steps; step++, a += along, panel += ld) {
+        simd_f b[4];
+        FA_UNROLL for (int v = 0; v < vectors; v++) b[v] = simd_load(panel + v * SIMD_LANES);
+        FA_UNROLL for (int w = 0; w < width; w++) {
+            simd_f element = simd_set1(a[w * across]);
+            FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_fma(element, b[v], acc[w][v]);
+        }
+    }
+    FA_UNROLL for (int v = 0; v < vectors; v++) {
+        simd_f factor = alpha ? simd_load(alpha + v * SIMD_LANES) : simd_set1(0.0f);
+        FA_UNROLL for (int w = 0; w < width; w++) {
+            float *to = c + w * ld + v * SIMD_LANES;
+            simd_store(to, alpha ? simd_fma(simd_load(to), factor, acc[w][v]) : acc[w][v]);
+        }
+    }
+}
+
+/* Calls tile() with width as a constant. */
+FA_INLINE void tile_of(int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
+                       ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+#define FA_CASE(n)                                                                  \
+    case n:                                                                         \
+        if (n <= SIMD_TILE_WIDTH(vectors)) tile(n, vectors, c, alpha, a, across, along, panel, ld, steps); \
+        break;
+    switch (width) {
+        FA_CASE(1) FA_CASE(2) FA_CASE(3) FA_CASE(4) FA_CASE(5) FA_CASE(6)
+        FA_CASE(7) FA_CASE(8) FA_CASE(9) FA_CASE(10) FA_CASE(11) FA_CASE(12)
+    }
+#undef FA_CASE
+}
+
+/* All `count` elements across, for `vectors` vectors of rows. The last two tiles share what is left evenly, because a
+ * narrow tile cannot keep the multipliers busy. */
+FA_INLINE void tile_strip(int vectors, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
+                          ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+    const int widest = SIMD_TILE_WIDTH(vectors);
+    while (count > 0) {
+        int width = (int)(count >= 2 * widest || count == widest ? widest
+                          : count > widest                       ? (count + 1) / 2
+                                                                 : count);
+        tile_of(width, vectors, c, alpha, a, across, along, panel, ld, steps);
+        c += width * ld;
+        a += width * across;
+        count -= width;
+    }
+}
+
+/* The whole product: strips of the widest vectors, then what is left of the rows. */
+FA_INLINE void tile_product(int rows, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
+                            ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+    for (int row = 0; row < rows;) {
+        int vectors = (rows - row) / SIMD_LANES;
+        if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;
+        float *to = c + row;
+        const float *from = panel + row, *factor = alpha ? alpha + row : alpha;
+        switch (vectors) {
+#if SIMD_TILE_VECTORS >= 4
+        case 4: tile_strip(4, count, to, factor, a, across, along, from, ld, steps); break;
+        case 3: tile_strip(3, count, to, factor, a, across, along, from, ld, steps); break;
+#endif
+        case 2: tile_strip(2, count, to, factor, a, across, along, from, ld, steps); break;
+        case 1: tile_strip(1, count, to, factor, a, across, along, from, ld, steps); break;
+        }
+        row += vectors * SIMD_LANES;
+    }
+}
+
+static void qk(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
+               int64_t head_dim) {
+    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, head_dim);
+}
+
+static void pv(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
+               int64_t keys, int64_t v_head_dim) {
+    tile_product(rows, v_head_dim, o, alpha, v, 1, stride, p, ld, keys);
+}

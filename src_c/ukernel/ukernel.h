@@ -1,0 +1,101 @@
+/* The contract between the engine (core/) and the micro-kernels (ukernel/).
+ *
+ * Queries are lanes. A panel is up to FA_PANEL_ROWS query rows of one key/value head, transposed once so that every vector
+ * of the kernels holds one number of FA_ROW_STEP or more different rows. With that orientation
+ *
+ *     scores   S[key][row]  = sum_d   K[key][d] * Q[d][row]
+ *     values   O[d][row]    = O[d][row] * alpha[row] + sum_key V[key][d] * P[key][row]
+ *
+ * are the same product: an element of a row-major K or V, read in place and broadcast, times a vector of the panel.
+ * Nothing of K or V is packed, the maximum and the sum of the softmax are plain vertical operations, and rows never mix.
+ *
+ * Reads and writes per key and 64 rows, in floats: K head_dim and V v_head_dim from L2, once; the panels Q, P and O, from
+ * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
+ * L2 traffic at full speed, so keys may stream and only the panels must stay near.
+ *
+ * Every matrix of a panel has the leading dimension ld, the rows of the panel rounded up to FA_ROW_STEP; slots that
+ * take `rows` work on so many columns, a multiple of FA_ROW_STEP, from the column that their pointers point at. Padding
+ * columns repeat the last row. Panels are aligned to 64 bytes; K, V, masks and outputs to their element only. Edges
+ * (any number of keys, any head_dim) belong to the slots. No slot reads or writes outside of what is said here. */
+#ifndef FA_UKERNEL_H
+#define FA_UKERNEL_H
+
+#include "fastattn.h"
+
+enum {
+    FA_PANEL_ROWS = 64, /* rows of a panel, at most */
+    FA_ROW_STEP = 16    /* every ISA's vectors divide it */
+};
+
+/* What is done to the scores of a block, besides multiplying. Pointers marked [ld] are indexed by the row of the panel. */
+typedef struct fa_score_rules {
+    float scale;         /* applied first */
+    float softcap;       /* 0: none */
+    const float *slopes; /* [ld] ALiBi slopes, or null */
+    const float *offset; /* [ld] p - j for the first key of the block; only with slopes */
+    const float *begin;  /* [ld] first visible key, relative to the block, or null: all from the first */
+    const float *end;    /* [ld] end of the visible keys, likewise; null exactly when begin is */
+    const float *bias;   /* [keys][ld] added; exactly -inf hides; or null */
+} fa_score_rules;
+
+/* What fa_ukernel.mask found in a tile of mask. */
+enum {
+    FA_MASK_SHOWS = 1, /* some element is visible */
+    FA_MASK_HIDES = 2, /* some element is hidden */
+    FA_MASK_ADDS = 4   /* some visible element is not zero */
+};
+
+typedef struct fa_ukernel {
+    const char *name;
+    fastattn_isa isa;
+    int block_keys; /* keys in one step of the loop: S must stay in L1 beside the rows of K or V in use */
+
+    /* q[d][ld] = sign * rows[r][d], converted; rows holds `rows` pointers. */
+    void (*pack)(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
+                 float sign);
+
+    /* to[key][head_dim] = from[key][d] in float32; for storage other than float32. */
+    void (*widen)(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype);
+
+    /* s[key][row] = sum over d of k[key][d] * q[d][row]. stride is in floats. */
+    void (*qk)(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
+               int64_t head_dim);
+
+    /* tile[key][row] = the mask as a bias: floats as they are, true 0, false -inf. Returns FA_MASK_ bits.
+     * key_stride is in bytes. */
+    unsigned (*mask)(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                     fastattn_dtype dtype);
+
+    /* Applies the rules to s; hidden scores become -inf. first is the block's key that s begins with. seen[row] becomes
+     * 1 where a key was visible. rules' pointers are already moved to the row and, for bias, to the key. */
+    void (*scores)(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen);
+
+    /* The online softmax, in units of 2**c:  m' = max(m, max s),  alpha = 2**(c*(m - m')),
+     * s = 2**(c*(s - m')),  l = l * alpha + sum s. A row that has seen only -inf keeps m = -inf and gets s = 0.
+     * Powers below 2**-126 are 0, so that no subnormal number slows the products. */
+    void (*softmax)(float *s, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
+
+    /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[key][d] * p[key][row]. stride is in floats. The sum of a
+     * block is formed apart and added once, which keeps the error of long sequences small. */
+    void (*pv)(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
+               int64_t keys, int64_t v_head_dim);
+
+    /* 1 when all of v is finite. */
+    int (*finite)(const float *v, int64_t stride, int64_t keys, int64_t v_head_dim);
+
+    /* out[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows; columns up to a multiple of FA_ROW_STEP are
+     * read. */
+    void (*unpack)(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                   fastattn_dtype dtype);
+} fa_ukernel;
+
+/* The best table at or below the limit (FASTATTN_ISA_BEST: no limit) that this processor can run; null when the limit
+ * names an instruction set that is not available. */
+const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
+
+extern const fa_ukernel fastattn_ukernel_portable;
+extern const fa_ukernel fastattn_ukernel_avx2;
+extern const fa_ukernel fastattn_ukernel_avx512;
+extern const fa_ukernel fastattn_ukernel_neon;
+
+#endif
