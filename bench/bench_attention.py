@@ -1,6 +1,6 @@
 """Times of fastattn and its peers under pytest-benchmark, one group for each case.
 
-    pytest bench/bench_attention.py -k "prefill and float32"
+    pytest bench/bench_attention.py -k "square and float32"
 
 For ratios that a verdict can rest on, use compare.py: here the sides run one after the other.
 """

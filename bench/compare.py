@@ -1,7 +1,7 @@
 """The judge: is fastattn as much faster than its peers as it has to be, and as exact?
 
     python bench/compare.py                              # float32 against every peer that is installed
-    python bench/compare.py --peer torch --dtype bfloat16 --only prefill
+    python bench/compare.py --peer torch --dtype bfloat16 --only square
     python bench/compare.py --isa avx2 --peer torch      # both sides limited to AVX2
     python bench/compare.py --list
 
@@ -11,6 +11,7 @@
 import argparse
 import os
 import re
+import statistics
 import sys
 
 import peers
@@ -55,7 +56,10 @@ def main():
             results.append(judge(case, peer, args))
     about = _bench.environment(args.threads) | peers.versions() | {"limited to": args.isa or "nothing"}
     _bench.print_environment(about, results)
-    _bench.print_table(_HEADER, [_row(case, result) for (case, _), result in zip(duels, results)])
+    pairs = [(case, result) for (case, _), result in zip(duels, results)]
+    _bench.print_table(_HEADER, [_row(*pair) for pair in pairs])
+    if args.markdown:
+        print_markdown(pairs)
     if args.json:
         _bench.write_json(args.json, {"environment": about, "results": results})
     return int(any(result["missed"] for result in results))
@@ -85,8 +89,28 @@ def judge(case, peer, args):
     return {**result, "peer": peer, "plan": plan, "target": target, "error_limit": limit, "missed": missed}
 
 
+def print_markdown(pairs):
+    """Print the table of results of the README from pairs of a case and its result against one peer."""
+    found = {}
+    for case, result in pairs:
+        found.setdefault(case, {})[result["peer"]] = result
+    print("\n| B, Hq/Hkv, Lq, Lk, D | dtype | fastattn | NumPy | PyTorch | ratio to NumPy | ratio to PyTorch |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for case, by_peer in found.items():
+        ours = statistics.median(result["median"]["fastattn"] for result in by_peer.values())
+        theirs = [by_peer.get(peer) for peer in ("numpy", "torch")]
+        cells = [
+            f"{case}{', causal' * case.causal}{f', {case.mask} mask' if case.mask else ''}",
+            _dtype(case),
+            case.speed(ours),
+            *(case.speed(result["median"][result["peer"]]) if result else "-" for result in theirs),
+            *(f"{result['ratio']:.2f} x" if result else "-" for result in theirs),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
 _HEADER = [
-    *("case", "dtype", "B, Hq/Hkv, Lq, Lk, D", "isa", "peer", "our time", "peer's", "our rate"),
+    *("case", "dtype", "B, Hq/Hkv, Lq, Lk, D", "isa", "peer", "ours", "peer's"),
     *("ratio", "quartiles", "target", "our error", "peer's", "verdict"),
 ]
 
@@ -98,9 +122,8 @@ def _row(case, result):
         *_names(case),
         result["plan"]["isa"] or "-",
         peer,
-        _bench.format_seconds(ours),
-        _bench.format_seconds(theirs),
-        case.rate(ours),
+        case.speed(ours),
+        case.speed(theirs),
         f"{result['ratio']:.2f} x",
         "{:.2f}-{:.2f}".format(*result["spread"]),
         "-" if target is None else f"{target:g} x",
@@ -111,8 +134,11 @@ def _row(case, result):
 
 
 def _names(case):
-    dtype = case.dtype if case.precision == "highest" else f"{case.dtype} {case.precision}"
-    return [case.name, dtype, str(case)]
+    return [case.name, _dtype(case), str(case)]
+
+
+def _dtype(case):
+    return case.dtype if case.precision == "highest" else f"{case.dtype} {case.precision}"
 
 
 def _selected(case, args):
@@ -135,7 +161,8 @@ def _parser():
     parser.add_argument("--threads", type=_bench.positive, default=fastattn.get_num_threads(), metavar="N")
     parser.add_argument("--rounds", type=_bench.positive, default=9, metavar="N")
     parser.add_argument("--min-time", type=float, default=0.05, metavar="S", help="seconds of calls in each round")
-    parser.add_argument("--rows", type=_bench.positive, default=1024, metavar="N", help="rows checked against float64")
+    parser.add_argument("--rows", type=_bench.positive, default=4096, metavar="N", help="rows checked against float64")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table of results as well")
     parser.add_argument("--json", metavar="FILE", help="write every figure of every round")
     parser.add_argument("--list", action="store_true", help="print the selected cases and stop")
     return parser

@@ -7,6 +7,7 @@ from fastattn._bench import Case
 
 # Beyond the shapes of `fastattn bench`: what the kernels meet in real programs, and what is hard on accuracy.
 _MORE = (
+    Case("decode-mha", (1, 8, 8, 1, 32768, 128)),
     Case("odd", (2, 6, 2, 333, 777, 72)),
     Case("cross", (1, 16, 16, 1024, 77, 64)),
     Case("biased", (1, 8, 8, 1500, 1500, 80), mask="float"),
@@ -20,8 +21,8 @@ _MORE = (
 _FLOAT32 = (*_bench.CASES, *_MORE)
 
 _TORCH_FLOAT32 = {
-    "prefill-64": 1.3,
-    "prefill-128": 1.15,
+    "square-64": 1.3,
+    "square-128": 1.15,
     "causal-64": 1.35,
     "causal-128": 1.35,
     "gqa-causal": 1.6,
@@ -32,8 +33,8 @@ _TORCH_FLOAT32 = {
 
 # With AMX: bfloat16, float16, and float32 at precision="high", which competes with torch's float32.
 _TORCH_AMX = {
-    "prefill-64": (3.0, 4.0, 3.0),
-    "prefill-128": (2.5, 4.0, 3.0),
+    "square-64": (3.0, 4.0, 3.0),
+    "square-128": (2.5, 4.0, 3.0),
     "causal-64": (2.7, 4.0, 3.0),
     "causal-128": (2.7, 4.0, 3.0),
     "gqa-causal": (3.0, 4.0, 3.0),
@@ -56,7 +57,7 @@ def target(case, peer, isa):
         return 4.0 if exact and large and case in _bench.CASES else None
     if peer == "fastattn-float32":
         without_amx = {"bfloat16": 1.3, "float16": 0.95}
-        return without_amx.get(case.dtype) if case.name == "prefill-128" and isa == "avx512" else None
+        return without_amx.get(case.dtype) if case.name == "square-128" and isa == "avx512" else None
     if exact and isa == "avx2":
         return 1.0 if large and case.name in _TORCH_FLOAT32 else None
     if exact:
