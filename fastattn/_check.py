@@ -3,6 +3,7 @@
 A message names the argument, says what it must be and then what it was. Nothing is written before every check has passed.
 """
 
+import functools
 import math
 import operator
 import sys
@@ -12,7 +13,13 @@ import numpy as np
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
 _MASK_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
-PRECISIONS = ("highest", "high", "medium")
+_PRECISIONS = ("highest", "high", "medium")
+
+
+@functools.cache
+def dtype_name(dtype):
+    """``dtype.name``, which NumPy works out anew each time."""
+    return dtype.name
 
 
 def as_array(name, value):
@@ -43,7 +50,7 @@ def kernel_ready(array):
 def as_float32(name, value):
     """`value` as a native, aligned, contiguous float32 array."""
     array = as_array(name, value)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+    if array.dtype.kind not in "fiu" and dtype_name(array.dtype) != "bfloat16":
         raise TypeError(f"{name} must hold real numbers; got {array.dtype}")
     return np.require(array, np.float32, "AC")
 
@@ -69,16 +76,16 @@ def flag(name, value):
 def integers(name, value, batch, low, high):
     """An int or an integer array ``(batch,)`` with values in [low, high], as a private int64 array ``(batch,)``.
 
-    The copy is what the backends trust: nobody can change a checked length while a kernel runs.
+    The copy is checked and then trusted by the backends: nobody can change a length while a kernel runs.
     """
-    array = as_array(name, value)
+    array = np.array(as_array(name, value))
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(f"{name} must be an int or an integer array; got {array.dtype}")
     if array.shape not in ((), (batch,)):
         raise ValueError(f"{name} must be an int or have shape ({batch},), one entry for each batch entry; got shape {array.shape}")
     if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
         raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
-    return np.array(np.broadcast_to(array, (batch,)), dtype=np.int64)
+    return np.full(batch, array, np.int64)
 
 
 def window_sides(window):
@@ -108,8 +115,9 @@ def _overlap(a, b):
 
 def check_dtype(name, array, backend):
     """Raise unless `backend` computes with arrays of this dtype."""
-    if array.dtype.name not in backend.dtypes:
-        hint = ', which fastattn.use_backend("numpy") alone computes' if array.dtype.name == "float64" else ""
+    name_of_dtype = dtype_name(array.dtype)
+    if name_of_dtype not in backend.dtypes:
+        hint = ', which fastattn.use_backend("numpy") alone computes' if name_of_dtype == "float64" else ""
         raise TypeError(f"{name} must be {', '.join(sorted(backend.dtypes))}; got {array.dtype}{hint}")
 
 
@@ -170,14 +178,17 @@ class Call:
         self, backend, q, k, v, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None,
         softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
     ):  # fmt: skip
-        given = {name: as_array(name, value) for name, value in (("q", q), ("k", k), ("v", v))}
+        given = {"q": as_array("q", q), "k": as_array("k", k), "v": as_array("v", v)}
         self._take_qkv(given, backend)
         batch, num_heads, q_len, head_dim = self.q.shape
         kv_len, v_head_dim = self.v.shape[2:]
 
         self.causal = flag("causal", causal)
         self.window = window_sides(window)
-        self.kv_lengths = integers("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, 0, kv_len)
+        if kv_lengths is None:
+            self.kv_lengths = np.full(batch, kv_len, np.int64)
+        else:
+            self.kv_lengths = integers("kv_lengths", kv_lengths, batch, 0, kv_len)
         if query_offset is None:
             self.query_offset = self.kv_lengths - q_len
         else:
@@ -186,8 +197,8 @@ class Call:
         self.softcap = 0.0 if softcap is None else finite("softcap", softcap)
         if self.softcap < 0:
             raise ValueError(f"softcap must be positive, or None or 0 for none; got {softcap!r}")
-        if not isinstance(precision, str) or precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}; got {precision!r}")
+        if not isinstance(precision, str) or precision not in _PRECISIONS:
+            raise ValueError(f"precision must be one of {_PRECISIONS}; got {precision!r}")
         self.precision = precision
 
         self.mask = self.block_mask = self.alibi_slopes = self.sinks = None
@@ -230,12 +241,15 @@ class Call:
                 raise ValueError(f"{name} must have as many axes as q, {q.ndim}; got shape {given[name].shape}")
         for name, array in given.items():
             check_dtype(name, array, backend)
-        if v.dtype.name != k.dtype.name:
+        if dtype_name(v.dtype) != dtype_name(k.dtype):
             raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
-        if q.dtype.name != k.dtype.name and q.itemsize <= k.itemsize:
+        if dtype_name(q.dtype) != dtype_name(k.dtype) and q.itemsize <= k.itemsize:
             raise TypeError(f"q must have the dtype of k and v, {k.dtype}, or a wider one; got {q.dtype}")
 
-        self.q, self.k, self.v = (kernel_ready(array)[(None,) * (4 - q.ndim)] for array in (q, k, v))
+        self.q, self.k, self.v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
+        if q.ndim < 4:
+            lift = (None,) * (4 - q.ndim)
+            self.q, self.k, self.v = self.q[lift], self.k[lift], self.v[lift]
         batch, num_heads, _, head_dim = self.q.shape
         num_kv_heads, kv_len = self.k.shape[1:3]
         if self.k.shape[0] != batch:
@@ -256,7 +270,7 @@ class Call:
             self.block_mask = mask
             return
         array = given["mask"] = as_array("mask", mask)
-        if array.dtype.name not in _MASK_DTYPES:
+        if dtype_name(array.dtype) not in _MASK_DTYPES:
             raise TypeError(f"mask must be a BlockMask or an array of {', '.join(_MASK_DTYPES)}; got {array.dtype}")
         if not (array.dtype.isnative and array.flags.aligned):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
