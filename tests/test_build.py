@@ -100,7 +100,7 @@ def test_readme_commands_name_files_that_exist():
 def test_readme_python_runs():
     (block,) = (block for block in readme_blocks("python") if "import fastattn" in block)
     names = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "<README>", "exec"), names)
     assert names["out"].shape == (1, 32, 1, 128)
 
 
