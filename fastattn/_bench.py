@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -298,6 +299,8 @@ def environment(threads):
         "system": platform.platform(),
         "threads": threads,
     }
+    if hasattr(os, "getloadavg"):
+        about["load"] = f"{os.getloadavg()[0]:.1f} processes in the last minute, this one among them"
     if not _installed("threadpoolctl"):
         about["note"] = "without the package threadpoolctl, NumPy's BLAS runs with its own number of threads"
     return about
@@ -406,7 +409,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="fastattn bench",
         description="Measure fastattn against NumPy on this machine, in less than a minute.",
-        epilog="Medians of alternating rounds. GF/s count 4 B Hq Lq Lk D operations, half of it when causal and square; "
+        epilog="Medians of alternating rounds. GF/s count 4 B Hq Lq Lk D operations, half of it if causal and square; "
         "decoding is given in GB/s of keys and values. The error is the largest against float64 on sampled rows.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")

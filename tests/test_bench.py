@@ -1,7 +1,10 @@
 """The figures of ``bench`` are computed right. A clock that is ours stands in for the real one: nothing is timed."""
 
+import argparse
+import importlib
 import json
 import math
+import pathlib
 import types
 
 import numpy as np
@@ -167,3 +170,55 @@ def test_command_refuses_nonsense(capsys):
             _bench.main(arguments)
         assert caught.value.code == 2
     assert "0 is not positive" in capsys.readouterr().err
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """The module bench/compare.py."""
+    folder = pathlib.Path(__file__).parent.parent / "bench"
+    if not folder.is_dir():
+        pytest.skip("the folder bench is not here")
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module("compare")
+
+
+@pytest.mark.parametrize(
+    ("ours", "our_error", "missed"),
+    [(1.0, 0.0, []), (2.0, 0.0, ["slow"]), (1.0, 0.5, ["inexact"]), (2.0, np.nan, ["slow", "inexact"])],
+)
+def test_judge(judge, clock, monkeypatch, ours, our_error, missed):
+    def side(name, seconds, error):
+        def bind(case, q, k, v, mask):
+            out = _bench.numpy_attention(q, k, v) + np.float32(error)
+            return Side(name, lambda: clock.advance(seconds) or out)
+
+        return bind
+
+    monkeypatch.setattr(_bench, "fastattn_side", side("fastattn", ours, our_error))
+    monkeypatch.setitem(judge.peers.PEERS, "torch", side("torch", 3.0, 0.25))
+    monkeypatch.setattr(judge.shapes, "target", lambda case, peer, isa: 2.0)
+    args = argparse.Namespace(rounds=3, min_time=0.1, rows=64)
+    result = judge.judge(Case("x", (1, 2, 1, 5, 7, 8)), "torch", args)
+    assert result["ratio"] == pytest.approx(3.0 / ours)
+    assert (result["target"], result["missed"]) == (2.0, missed)
+
+
+def test_targets(judge):
+    cases = {(case.name, case.dtype, case.precision): case for case in judge.shapes.CASES}
+    assert len(cases) == len(judge.shapes.CASES)
+
+    def target(name, dtype, precision, peer, isa):
+        return judge.shapes.target(cases[name, dtype, precision], peer, isa)
+
+    assert target("square-64", "float32", "highest", "torch", "avx512") == 1.3
+    assert target("square-64", "float32", "highest", "torch", "avx2") == 1.0
+    assert target("square-64", "float32", "highest", "numpy", "avx512") == 4.0
+    assert target("square-64", "float32", "high", "torch", "amx") == 3.0
+    assert target("batch", "bfloat16", "highest", "torch", "amx") == 2.5
+    assert target("batch", "bfloat16", "highest", "torch", "avx512") is None
+    assert target("batch", "float32", "highest", "torch", "avx2") is None
+    assert target("square-128", "float16", "highest", "fastattn-float32", "avx512") == 0.95
+    with_target = {name for (name, *_), case in cases.items() if judge.shapes.target(case, "torch", "avx512")}
+    assert with_target == {
+        *("call", "batch", "masked", "gqa-causal", "square-64", "square-128", "causal-64", "causal-128")
+    }
