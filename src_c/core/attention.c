@@ -51,34 +51,63 @@ static const float *block_rows(const fa_call *call, const void *base, const int6
     return room;
 }
 
-/* Expands an element mask of a block-sparse pattern into a bias. */
-static void bits_to_bias(const fa_work *w, const fa_key_block *block, unsigned *found) {
-    const int ld = w->call->rows.ld;
-    for (int64_t j = 0; j < block->keys; j++) {
-        const uint8_t *bits = block->bits + j * block->bits_stride;
-        for (int r = 0; r < w->panel.padded; r++) {
-            const int64_t i = w->panel.query[r] - block->bits_query;
-            const int shows = bits[i >> 3] >> (i & 7) & 1;
-            *found |= shows ? FA_MASK_SHOWS : FA_MASK_HIDES;
-            if (!shows) w->bias[j * ld + r] = -INFINITY;
+/* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
+static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t first, int64_t group) {
+    const int64_t from = p->query[0] - first, count = p->query[p->rows - 1] - p->query[0] + 1;
+    uint64_t lanes = 0;
+    if (group == 1) { /* rows are queries */
+        for (int64_t byte = from / 8; byte <= (from + count - 1) / 8; byte++) {
+            const int64_t shift = byte * 8 - from;
+            lanes |= shift >= 0 ? (uint64_t)bits[byte] << shift : (uint64_t)bits[byte] >> -shift;
         }
+        return lanes;
     }
+    for (int64_t i = 0, r = 0; i < count; i++) {
+        const int64_t next = smaller((p->query[0] + i + 1) * group - p->first_row, FA_PANEL_ROWS);
+        const uint64_t heads = (next - r < 64 ? ((uint64_t)1 << (next - r)) - 1 : ~(uint64_t)0) << r;
+        if (bits[(from + i) / 8] >> ((from + i) % 8) & 1) lanes |= heads;
+        r = next;
+    }
+    return lanes;
 }
 
-/* The block's bias: the mask, and on top of it the element mask. */
+/* Adds an element mask of a block-sparse pattern to the bias. */
+static unsigned hide_by_bits(const fa_work *w, const fa_key_block *block) {
+    static const float hidden[16][4] = {
+#define H -INFINITY
+        {H, H, H, H}, {0, H, H, H}, {H, 0, H, H}, {0, 0, H, H}, {H, H, 0, H}, {0, H, 0, H}, {H, 0, 0, H}, {0, 0, 0, H},
+        {H, H, H, 0}, {0, H, H, 0}, {H, 0, H, 0}, {0, 0, H, 0}, {H, H, 0, 0}, {0, H, 0, 0}, {H, 0, 0, 0}, {0, 0, 0, 0},
+#undef H
+    };
+    const fa_panel *p = &w->panel;
+    const uint64_t real = p->rows < 64 ? ((uint64_t)1 << p->rows) - 1 : ~(uint64_t)0;
+    const int add = w->call->args->mask != NULL;
+    unsigned found = 0;
+    for (int64_t j = 0; j < block->keys; j++) {
+        const uint64_t lanes = lanes_of_bits(p, block->bits + j * block->bits_stride, block->bits_query,
+                                             w->call->rows.group) & real;
+        float *bias = w->bias + j * w->call->rows.ld;
+        found |= (lanes ? FA_MASK_SHOWS : 0u) | (lanes != real ? FA_MASK_HIDES : 0u);
+        for (int r = 0; r < p->padded; r += 4) {
+            const float *four = hidden[lanes >> r & 15];
+            for (int i = 0; i < 4; i++) bias[r + i] = four[i] + (add ? bias[r + i] : 0.0f);
+        }
+    }
+    return found;
+}
+
+/* The block's bias: the mask, and the element mask. */
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
-    const int ld = w->call->rows.ld;
-    unsigned found = 0;
+    unsigned found = FA_MASK_SHOWS;
     if (a->mask) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
-        found = w->call->uk->mask(w->bias, ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys,
-                                  a->mask_dtype);
+        found = w->call->uk->mask(w->bias, w->call->rows.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3],
+                                  block->keys, a->mask_dtype);
     }
-    if (block->bits) {
-        if (!a->mask)
-            for (int64_t x = 0; x < block->keys * ld; x++) w->bias[x] = 0.0f;
-        bits_to_bias(w, block, &found);
+    if (block->bits && found & FA_MASK_SHOWS) {
+        const unsigned of_bits = hide_by_bits(w, block);
+        found = (found | of_bits) & (of_bits & FA_MASK_SHOWS ? ~0u : ~(unsigned)FA_MASK_SHOWS);
     }
     return found;
 }
@@ -169,12 +198,9 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
     const fa_panel *p = &w->panel;
-    unsigned found = FA_MASK_SHOWS;
-    if (a->mask || block->bits) {
-        found = block_bias(w, block);
-        if (!(found & FA_MASK_SHOWS)) return;
-    }
-    const int biased = (found & (FA_MASK_HIDES | FA_MASK_ADDS)) != 0;
+    const unsigned found = block_bias(w, block);
+    if (!(found & FA_MASK_SHOWS)) return;
+    const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
     fa_operands x;
     x.k = block_rows(call, a->k, a->k_strides, p, block, a->head_dim, w->k, &x.k_stride);
     x.v = block_rows(call, a->v, a->v_strides, p, block, a->v_head_dim, w->v, &x.v_stride);
@@ -198,11 +224,11 @@ static void finish(const fa_call *call, const fa_panel *p, const fa_state *state
     const fastattn_attention_args *a = call->args;
     float factor[FA_PANEL_ROWS] = {0};
     for (int r = 0; r < p->rows; r++) {
-        const int64_t head = fastattn_panel_head(call, p, r);
+        const int64_t head = p->head_of[r];
         float *lse = a->lse ? (float *)((char *)a->lse + p->batch * a->lse_strides[0] + head * a->lse_strides[1] +
                                         p->query[r] * a->lse_strides[2])
                             : NULL;
-        factor[r] = fastattn_state_finish(state, r, call->exponent, a->sinks ? a->sinks + head : NULL, lse);
+        factor[r] = fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
     }
     call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
 }

@@ -3,6 +3,7 @@
 #include "check.h"
 #include "state.h"
 
+#include <float.h>
 #include <math.h>
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -66,7 +67,7 @@ static fastattn_status plan_memory(fa_call *call) {
     m->k = take(&bytes, a->kv_dtype == FASTATTN_FLOAT32 ? 0 : keys * a->head_dim, sizeof(float));
     m->v = take(&bytes, keys * a->v_head_dim, sizeof(float));
     m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
-    m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 3 * sizeof(int64_t));
+    m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->bytes = bytes;
     call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;
     const int workers = a->num_threads > 1 ? a->num_threads : 1;
@@ -94,9 +95,10 @@ fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_ar
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
      * of 0. Other rules need the finished score. */
     call->natural = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
-    const float log2_e = 1.44269504088896341f;
+    const double log2_e = 1.44269504088896341;
     call->sign = call->natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
-    call->exponent = call->natural || args->scale == 0 ? log2_e : fabsf(args->scale) * log2_e;
+    call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
+    call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
     call->rows = plan_rows(args);
     call->block_keys = smaller(call->uk->block_keys, args->kv_len > 0 ? args->kv_len : 1);

@@ -39,6 +39,7 @@ typedef struct fa_call {
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     float sign;            /* multiplies q while packing */
     float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
+    double unit;           /* scores times unit are logits */
     fa_scratch scratch;
     size_t partial_bytes;  /* of the state of one item, where keys are split */
     size_t workspace;      /* bytes in all */

@@ -48,7 +48,7 @@ static void merge_row(const void *context, int64_t row, int worker) {
         for (int64_t d = 0; d < x->v_head_dim; d++) part.o[d] = element(x->outs[n], row * x->v_head_dim + d, x->dtype);
         fastattn_state_merge(&sum, &part, log2_e);
     }
-    const float factor = fastattn_state_finish(&sum, 0, log2_e, NULL, &x->lse[row]);
+    const float factor = fastattn_state_finish(&sum, 0, 1.0, NULL, &x->lse[row]);
     for (int64_t d = 0; d < x->v_head_dim; d++) put(x->out, row * x->v_head_dim + d, sum.o[d] * factor, x->dtype);
 }
 

@@ -9,10 +9,6 @@ static int64_t reach(int64_t x) {
     return larger(-far, smaller(far, x));
 }
 
-int64_t fastattn_panel_head(const fa_call *call, const fa_panel *panel, int r) {
-    return panel->head + (panel->first_row + smaller(r, panel->rows - 1)) % call->rows.group;
-}
-
 static void *take(char **memory, int64_t count, size_t size) {
     void *at = *memory;
     *memory += (size_t)count * size;
@@ -54,6 +50,7 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
 
     const int64_t ld = rows->ld;
     p.query = take(&memory, ld, sizeof *p.query);
+    p.head_of = take(&memory, ld, sizeof *p.head_of);
     p.begin = take(&memory, ld, sizeof *p.begin);
     p.end = take(&memory, ld, sizeof *p.end);
     p.rows_of = take(&memory, ld, sizeof *p.rows_of);
@@ -64,15 +61,16 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
     p.end_of = take(&memory, ld, sizeof(float));
     p.alpha = take(&memory, ld, sizeof(float));
 
+    int64_t i = p.first_row / rows->group, h = p.head + p.first_row % rows->group;
     for (int r = 0; r < p.padded; r++) {
-        const int64_t i = (p.first_row + smaller(r, p.rows - 1)) / rows->group;
-        const int64_t h = fastattn_panel_head(call, &p, r);
         p.query[r] = i;
+        p.head_of[r] = h;
         visible_keys(a, i + p.offset, length, &p.begin[r], &p.end[r]);
         p.outputs[r] = (char *)a->out + p.batch * a->out_strides[0] + h * a->out_strides[1] + i * a->out_strides[2];
         if (a->alibi_slopes)
             p.slopes[r] = *(const float *)((const char *)a->alibi_slopes + p.batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
+        if (r + 1 < p.rows && ++h == p.head + rows->group) h = p.head, i++;
     }
     return p;
 }
@@ -81,13 +79,13 @@ void fastattn_panel_queries(const fa_call *call, fa_panel *p) {
     const fastattn_attention_args *a = call->args;
     for (int r = 0; r < p->padded; r++)
         p->rows_of[r] = (const char *)a->q + p->batch * a->q_strides[0] +
-                        fastattn_panel_head(call, p, r) * a->q_strides[1] + p->query[r] * a->q_strides[2];
+                        p->head_of[r] * a->q_strides[1] + p->query[r] * a->q_strides[2];
 }
 
 void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     const fastattn_attention_args *a = call->args;
     for (int r = 0; r < p->padded; r++)
         p->rows_of[r] = (const char *)a->mask + p->batch * a->mask_strides[0] +
-                        fastattn_panel_head(call, p, r) * a->mask_strides[1] + p->query[r] * a->mask_strides[2] +
+                        p->head_of[r] * a->mask_strides[1] + p->query[r] * a->mask_strides[2] +
                         key * a->mask_strides[3];
 }

@@ -13,6 +13,7 @@ typedef struct fa_panel {
     int rows;               /* real rows */
     int padded;             /* rows rounded up to FA_ROW_STEP: columns that the slots work on */
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
+    int64_t *head_of;       /* [padded] query head */
     int64_t *begin, *end;   /* [padded] visible keys by position: causal, window, lengths; both ascend */
     float *slopes;          /* [padded] when there are ALiBi slopes */
     float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
@@ -24,9 +25,6 @@ typedef struct fa_panel {
 
 /* The panel of an item; its vectors live in `memory`, the rows part of a worker's scratch. */
 fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory);
-
-/* The query head of row r. */
-int64_t fastattn_panel_head(const fa_call *call, const fa_panel *panel, int r);
 
 /* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);

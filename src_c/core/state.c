@@ -3,8 +3,6 @@
 #include <math.h>
 #include <string.h>
 
-static const double ln_2 = 0.693147180559945309;
-
 static size_t padded(int64_t floats) { return ((size_t)floats * sizeof(float) + 63) / 64 * 64; }
 
 size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim) { return 3 * padded(ld) + padded(ld * v_head_dim); }
@@ -29,9 +27,8 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
     for (int64_t r = 0; r < state->ld; r++) {
         if (other->seen[r] == 0.0f) continue;
         const float m = state->m[r] > other->m[r] ? state->m[r] : other->m[r];
-        /* The base is rounded as in the softmax slot, so that the powers agree. */
-        const float base = m == -INFINITY ? 0.0f : m * c;
-        const float mine = exp2f(fmaf(state->m[r], c, -base)), theirs = exp2f(fmaf(other->m[r], c, -base));
+        const float base = m == -INFINITY ? 0.0f : m;
+        const float mine = exp2f((state->m[r] - base) * c), theirs = exp2f((other->m[r] - base) * c);
         state->m[r] = m;
         state->l[r] = state->l[r] * mine + other->l[r] * theirs;
         state->seen[r] = 1.0f;
@@ -40,18 +37,18 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
     }
 }
 
-float fastattn_state_finish(const fa_state *state, int64_t r, float c, const float *sink, float *lse) {
+float fastattn_state_finish(const fa_state *state, int64_t r, double unit, const float *sink, float *lse) {
     if (state->seen[r] == 0.0f) {
         if (lse) *lse = sink ? *sink : -INFINITY;
         return 0.0f;
     }
-    const float base = state->m[r] == -INFINITY ? 0.0f : state->m[r] * c;
+    const double m = state->m[r] * unit;
     if (!sink) {
-        if (lse) *lse = (float)(base * ln_2 + log(state->l[r]));
+        if (lse) *lse = (float)(m + log(state->l[r]));
         return 1.0f / state->l[r];
     }
-    const double one_more = *sink / ln_2, top = base > one_more ? base : one_more;
-    const double mine = exp2(base - top), denominator = state->l[r] * mine + exp2(one_more - top);
-    if (lse) *lse = (float)((top + log2(denominator)) * ln_2);
+    const double top = m > *sink ? m : *sink;
+    const double mine = exp(m - top), denominator = state->l[r] * mine + exp(*sink - top);
+    if (lse) *lse = (float)(top + log(denominator));
     return (float)(mine / denominator);
 }

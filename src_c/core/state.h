@@ -25,7 +25,8 @@ void fastattn_state_clear(fa_state *state);
 /* state becomes the state of both sets of keys; c as in fa_ukernel.softmax. */
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);
 
-/* What row r's o must be multiplied by, and its lse. sink points to one more logit of the denominator, or is null. */
-float fastattn_state_finish(const fa_state *state, int64_t r, float c, const float *sink, float *lse);
+/* What row r's o must be multiplied by, and its lse. Scores times unit are logits; sink points to one more logit of the
+ * denominator, or is null. */
+float fastattn_state_finish(const fa_state *state, int64_t r, double unit, const float *sink, float *lse);
 
 #endif

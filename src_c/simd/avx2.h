@@ -52,8 +52,8 @@ static inline simd_f simd_scale2(simd_f a, simd_f n) {
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return _mm256_or_ps(a, b); }
+static inline simd_m simd_not(simd_m a) { return _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
 static inline int simd_any(simd_m a) { return _mm256_movemask_ps(a) != 0; }
-static inline int simd_all(simd_m a) { return _mm256_movemask_ps(a) == 0xff; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm256_blendv_ps(b, a, m); }
 static inline void simd_transpose(simd_f v[8]) {
     __m256 a[8], b[8];

@@ -46,8 +46,8 @@ static inline simd_f simd_scale2(simd_f a, simd_f n) { return _mm512_scalef_ps(a
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return _kor_mask16(a, b); }
+static inline simd_m simd_not(simd_m a) { return _knot_mask16(a); }
 static inline int simd_any(simd_m a) { return a != 0; }
-static inline int simd_all(simd_m a) { return a == 0xffff; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm512_mask_blend_ps(m, b, a); }
 /* Pairs, then quadruples within 128-bit quarters, then the quarters themselves. */
 static inline void simd_transpose(simd_f v[16]) {

@@ -48,8 +48,8 @@ static inline simd_f simd_scale2(simd_f a, simd_f n) {
 static inline simd_m simd_lt(simd_f a, simd_f b) { return vcltq_f32(a, b); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return vceqq_f32(a, b); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return vorrq_u32(a, b); }
+static inline simd_m simd_not(simd_m a) { return vmvnq_u32(a); }
 static inline int simd_any(simd_m a) { return vmaxvq_u32(a) != 0; }
-static inline int simd_all(simd_m a) { return vminvq_u32(a) != 0; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return vbslq_f32(m, a, b); }
 static inline void simd_transpose(simd_f v[4]) {
     float32x4x2_t low = vtrnq_f32(v[0], v[1]), high = vtrnq_f32(v[2], v[3]);

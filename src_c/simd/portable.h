@@ -43,8 +43,8 @@ static inline simd_f simd_scale2(simd_f a, simd_f n) {
 static inline simd_m simd_lt(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] < b.lane[i]; return r; }
 static inline simd_m simd_eq(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] == b.lane[i]; return r; }
 static inline simd_m simd_or(simd_m a, simd_m b) { SIMD_EACH(i) a.lane[i] |= b.lane[i]; return a; }
+static inline simd_m simd_not(simd_m a) { SIMD_EACH(i) a.lane[i] = !a.lane[i]; return a; }
 static inline int simd_any(simd_m a) { return a.lane[0] | a.lane[1] | a.lane[2] | a.lane[3]; }
-static inline int simd_all(simd_m a) { return a.lane[0] & a.lane[1] & a.lane[2] & a.lane[3]; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = m.lane[i] ? a.lane[i] : b.lane[i]; return a; }
 /* Exchanges rows and lanes of a square of SIMD_LANES vectors. */
 static inline void simd_transpose(simd_f v[4]) {

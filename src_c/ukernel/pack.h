@@ -40,57 +40,101 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
     memcpy(to, part, (size_t)(n * element_size(dtype)));
 }
 
-FA_INLINE int64_t at_most_lanes(int64_t n) { return n < SIMD_LANES ? n : SIMD_LANES; }
+/* Calls f(..., dtype) with the storage type as a constant, so that no loop asks for it. */
+#define FA_BY_STORAGE(dtype, f, ...)                                                 \
+    switch (dtype) {                                                                 \
+    case FASTATTN_FLOAT16: f(__VA_ARGS__, FASTATTN_FLOAT16); break;                  \
+    case FASTATTN_BFLOAT16: f(__VA_ARGS__, FASTATTN_BFLOAT16); break;                \
+    default: f(__VA_ARGS__, FASTATTN_FLOAT32);                                       \
+    }
+
+/* SIMD_LANES rows, n elements of each, to n vectors of lanes; and back for the first `lanes` rows. */
+FA_INLINE void pack_square(float *q, int ld, const void *const *rows_of, int64_t d, int64_t n, simd_f sign,
+                           fastattn_dtype dtype) {
+    simd_f square[SIMD_LANES];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+        square[i] = load_as((const char *)rows_of[i] + d * element_size(dtype), n, dtype);
+    simd_transpose(square);
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+        if (i < n) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
+}
+
+FA_INLINE void unpack_square(void *const *rows_of, int lanes, const float *o, int ld, int64_t d, int64_t n,
+                             simd_f factor, fastattn_dtype dtype) {
+    simd_f square[SIMD_LANES];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+        square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : factor;
+    simd_transpose(square);
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+        if (i < lanes) store_as((char *)rows_of[i] + d * element_size(dtype), square[i], n, dtype);
+}
+
+FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, float sign,
+                       fastattn_dtype dtype) {
+    const simd_f factor = simd_set1(sign);
+    for (int row = 0; row < rows; row += SIMD_LANES) {
+        int64_t d = 0;
+        for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
+            pack_square(q + row, ld, rows_of + row, d, SIMD_LANES, factor, dtype);
+        if (d < head_dim) pack_square(q + row, ld, rows_of + row, d, head_dim - d, factor, dtype);
+    }
+}
+
+FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld, const float *factors,
+                         int64_t v_head_dim, fastattn_dtype dtype) {
+    for (int row = 0; row < count; row += SIMD_LANES) {
+        const simd_f factor = simd_load(factors + row);
+        const int lanes = count - row < SIMD_LANES ? count - row : SIMD_LANES;
+        int64_t d = 0;
+        if (lanes == SIMD_LANES)
+            for (; d + SIMD_LANES <= v_head_dim; d += SIMD_LANES)
+                unpack_square(rows_of + row, SIMD_LANES, o + row, ld, d, SIMD_LANES, factor, dtype);
+        for (; d < v_head_dim; d += SIMD_LANES) {
+            const int64_t n = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
+            unpack_square(rows_of + row, lanes, o + row, ld, d, n, factor, dtype);
+        }
+    }
+}
+
+FA_INLINE void widen_of(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim,
+                        fastattn_dtype dtype) {
+    for (int64_t j = 0; j < keys; j++, to += head_dim) {
+        const char *row = (const char *)from + j * stride;
+        int64_t d = 0;
+        for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
+            simd_store(to + d, load_full(row + d * element_size(dtype), dtype));
+        if (d < head_dim)
+            store_as(to + d, load_as(row + d * element_size(dtype), head_dim - d, dtype), head_dim - d,
+                     FASTATTN_FLOAT32);
+    }
+}
 
 static void pack(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
                  float sign) {
-    const simd_f factor = simd_set1(sign);
-    const int64_t itemsize = element_size(dtype);
-    for (int row = 0; row < rows; row += SIMD_LANES)
-        for (int64_t d = 0; d < head_dim; d += SIMD_LANES) {
-            int64_t n = at_most_lanes(head_dim - d);
-            simd_f square[SIMD_LANES];
-            for (int i = 0; i < SIMD_LANES; i++)
-                square[i] = load_as((const char *)rows_of[row + i] + d * itemsize, n, dtype);
-            simd_transpose(square);
-            for (int64_t i = 0; i < n; i++) simd_store(q + (d + i) * ld + row, simd_mul(square[i], factor));
-        }
+    FA_BY_STORAGE(dtype, pack_of, q, ld, rows_of, rows, head_dim, sign)
 }
 
 static void unpack(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
                    fastattn_dtype dtype) {
-    const int64_t itemsize = element_size(dtype);
-    for (int row = 0; row < count; row += SIMD_LANES) {
-        const simd_f scale = simd_load(factor + row);
-        const int lanes = (int)at_most_lanes(count - row);
-        for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES) {
-            int64_t n = at_most_lanes(v_head_dim - d);
-            simd_f square[SIMD_LANES];
-            for (int64_t i = 0; i < SIMD_LANES; i++)
-                square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld + row), scale) : simd_set1(0.0f);
-            simd_transpose(square);
-            for (int i = 0; i < lanes; i++) store_as((char *)rows_of[row + i] + d * itemsize, square[i], n, dtype);
-        }
-    }
+    FA_BY_STORAGE(dtype, unpack_of, rows_of, count, o, ld, factor, v_head_dim)
 }
 
 static void widen(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
-    const int64_t itemsize = element_size(dtype);
-    for (int64_t j = 0; j < keys; j++, to += head_dim) {
-        const char *row = (const char *)from + j * stride;
-        for (int64_t d = 0; d < head_dim; d += SIMD_LANES) {
-            int64_t n = at_most_lanes(head_dim - d);
-            store_as(to + d, load_as(row + d * itemsize, n, dtype), n, FASTATTN_FLOAT32);
-        }
-    }
+    FA_BY_STORAGE(dtype, widen_of, to, from, stride, keys, head_dim)
 }
 
+/* x * 0 is 0 for finite x, and NaN else. */
 static int finite(const float *v, int64_t stride, int64_t keys, int64_t v_head_dim) {
-    /* x * 0 is 0 for finite x, and NaN else. */
     const simd_f zero = simd_set1(0.0f);
-    simd_f sum = zero;
-    for (int64_t j = 0; j < keys; j++)
-        for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES)
-            sum = simd_fma(load_as(v + j * stride + d, v_head_dim - d, FASTATTN_FLOAT32), zero, sum);
-    return simd_all(simd_eq(sum, zero));
+    simd_f sum[4] = {zero, zero, zero, zero};
+    for (int64_t j = 0; j < keys; j++, v += stride) {
+        int64_t d = 0;
+        for (; d + 4 * SIMD_LANES <= v_head_dim; d += 4 * SIMD_LANES)
+            FA_UNROLL for (int i = 0; i < 4; i++)
+                sum[i] = simd_fma(simd_load(v + d + i * SIMD_LANES), zero, sum[i]);
+        for (; d < v_head_dim; d += SIMD_LANES)
+            sum[0] = simd_fma(load_as(v + d, v_head_dim - d, FASTATTN_FLOAT32), zero, sum[0]);
+    }
+    const simd_f all = simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3]));
+    return !simd_any(simd_not(simd_eq(all, zero)));
 }

@@ -73,17 +73,23 @@ FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
     }
 }
 
-FA_INLINE unsigned mask_bits(simd_f bias, simd_f hidden) {
-    simd_m hides = simd_eq(bias, hidden), plain = simd_or(hides, simd_eq(bias, simd_set1(0.0f)));
-    return (simd_all(hides) ? 0u : FA_MASK_SHOWS) | (simd_any(hides) ? FA_MASK_HIDES : 0u) |
-           (simd_all(plain) ? 0u : FA_MASK_ADDS);
+/* What has been seen of a mask. */
+typedef struct mask_census {
+    simd_m hidden, shown;
+} mask_census;
+
+FA_INLINE void mask_store(float *to, simd_f bias, mask_census *seen) {
+    const simd_m hides = simd_eq(bias, simd_set1(-INFINITY));
+    seen->hidden = simd_or(seen->hidden, hides);
+    seen->shown = simd_or(seen->shown, simd_not(hides));
+    simd_store(to, bias);
 }
 
-static unsigned mask(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                     fastattn_dtype dtype) {
-    const simd_f hidden = simd_set1(-INFINITY);
+FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                           fastattn_dtype dtype) {
     const int64_t itemsize = element_size(dtype);
-    unsigned found = 0;
+    const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
+    mask_census seen = {none, none};
     for (int row = 0; row < rows; row += SIMD_LANES) {
         const void *const *from = rows_of + row;
         int shared = 1;
@@ -92,22 +98,29 @@ static unsigned mask(float *tile, int ld, const void *const *rows_of, int rows, 
         if (!shared && key_stride == itemsize && dtype != FASTATTN_FLOAT64)
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) {
                 simd_f square[SIMD_LANES];
-                for (int i = 0; i < SIMD_LANES; i++)
-                    square[i] = load_as((const char *)from[i] + j * itemsize, SIMD_LANES, dtype);
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+                    square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
                 simd_transpose(square);
-                for (int i = 0; i < SIMD_LANES; i++) {
-                    found |= mask_bits(square[i], hidden);
-                    simd_store(tile + (j + i) * ld + row, square[i]);
-                }
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+                    mask_store(tile + (j + i) * ld + row, square[i], &seen);
             }
         for (; j < keys; j++) {
             float lanes[SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++)
                 lanes[i] = shared && i ? lanes[0] : mask_element((const char *)from[i] + j * key_stride, dtype);
-            simd_f bias = simd_load(lanes);
-            found |= mask_bits(bias, hidden);
-            simd_store(tile + j * ld + row, bias);
+            mask_store(tile + j * ld + row, simd_load(lanes), &seen);
         }
     }
-    return found;
+    return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
+}
+
+static unsigned mask(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                     fastattn_dtype dtype) {
+    switch (dtype) {
+    case FASTATTN_BOOL: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_BOOL);
+    case FASTATTN_FLOAT64: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT64);
+    case FASTATTN_FLOAT16: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT16);
+    case FASTATTN_BFLOAT16: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_BFLOAT16);
+    default: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT32);
+    }
 }

@@ -17,24 +17,24 @@ FA_INLINE simd_f exp2_of(simd_f y) {
 FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, float c, float *m, float *l,
                              float *alpha) {
     const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY);
-    simd_f top[4], base[4], sum[4];
+    simd_f top[4], sum[4];
     FA_UNROLL for (int v = 0; v < vectors; v++) top[v] = simd_load(m + v * SIMD_LANES);
     for (int64_t j = 0; j < keys; j++)
         FA_UNROLL for (int v = 0; v < vectors; v++)
             top[v] = simd_max(top[v], simd_load(s + j * ld + v * SIMD_LANES));
     FA_UNROLL for (int v = 0; v < vectors; v++) {
-        /* The base is minus the new maximum times c, rounded once. While all is -inf it is 0: every power is then 0,
-         * where -inf - -inf would be NaN. */
-        base[v] = simd_select(simd_eq(top[v], lowest), simd_set1(0.0f), simd_mul(top[v], simd_set1(-c)));
-        simd_f old = simd_load(m + v * SIMD_LANES);
-        simd_store(alpha + v * SIMD_LANES, exp2_of(simd_fma(old, scale, base[v])));
+        const simd_f old = simd_load(m + v * SIMD_LANES);
         simd_store(m + v * SIMD_LANES, top[v]);
+        /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
+        top[v] = simd_select(simd_eq(top[v], lowest), simd_set1(0.0f), top[v]);
+        simd_store(alpha + v * SIMD_LANES, exp2_of(simd_mul(simd_sub(old, top[v]), scale)));
         sum[v] = simd_set1(0.0f);
     }
+    /* The difference first: it is exact where it matters, and a product of large scores could overflow. */
     for (int64_t j = 0; j < keys; j++)
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             float *at = s + j * ld + v * SIMD_LANES;
-            simd_f p = exp2_of(simd_fma(simd_load(at), scale, base[v]));
+            const simd_f p = exp2_of(simd_mul(simd_sub(simd_load(at), top[v]), scale));
             simd_store(at, p);
             sum[v] = simd_add(sum[v], p);
         }

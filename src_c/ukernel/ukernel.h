@@ -41,8 +41,7 @@ typedef struct fa_score_rules {
 /* What fa_ukernel.mask found in a tile of mask. */
 enum {
     FA_MASK_SHOWS = 1, /* some element is visible */
-    FA_MASK_HIDES = 2, /* some element is hidden */
-    FA_MASK_ADDS = 4   /* some visible element is not zero */
+    FA_MASK_HIDES = 2  /* some element is hidden */
 };
 
 typedef struct fa_ukernel {
