@@ -1,0 +1,604 @@
+"""The tile loop in Numba: online softmax with queries as lanes.
+
+A work item is up to ``lanes`` query rows that share one kv head: the rows of a GQA group side by side, so that keys and
+values are read once for all of them. Everything is kept transposed, a query row being a lane of every vector::
+
+    Q^T [d][lane]     once per item
+    for each block of keys:
+        S^T [j][lane] = K [j][d] . Q^T [d][lane]                    K broadcast element by element, as it lies in memory
+        m, l, P^T     : maxima and sums over j are plain vertical operations
+        O^T [d][lane] = O^T * alpha + V^T [d][j] . P^T [j][lane]    V the same
+    out = O / l, transposed back
+
+Both products are sums of `rank_one` steps into a tile of registers, so nothing is packed. Each block gets fresh accumulators,
+which also keeps rounding errors from growing with the number of keys.
+
+A key that is hidden from a row has the score -inf and the weight -0.0. Negative zero adds nothing to a sum, and tells a
+hidden key from one whose weight underflowed where that matters: next to a NaN or inf among the values (`careful_values`).
+"""
+
+import numpy as np
+from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
+
+from ._numba_simd import (
+    add, blank, div, elements, fetch_add, fma, lanes, load, mul, rank_one, rows, splat, store, sub, two_to, where_less,
+)  # fmt: skip
+
+FLOAT32, FLOAT16, BFLOAT16, FLOAT64, BOOL = range(5)
+WHOLE, PARTS, MERGE = range(3)
+MIN_PART = 512  # keys for which it pays to split
+
+# What `attend` is told. Addresses and strides are in bytes; an address of 0 means that the thing is absent.
+PLAN = np.dtype(
+    [(name, np.int64) for name in (
+        "q", "k", "v", "out", "lse", "mask", "alibi", "sinks", "query_offset", "kv_lengths",
+        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
+        "out_batch", "out_head", "out_row", "lse_batch", "lse_head", "lse_row",
+        "mask_batch", "mask_head", "mask_row", "mask_key", "alibi_batch", "alibi_head",
+        "q_code", "kv_code", "mask_code", "head_dim", "v_head_dim", "kv_group", "causal", "window_left", "window_right",
+        # Units of work. `groups` x `group` are the query heads of a batch entry. The query rows of a head form bands of
+        # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into `panels`.
+        "groups", "group", "q_len", "band", "bands", "panels", "units", "parts", "split",
+        "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
+        "block_keys", "states",
+    )]
+    + [("scale", np.float32), ("softcap", np.float32)]
+)  # fmt: skip
+
+_LOWEST = float(np.finfo(np.float32).min)  # what is less than this is -inf
+_LOG2E = 1.4426950408889634
+_ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which is then in the low bits
+_TINY = -126 * 0.6931471805599453  # below this exp is no normal number, and 0
+
+jit = njit(error_model="numpy")
+inline = njit(error_model="numpy", forceinline=True)
+
+
+# Numbers in memory
+
+
+@inline
+def float_of(bits):
+    return np.uint32(bits).view(np.float32)
+
+
+@inline
+def bits_of(x):
+    return np.float32(x).view(np.uint32)
+
+
+@inline
+def widen_half(half):
+    """The float32 of the bits of a float16."""
+    magnitude = np.uint32(half & 0x7FFF) << np.uint32(13)
+    sign = np.uint32(half & 0x8000) << np.uint32(16)
+    if magnitude >= np.uint32(0x0F800000):  # inf and NaN
+        return float_of(sign | (magnitude + np.uint32(0x70000000)))
+    if magnitude < np.uint32(0x00800000):  # subnormals: a sum does what a shift cannot
+        return float_of(sign | bits_of(float_of(magnitude + np.uint32(0x38800000)) - float_of(np.uint32(0x38800000))))
+    return float_of(sign | (magnitude + np.uint32(0x38000000)))
+
+
+@inline
+def widen(address, index, code):
+    """Element `index` of an array of floats of any storage type, as a float32."""
+    if code == FLOAT32:
+        return elements(address, float32)[index]
+    bits = elements(address, uint16)[index]
+    if code == BFLOAT16:
+        return float_of(np.uint32(bits) << np.uint32(16))
+    return widen_half(bits)
+
+
+@inline
+def narrow(x, code):
+    """The 16 bits of a float32 in storage type `code`, rounded to nearest even."""
+    bits = bits_of(x)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    if code == BFLOAT16:
+        if magnitude > np.uint32(0x7F800000):  # rounding must not turn NaN into inf
+            return sign | np.uint32(0x7FC0)
+        return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    if magnitude > np.uint32(0x7F800000):
+        return sign | np.uint32(0x7E00)
+    if magnitude >= np.uint32(0x477FF000):  # rounds to 65536 and above
+        return sign | np.uint32(0x7C00)
+    if magnitude < np.uint32(0x38800000):  # subnormals: adding 0.5 rounds at the right bit
+        return sign | (bits_of(float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000))
+    return sign | ((magnitude - np.uint32(0x37FFF001) + ((magnitude >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13))
+
+
+@jit
+def widen_rows(source, stride, code, n, width, target):
+    """Write `n` rows of `width` elements as contiguous float32."""
+    to = elements(target, float32)
+    for j in range(n):
+        for d in range(width):
+            to[j * width + d] = widen(source + j * stride, d, code)
+
+
+@inline
+def bias_at(address, code):
+    """What an element of the mask adds to a score: -inf hides, and only an exact -inf does."""
+    if code == BOOL:
+        return np.float32(0.0) if elements(address, uint8)[0] else np.float32(-np.inf)
+    if code == FLOAT64:
+        x = elements(address, float64)[0]
+        if np.isfinite(x):
+            x = min(max(x, _LOWEST), -_LOWEST)
+        return np.float32(x)
+    return widen(address, 0, code)
+
+
+# Functions of lanes
+
+
+@inline
+def exp(x):
+    """``e**x`` for x <= 0 to a rounding error or two; less than 2**-126 is 0, NaN stays NaN."""
+    shifted = fma(x, _LOG2E, _ROUND)
+    f = fma(x, _LOG2E, sub(_ROUND, shifted))  # x = (n + f) ln 2 with f in [-1/2, 1/2]
+    p = fma(f, 0.00015403530393381608, 0.0013333558146428443)  # Taylor's series of 2**f: the rest is below 2e-9
+    p = fma(p, f, 0.009618129107628477)
+    p = fma(p, f, 0.05550410866482158)
+    p = fma(p, f, 0.24022650695910072)
+    p = fma(p, f, 0.6931471805599453)
+    p = fma(p, f, 1.0)
+    return where_less(x, _TINY, 0.0, mul(p, two_to(shifted)))
+
+
+@inline
+def magnitude_of(x):
+    return where_less(x, 0.0, sub(0.0, x), x)
+
+
+@inline
+def tanh(x):
+    """Cephes' two pieces: a polynomial where 1 - 2 / (e**2|x| + 1) would cancel."""
+    a = magnitude_of(x)
+    e = exp(mul(a, -2.0))
+    far = div(sub(1.0, e), add(1.0, e))
+    z = mul(x, x)
+    p = fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    p = fma(p, z, -5.37397155531e-2)
+    p = fma(p, z, 1.33314422036e-1)
+    p = fma(p, z, -3.33332819422e-1)
+    near = fma(mul(p, z), x, x)
+    return where_less(a, 0.625, near, where_less(x, 0.0, sub(0.0, far), far))
+
+
+# Parts of a step. `tile` and `row` stand for their types alone: the shape of the registers.
+
+
+@inline
+def product(a, a_stride, a_step, b, b_step, n, tile):
+    """``sum_s a[t][s] * b[s][:]`` over n steps, the sums kept in registers."""
+    total = splat(0.0, tile)
+    for _ in range(n):
+        total = rank_one(total, a, a_stride, b)
+        a += a_step
+        b += b_step
+    return total
+
+
+@jit
+def scores(k, k_row, n, head_dim, qt, st, scale, tile, row):
+    """``S^T = scale * K Q^T``; the last tile overlaps the one before where n is no multiple of its rows."""
+    pitch = 4 * lanes(row)
+    if n < rows(tile):
+        for j in range(n):
+            store(st + j * pitch, mul(product(k + j * k_row, 0, 4, qt, pitch, head_dim, row), scale))
+        return
+    for first in range(0, n, rows(tile)):
+        j = min(first, n - rows(tile))
+        store(st + j * pitch, mul(product(k + j * k_row, k_row, 4, qt, pitch, head_dim, tile), scale))
+
+
+@jit
+def adjust(st, n, softcap, bias, slopes, distance, low, high, row):
+    """The rules of the score, then -inf where lane i does not see key j: outside ``low <= j < high`` or by the bias."""
+    pitch = 4 * lanes(row)
+    for j in range(n):
+        x = load(st + j * pitch, row)
+        if softcap != 0.0:
+            x = mul(tanh(div(x, softcap)), softcap)
+        if slopes:
+            away = magnitude_of(sub(load(distance, row), j))
+            x = sub(x, mul(load(slopes, row), away))
+        if bias:
+            b = load(bias + j * pitch, row)
+            x = where_less(b, _LOWEST, b, add(x, b))
+        x = where_less(j, load(low, row), -np.inf, x)
+        x = where_less(j, load(high, row), x, -np.inf)
+        store(st + j * pitch, x)
+
+
+@jit
+def softmax(st, n, state, row):
+    """Turn scores into weights, update the running m and l of the state, and return what earlier weights shrink by."""
+    pitch = 4 * lanes(row)
+    before = load(state, row)
+    m = before
+    for j in range(n):
+        x = load(st + j * pitch, row)
+        m = where_less(m, x, x, m)
+    shift = where_less(m, _LOWEST, 0.0, m)  # lest -inf - -inf give NaN
+    alpha = exp(sub(before, shift))
+    total = splat(0.0, row)
+    for j in range(n):
+        x = load(st + j * pitch, row)
+        p = where_less(x, _LOWEST, -0.0, exp(sub(x, shift)))
+        store(st + j * pitch, p)
+        total = add(total, p)
+    store(state, m)
+    store(state + pitch, fma(load(state + pitch, row), alpha, total))
+    return alpha
+
+
+@jit
+def values(v, v_row, n, v_head_dim, pt, ot, alpha, tile, row):
+    """``O^T = O^T * alpha + V^T P^T``."""
+    pitch = 4 * lanes(row)
+    d = 0
+    while d + rows(tile) <= v_head_dim:
+        total = product(v + 4 * d, 4, v_row, pt, pitch, n, tile)
+        store(ot + d * pitch, fma(load(ot + d * pitch, tile), alpha, total))
+        d += rows(tile)
+    while d < v_head_dim:
+        total = product(v + 4 * d, 4, v_row, pt, pitch, n, row)
+        store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
+        d += 1
+
+
+@jit
+def careful_values(v, v_row, n, v_head_dim, pt, ot, alpha, row):
+    """The same for values with NaN or inf among them, which must not reach the lanes that do not see their key."""
+    pitch = 4 * lanes(row)
+    for d in range(v_head_dim):
+        total = splat(0.0, row)
+        for j in range(n):
+            p = load(pt + j * pitch, row)
+            hidden = div(1.0, p)  # -inf for -0.0
+            total = where_less(hidden, 0.0, total, fma(p, elements(v + j * v_row, float32)[d], total))
+        store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
+
+
+@jit
+def all_finite(v, v_row, n, v_head_dim):
+    """Whether `n` rows of float32 hold no NaN and no inf."""
+    exponent = np.uint32(0x7F800000)
+    largest = np.uint32(0)
+    for j in range(n):
+        bits = elements(v + j * v_row, types.uint32)
+        for d in range(v_head_dim):
+            largest = max(largest, bits[d] & exponent)
+    return largest < exponent
+
+
+# Work items. A state is m, l and seen, a row each, and O^T below them.
+
+
+@inline
+def locate(plan, unit):
+    """The batch entry, head group, first query row and first lane row, and the number of lane rows of a unit of work."""
+    unit, panel = divmod(unit, plan.panels)
+    unit, band = divmod(unit, plan.bands)
+    b, group = divmod(unit, plan.groups)
+    i0 = band * plan.band
+    return b, group, i0, panel, min(plan.band, plan.q_len - i0) * plan.group
+
+
+@inline
+def interval(plan, b, i):
+    """The keys ``low <= j < high`` that lengths, causal and window leave to query row `i`."""
+    position = i + elements(plan.query_offset, int64)[b]
+    low = int64(0)
+    high = elements(plan.kv_lengths, int64)[b]
+    if plan.causal:
+        high = min(high, position + 1)
+    if plan.window_right >= 0:
+        high = min(high, position + plan.window_right + 1)
+    if plan.window_left >= 0:
+        low = max(low, position - plan.window_left)
+    return low, max(low, high)
+
+
+@inline
+def part_range(plan, b, part):
+    """The keys of one of the parts into which the keys of an entry are split, by the shape of that entry alone."""
+    length = elements(plan.kv_lengths, int64)[b]
+    if plan.split == 1:
+        return int64(0), length
+    chunk = max(-(-length // plan.split), int64(MIN_PART))
+    return part * chunk, min((part + 1) * chunk, length)
+
+
+@jit
+def fill_bias(plan, b, head0, i0, first, n_rows, j0, n, bits, key0, bias, seen, width):
+    """The bias of each key (row) and lane, -inf where the lane does not see the key; whether any lane sees any.
+
+    `bits` is the address of the element mask of a block that begins at key `key0`, or 0."""
+    to = elements(bias, float32)
+    sees = elements(seen, float32)
+    bytes_per_key = (plan.block_size + 7) // 8
+    any_visible = False
+    for r in range(width):
+        if r >= n_rows:
+            for j in range(n):
+                to[j * width + r] = -np.inf
+            continue
+        i = i0 + (first + r) // plan.group
+        low, high = interval(plan, b, i)
+        low = min(max(low - j0, 0), n)
+        high = min(max(high - j0, low), n)
+        mask = plan.mask + b * plan.mask_batch + (head0 + (first + r) % plan.group) * plan.mask_head
+        mask += i * plan.mask_row + j0 * plan.mask_key
+        visible = False
+        for j in range(n):
+            to[j * width + r] = -np.inf
+        for j in range(low, high):
+            x = np.float32(0.0)
+            if plan.mask:
+                x = bias_at(mask + j * plan.mask_key, plan.mask_code)
+            if bits:
+                byte = elements(bits + (j0 - key0 + j) * bytes_per_key, uint8)[(i - i0) >> 3]
+                if not (byte >> np.uint8((i - i0) & 7)) & 1:
+                    x = np.float32(-np.inf)
+            visible |= not x == np.float32(-np.inf)
+            to[j * width + r] = x
+        if visible:
+            sees[r] = 1.0
+            any_visible = True
+    return any_visible
+
+
+@jit
+def attend(plan, unit, part, state, scratch, tile, row):
+    """The state of one unit of work over one part of its keys."""
+    width = lanes(row)
+    pitch = 4 * width
+    low_row, high_row, distance, slopes = scratch, scratch + pitch, scratch + 2 * pitch, scratch + 3 * pitch
+    qt = scratch + 4 * pitch
+    st = qt + plan.head_dim * pitch
+    bias = st + plan.block_keys * pitch
+    k_wide = bias + plan.block_keys * pitch
+    v_wide = k_wide + 4 * plan.block_keys * plan.head_dim
+    seen, ot = state + 2 * pitch, state + 3 * pitch
+
+    b, group, i0, panel, n_rows = locate(plan, unit)
+    first = panel * width
+    n_rows = min(n_rows - first, width)
+    store(state, splat(-np.inf, row))
+    store(state + pitch, splat(0.0, row))
+    store(seen, splat(0.0, row))
+    for d in range(plan.v_head_dim):
+        store(ot + d * pitch, splat(0.0, row))
+    if n_rows <= 0:
+        return
+
+    head0 = group * plan.group
+    to = elements(qt, float32)
+    slope = elements(slopes, float32)
+    for r in range(width):
+        for d in range(plan.head_dim if r >= n_rows else 0):
+            to[d * width + r] = 0.0
+        slope[r] = 0.0
+    low, high = np.iinfo(np.int64).max, int64(0)  # seen by some row
+    inner_low, inner_high = int64(0), np.iinfo(np.int64).max  # seen by every row
+    for r in range(n_rows):
+        i, head = i0 + (first + r) // plan.group, head0 + (first + r) % plan.group
+        q = plan.q + b * plan.q_batch + head * plan.q_head + i * plan.q_row
+        for d in range(plan.head_dim):
+            to[d * width + r] = widen(q, d, plan.q_code)
+        if plan.alibi:
+            slope[r] = elements(plan.alibi + b * plan.alibi_batch + head * plan.alibi_head, float32)[0]
+        row_low, row_high = interval(plan, b, i)
+        inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
+        if row_low < row_high:
+            low, high = min(low, row_low), max(high, row_high)
+    part_low, part_high = part_range(plan, b, part)
+    low, high = max(low, part_low), min(high, part_high)
+
+    kv_head = head0 // plan.kv_group
+    k_head = plan.k + b * plan.k_batch + kv_head * plan.k_head
+    v_head = plan.v + b * plan.v_batch + kv_head * plan.v_head
+    cursor, last = int64(0), int64(1)
+    if plan.indptr:
+        pattern = b * plan.pattern_batch + head0 * plan.pattern_head + i0 // plan.band
+        cursor, last = elements(plan.indptr, int64)[pattern], elements(plan.indptr, int64)[pattern + 1]
+    while cursor < last:
+        # The next run of keys: all of them, a block with an element mask, or whole blocks that touch.
+        run_low, run_high, bits, key0 = low, high, int64(0), int64(0)
+        if plan.indptr:
+            index = elements(plan.indices, int32)
+            key0 = int64(index[cursor]) * plan.block_size
+            key_end = key0 + plan.block_size
+            if plan.partial and elements(plan.partial, int32)[cursor] >= 0:
+                size = plan.block_size * ((plan.block_size + 7) // 8)
+                bits = plan.element_bits + elements(plan.partial, int32)[cursor] * size
+            else:
+                while (
+                    cursor + 1 < last
+                    and int64(index[cursor + 1]) * plan.block_size == key_end
+                    and not (plan.partial and elements(plan.partial, int32)[cursor + 1] >= 0)
+                ):
+                    key_end += plan.block_size
+                    cursor += 1
+            run_low, run_high = max(low, key0), min(high, key_end)
+        cursor += 1
+
+        for j in range(run_low, run_high, plan.block_keys):
+            n = min(run_high - j, plan.block_keys)
+            partial = bits != 0 or plan.mask != 0 or j < inner_low or j + n > inner_high
+            masked = bits != 0 or plan.mask != 0
+            low_at, high_at, seen_at = elements(low_row, float32), elements(high_row, float32), elements(seen, float32)
+            if masked:
+                if not fill_bias(plan, b, head0, i0, first, n_rows, j, n, bits, key0, bias, seen, width):
+                    continue
+                store(low_row, splat(0.0, row))
+                store(high_row, splat(n, row))
+            elif partial:
+                for r in range(n_rows):
+                    row_low, row_high = interval(plan, b, i0 + (first + r) // plan.group)
+                    row_low, row_high = max(row_low, j), min(row_high, j + n)
+                    low_at[r], high_at[r] = row_low - j, row_high - j
+                    if row_low < row_high:
+                        seen_at[r] = 1.0
+                for r in range(n_rows, width):
+                    low_at[r], high_at[r] = 0.0, 0.0
+            else:
+                store(seen, splat(1.0, row))
+                store(low_row, splat(0.0, row))
+                store(high_row, splat(n, row))
+
+            k, k_row = k_head + j * plan.k_row, plan.k_row
+            v, v_row = v_head + j * plan.v_row, plan.v_row
+            if plan.kv_code != FLOAT32:
+                widen_rows(k, k_row, plan.kv_code, n, plan.head_dim, k_wide)
+                widen_rows(v, v_row, plan.kv_code, n, plan.v_head_dim, v_wide)
+                k, k_row = k_wide, 4 * plan.head_dim
+                v, v_row = v_wide, 4 * plan.v_head_dim
+            scores(k, k_row, n, plan.head_dim, qt, st, plan.scale, tile, row)
+            if partial or plan.softcap != 0.0 or plan.alibi:
+                distance_at = elements(distance, float32)
+                for r in range(width):
+                    position = i0 + (first + r) // plan.group + elements(plan.query_offset, int64)[b]
+                    distance_at[r] = position - j
+                adjust(
+                    st, n, plan.softcap, bias if masked else int64(0), slopes if plan.alibi else int64(0), distance,
+                    low_row, high_row, row,
+                )  # fmt: skip
+            alpha = softmax(st, n, state, row)
+            if partial and not all_finite(v, v_row, n, plan.v_head_dim):
+                careful_values(v, v_row, n, plan.v_head_dim, st, ot, alpha, row)
+            else:
+                values(v, v_row, n, plan.v_head_dim, st, ot, alpha, tile, row)
+
+
+@jit
+def fold(state, other, v_head_dim, row):
+    """Add another part of the keys to a state."""
+    pitch = 4 * lanes(row)
+    a, b = load(state, row), load(other, row)
+    m = where_less(a, b, b, a)
+    shift = where_less(m, _LOWEST, 0.0, m)
+    alpha, beta = exp(sub(a, shift)), exp(sub(b, shift))
+    store(state, m)
+    store(state + pitch, fma(load(state + pitch, row), alpha, mul(load(other + pitch, row), beta)))
+    store(state + 2 * pitch, add(load(state + 2 * pitch, row), load(other + 2 * pitch, row)))
+    for d in range(3, 3 + v_head_dim):
+        store(state + d * pitch, fma(load(state + d * pitch, row), alpha, mul(load(other + d * pitch, row), beta)))
+
+
+@jit
+def finish(plan, unit, state, row):
+    """Divide by the denominator and write the rows of a unit to `out` and `lse`."""
+    width = lanes(row)
+    m, l, seen = elements(state, float32), elements(state + 4 * width, float32), elements(state + 8 * width, float32)
+    ot = elements(state + 12 * width, float32)
+    b, group, i0, panel, n_rows = locate(plan, unit)
+    first = panel * width
+    for r in range(min(n_rows - first, width)):
+        i, head = i0 + (first + r) // plan.group, group * plan.group + (first + r) % plan.group
+        top, total, factor = float64(m[r]), float64(l[r]), 1.0
+        if plan.sinks:
+            sink = float64(elements(plan.sinks, float32)[head])
+            top = max(top, sink)
+            factor = np.exp(m[r] - top)
+            total = total * factor + np.exp(sink - top)
+        if plan.lse:
+            at = plan.lse + b * plan.lse_batch + head * plan.lse_head + i * plan.lse_row
+            elements(at, float32)[0] = top + np.log(total)
+        factor = np.float32(factor / total)
+        out = plan.out + b * plan.out_batch + head * plan.out_head + i * plan.out_row
+        for d in range(plan.v_head_dim):
+            x = ot[d * width + r] * factor if seen[r] else np.float32(0.0)
+            if plan.q_code == FLOAT32:
+                elements(out, float32)[d] = x
+            else:
+                elements(out, uint16)[d] = narrow(x, plan.q_code)
+
+
+# What a thread runs. Numba's disk cache keeps a function under the values that it closes over, so that each shape of the registers
+# and each change of the source has an entry of its own.
+
+
+def build_attention(stamp, tile_rows, registers, width):
+    """The function that computes work items for tiles of a shape, and its signature.
+
+    It takes work items from a shared counter until none is left. An item is, by `phase`,
+
+    - WHOLE: a unit of work with all parts of its keys, one after the other,
+    - PARTS: one part of a unit; its state is left in ``plan.states``,
+    - MERGE: a unit whose parts have been computed.
+
+    The arithmetic is the same in WHOLE and in PARTS with MERGE.
+    """
+
+    def attention(plans, phase, state_bytes, scratch, counter):
+        stamp  # noqa: B018
+        tile = blank(tile_rows, registers, width)
+        row = blank(1, registers, width)
+        plan = plans[0]
+        parts = plan.parts
+        n_items = plan.units * parts if phase == PARTS else plan.units
+        while True:
+            item = fetch_add(counter, 1)
+            if item >= n_items:
+                return
+            if phase == PARTS:
+                attend(plan, item // parts, item % parts, plan.states + item * state_bytes, scratch, tile, row)
+                continue
+            state = plan.states + item * parts * state_bytes if phase == MERGE else scratch
+            for part in range(parts):
+                other = state + part * state_bytes
+                if phase == WHOLE:
+                    other = scratch + min(part, 1) * state_bytes
+                    attend(plan, item, part, other, scratch + min(parts, 2) * state_bytes, tile, row)
+                if part > 0:
+                    fold(state, other, plan.v_head_dim, row)
+            finish(plan, item, state, row)
+
+    record = types.Array(from_dtype(PLAN), 1, "C")
+    return attention, types.void(record, int64, int64, int64, int64)
+
+
+def build_merge(stamp, rows_of_item):
+    """The function that computes rows of `merge_states`, and its signature.
+
+    `parts` holds the addresses of the `out` of each part, then those of the `lse` of each.
+    """
+
+    def merge(parts, n_parts, n_rows, width, code, out, lse, scratch, counter):
+        stamp  # noqa: B018
+        total = elements(scratch, float32)
+        while True:
+            first = fetch_add(counter, 1) * rows_of_item
+            if first >= n_rows:
+                return
+            for r in range(first, min(first + rows_of_item, n_rows)):
+                m = -np.inf
+                for part in range(n_parts):
+                    m = max(m, float64(elements(parts[n_parts + part], float32)[r]))
+                for d in range(width):
+                    total[d] = 0.0
+                l = 0.0
+                for part in range(n_parts):
+                    part_lse = float64(elements(parts[n_parts + part], float32)[r])
+                    if part_lse == -np.inf:
+                        continue
+                    weight = np.exp(part_lse - m)
+                    l += weight
+                    source = parts[part] + r * width * (4 if code == FLOAT32 else 2)
+                    for d in range(width):
+                        total[d] += np.float32(weight) * widen(source, d, code)
+                elements(lse, float32)[r] = m + np.log(l)
+                for d in range(width):
+                    x = total[d] / np.float32(l) if l != 0.0 else np.float32(0.0)
+                    if code == FLOAT32:
+                        elements(out, float32)[r * width + d] = x
+                    else:
+                        elements(out, uint16)[r * width + d] = narrow(x, code)
+
+    return merge, types.void(types.Array(int64, 1, "C"), *[int64] * 8)

@@ -1,0 +1,313 @@
+"""Kernels compiled by Numba: nearly the speed of the C library where there is no compiler.
+
+The kernels (`_numba_kernels`) are plain machine code that knows nothing of threads: each thread takes work items from a shared
+counter until none is left. The threads are ordinary Python threads that run it without the GIL, not those of one of Numba's
+threading layers. So nothing depends on which layer is installed: concurrent callers cannot upset it (``workqueue`` ends the
+process), a forked child starts threads of its own (GNU OpenMP's are gone), and Numba's settings stay the user's.
+
+Compiled code is cached on disk where Numba finds a folder for it: beside this file, else in the user's cache folder, or
+in ``NUMBA_CACHE_DIR``. Without any it is compiled again in each process.
+"""
+
+import inspect
+import os
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
+
+import numpy as np
+from numba import config, njit
+from numba.core.registry import cpu_target
+
+from . import _numba_kernels, _numba_simd
+from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, WHOLE
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+_CODES = {
+    "float32": _numba_kernels.FLOAT32,
+    "float16": _numba_kernels.FLOAT16,
+    "bfloat16": _numba_kernels.BFLOAT16,
+    "float64": _numba_kernels.FLOAT64,
+    "bool": _numba_kernels.BOOL,
+}
+_MIN_UNITS = 16  # an entry with fewer units of work has its keys split
+_WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
+_MERGE_ROWS = 64
+_MAX_POOL = 1024
+
+dtypes = frozenset({"float16", "bfloat16", "float32"})
+
+
+class _State:
+    """What outlives a call."""
+
+    def __init__(self):
+        self.threads = 1
+        self.kernels = {}
+        self.renew()
+
+    def renew(self):
+        """Start without threads and locks, as a forked child must."""
+        self.lock = threading.Lock()
+        self.pool = None
+
+
+_state = _State()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_state.renew)
+
+
+def set_num_threads(n):
+    """Use at most `n` threads in later calls."""
+    _state.threads = n
+
+
+def attention(call):
+    """Fill ``call.out`` and ``call.lse``."""
+    work = _Work(call)
+    if not work.units:
+        return
+    kernel = _kernel(_numba_kernels.build_attention, *work.shape)
+    plan, states = work.plan(), _scratch(work.states_bytes)
+    plan["states"] = _address(states)
+
+    def run(phase, counter):
+        scratch = _scratch(work.scratch_bytes)
+        kernel(plan, phase, work.state_bytes, _address(scratch), counter)
+
+    for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
+        _share(partial(run, phase), work.threads)
+
+
+def merge_states(outs, lses, out, lse):
+    """Fill `out` ``(rows, Dv)`` and `lse` ``(rows,)`` with the combination of the parts."""
+    n_rows, width = out.shape
+    kernel = _kernel(_numba_kernels.build_merge, _MERGE_ROWS)
+    parts = np.array([_address(array) for array in (*outs, *lses)], np.int64)
+
+    def run(counter):
+        scratch = _scratch(4 * width)
+        code = _CODES[out.dtype.name]
+        kernel(parts, len(outs), n_rows, width, code, _address(out), _address(lse), _address(scratch), counter)
+
+    _share(run, _useful_threads(-(-n_rows // _MERGE_ROWS), len(outs) * n_rows * width))
+
+
+def explain(call):
+    """How `call` is computed."""
+    work = _Work(call)
+    return {
+        "backend": "numba",
+        "isa": _isa(),
+        "kernel": f"{call.k.dtype.name}_{work.shape[0]}x{work.lanes}",
+        "tile_rows": work.lanes,
+        "tile_keys": work.block_keys,
+        "splits": work.parts,
+        "work_items": work.units * work.parts,
+        "threads": work.threads,
+        "workspace_bytes": work.threads * work.scratch_bytes + work.states_bytes,
+        "visible_fraction": work.visible_fraction(),
+    }
+
+
+class _Work:
+    """How a call is cut into units of work; see `PLAN` for the terms.
+
+    Nothing but `threads`, and with it where states are kept, depends on the number of threads or of batch entries.
+    """
+
+    def __init__(self, call):
+        self.call = call
+        batch, num_heads, q_len, head_dim = call.q.shape
+        num_kv_heads, kv_len, v_head_dim = call.v.shape[1:]
+        mask = call.block_mask
+
+        self.kv_group = num_heads // max(num_kv_heads, 1)
+        # Rows of one work item walk through the same keys: heads with patterns of their own cannot share one.
+        self.group = 1 if mask is not None and mask.shape[1] > 1 else self.kv_group
+        self.groups = num_heads // max(self.group, 1)
+        self.band = q_len if mask is None else mask.block_size
+        self.bands = -(-q_len // max(self.band, 1))
+
+        band_rows = min(self.band, q_len) * self.group
+        narrow, wide = _shapes()
+        self.shape = narrow if band_rows <= narrow[1] * narrow[2] else wide
+        self.lanes = self.shape[1] * self.shape[2]
+        self.block_keys = 64 if self.lanes >= 48 else 128  # scores stay within half of a first-level cache
+        self.panels = -(-band_rows // self.lanes)
+        units = self.groups * self.bands * self.panels
+        self.units = batch * units
+        self.split = -(-_MIN_UNITS // units) if units and mask is None else 1
+        self.parts = max(1, min(self.split, -(-kv_len // MIN_PART)))
+
+        work = self.units * self.lanes * kv_len * (head_dim + v_head_dim)
+        self.threads = _useful_threads(self.units * self.parts, work)
+        row_bytes = 4 * self.lanes
+        self.state_bytes = row_bytes * (3 + v_head_dim)
+        widened = 0 if call.k.dtype == np.float32 else 4 * self.block_keys * (head_dim + v_head_dim)
+        self.scratch_bytes = row_bytes * (4 + head_dim + 2 * self.block_keys) + widened
+        if self.parts > 1 and self.units < 4 * self.threads:
+            self.states_bytes = self.units * self.parts * self.state_bytes
+        else:
+            self.states_bytes = 0
+            self.scratch_bytes += min(self.parts, 2) * self.state_bytes
+
+    def plan(self):
+        """The record that the kernels read. It holds addresses: the call must outlive it."""
+        call, mask = self.call, self.call.block_mask
+        fields = {
+            **_place("q", call.q), **_place("k", call.k), **_place("v", call.v), **_place("out", call.out),
+            **_place("lse", call.lse), **_place("mask", call.mask), **_place("alibi", call.alibi_slopes),
+            **_place("sinks", call.sinks), **_place("query_offset", call.query_offset), **_place("kv_lengths", call.kv_lengths),
+            "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[call.k.dtype.name],
+            "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
+            "q_len": call.q.shape[2], "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
+            "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
+            "scale": call.scale, "softcap": call.softcap,
+        }  # fmt: skip
+        for name in ("kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "block_keys"):
+            fields[name] = getattr(self, name)
+        if mask is not None:
+            for name in ("indptr", "indices", "partial", "element_bits"):
+                fields |= _place(name, getattr(mask, name))
+            fields |= {"block_size": mask.block_size, "pattern_batch": mask.row_strides[0], "pattern_head": mask.row_strides[1]}
+        plan = np.zeros(1, PLAN)
+        plan[0] = tuple(fields.get(name, 0) for name in PLAN.names)
+        return plan
+
+    def visible_fraction(self):
+        """Of all (row, key) pairs those that are computed: what causal, window, lengths and a block mask leave to each item."""
+        call, mask = self.call, self.call.block_mask
+        batch, num_heads, q_len, _ = call.q.shape
+        left, right = call.window
+        if call.causal:
+            right = min(right, 0) if right >= 0 else 0
+        start = self.band * np.arange(self.bands)[:, None]
+        first = self.lanes * np.arange(self.panels)
+        n_rows = np.clip(np.minimum(self.band, q_len - start) * self.group - first, 0, self.lanes)
+        computed = 0
+        for b in range(batch):
+            position = start + call.query_offset[b]
+            top, bottom = position + first // self.group, position + (first + n_rows - 1) // self.group
+            low = np.maximum(top - left, 0) if left >= 0 else np.zeros_like(top)
+            high = np.full_like(top, call.kv_lengths[b])
+            if right >= 0:
+                high = np.minimum(high, bottom + right + 1)
+            if mask is None:
+                computed += self.groups * (n_rows * np.maximum(high - low, 0)).sum()
+                continue
+            for h in range(0, num_heads, self.group):
+                pattern = b * mask.row_strides[0] + h * mask.row_strides[1]
+                ends = mask.indptr[pattern : pattern + self.bands + 1]
+                band = np.repeat(np.arange(self.bands), np.diff(ends))
+                key = mask.block_size * mask.indices[ends[0] : ends[-1], None].astype(np.int64)
+                listed = np.minimum(high[band], key + mask.block_size) - np.maximum(low[band], key)
+                computed += (n_rows[band] * np.maximum(listed, 0)).sum()
+        return float(computed / max(batch * num_heads * q_len * call.k.shape[2], 1))
+
+
+def _address(array):
+    return array.__array_interface__["data"][0]
+
+
+def _place(name, array):
+    """The fields of a plan that say where an array is: its address, and its strides where the plan has them."""
+    if array is None:
+        return {}
+    strides = {f"{name}_{axis}": stride for axis, stride in zip(("batch", "head", "row", "key"), array.strides)}
+    return {name: _address(array), **strides}
+
+
+def _scratch(nbytes):
+    """Memory on a cache line of its own."""
+    memory = np.empty(nbytes + 63, np.uint8)
+    return memory[-_address(memory) % 64 :]
+
+
+@cache
+def _target():
+    """The processor that Numba compiles for: the start of its triple, and its features."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.partition("-")[0], frozenset(features.split(","))
+
+
+@cache
+def _isa():
+    processor, features = _target()
+    for name in ("avx512f", "avx2"):
+        if f"+{name}" in features:
+            return name.removesuffix("f")
+    return "neon" if processor in ("aarch64", "arm64") else "portable"
+
+
+@cache
+def _shapes():
+    """The register tiles, (rows, registers of a row, lanes of a register), for few query rows and for many.
+
+    As many accumulators as there are registers, but for those that a row of operands and a broadcast take.
+    """
+    return {
+        "avx512": ((8, 1, 16), (4, 4, 16)),
+        "avx2": ((8, 1, 8), (4, 3, 8)),
+        "neon": ((8, 2, 4), (4, 6, 4)),
+        "portable": ((4, 2, 4), (4, 3, 4)),
+    }[_isa()]
+
+
+def _kernel(build, *shape):
+    """The compiled function for a shape, made on first use."""
+    kernel = _state.kernels.get((build, shape))
+    if kernel is None:
+        with _state.lock:
+            if (build, shape) not in _state.kernels:
+                _state.kernels[build, shape] = _compile(build, shape)
+            kernel = _state.kernels[build, shape]
+    return kernel
+
+
+def _compile(build, shape):
+    for cached in (True, False):
+        try:
+            function, signature = build(_stamp() if cached else 0, *shape)
+            return njit(signature, nogil=True, error_model="numpy", cache=cached)(function)
+        except Exception:  # no folder for the cache, or one that is full, damaged or unreadable, must not matter
+            if not cached:
+                raise
+
+
+@cache
+def _stamp():
+    """A number for the source of the kernels: Numba itself would notice changes of one of the files only."""
+    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_kernels))).encode())
+
+
+def _useful_threads(items, work):
+    return max(1, min(_state.threads, items, work // _WORK_OF_A_THREAD))
+
+
+def _share(run, n_threads):
+    """Call ``run(address of a counter)`` on this thread and on up to ``n_threads - 1`` others; return when all have."""
+    counter = np.zeros(1, np.int64)
+    helpers = []
+    try:
+        for _ in range(n_threads - 1):
+            helpers.append(_pool().submit(run, _address(counter)))
+    except RuntimeError:
+        pass  # no more threads, or the interpreter is shutting down: those that run will do
+    try:
+        run(_address(counter))
+    finally:
+        wait([helper for helper in helpers if not helper.cancel()])
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
+
+
+def _pool():
+    with _state.lock:
+        if _state.pool is None:
+            _state.pool = ThreadPoolExecutor(_MAX_POOL, "fastattn")
+        return _state.pool
