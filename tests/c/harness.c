@@ -1,0 +1,313 @@
+#include "harness.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#define SANITIZED (__has_feature(address_sanitizer) || __has_feature(thread_sanitizer))
+#else
+#define SANITIZED 0
+#endif
+
+enum { TEST_SECONDS = 200, EXIT_FAILED = 1, EXIT_SKIPPED = 77 };
+
+fastattn_isa test_isa;
+int test_effort = 100;
+
+/* ------------------------------------------------------------------------------------------------- guarded memory */
+
+struct guarded {
+    const char *name;
+    uint8_t *pages;     /* the accessible ones; one inaccessible page on either side */
+    size_t pages_size;
+    uint8_t *data;
+    size_t size;
+    int is_input;
+    struct guarded *next;
+};
+
+enum { SLACK_BYTE = 0xA7 };
+
+static struct guarded *guarded_list;
+
+static void *guard_alloc(const char *name, size_t size, size_t alignment, enum guard_side side, int is_input)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t pages_size = (size + page - 1) / page * page;
+    uint8_t *map = mmap(NULL, pages_size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(map != MAP_FAILED, "cannot map %zu bytes for %s", size, name);
+
+    struct guarded *guarded = malloc(sizeof *guarded);
+    CHECK(guarded != NULL, "out of memory");
+    *guarded = (struct guarded){name, map + page, pages_size, map + page, size, is_input, guarded_list};
+    if (side == GUARD_BEHIND)
+        guarded->data += (pages_size - size) / alignment * alignment;
+    if (pages_size > 0) {
+        CHECK(mprotect(guarded->pages, pages_size, PROT_READ | PROT_WRITE) == 0, "mprotect: %s", strerror(errno));
+        memset(guarded->pages, SLACK_BYTE, pages_size);
+    }
+    guarded_list = guarded;
+    return guarded->data;
+}
+
+void *guard_input(const char *name, size_t size, size_t alignment, enum guard_side side)
+{
+    return guard_alloc(name, size, alignment, side, 1);
+}
+
+void *guard_output(const char *name, size_t size, size_t alignment, enum guard_side side)
+{
+    return guard_alloc(name, size, alignment, side, 0);
+}
+
+void guard_seal(void)
+{
+    for (struct guarded *g = guarded_list; g; g = g->next)
+        if (g->is_input && g->pages_size > 0)
+            CHECK(mprotect(g->pages, g->pages_size, PROT_READ) == 0, "mprotect: %s", strerror(errno));
+}
+
+void guard_check(void)
+{
+    for (struct guarded *g = guarded_list; g; g = g->next)
+        for (size_t i = 0; i < g->pages_size; i++)
+            if ((g->pages + i < g->data || g->pages + i >= g->data + g->size) && g->pages[i] != SLACK_BYTE)
+                fail(__FILE__, __LINE__, "a byte was written %td bytes from the start of %s, whose size is %zu",
+                     g->pages + i - g->data, g->name, g->size);
+}
+
+void guard_release(void)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    while (guarded_list) {
+        struct guarded *g = guarded_list;
+        guarded_list = g->next;
+        munmap(g->pages - page, g->pages_size + 2 * page);
+        free(g);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------- allocations, by --wrap */
+
+int allocation_count, allocation_fails;
+
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *memory, size_t size);
+void *__real_aligned_alloc(size_t alignment, size_t size);
+int __real_posix_memalign(void **memory, size_t alignment, size_t size);
+
+static int allocation_refused(void)
+{
+    __atomic_add_fetch(&allocation_count, 1, __ATOMIC_RELAXED);
+    return __atomic_load_n(&allocation_fails, __ATOMIC_RELAXED);
+}
+
+void *__wrap_malloc(size_t size);
+void *__wrap_malloc(size_t size)
+{
+    return allocation_refused() ? NULL : __real_malloc(size);
+}
+
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_calloc(size_t count, size_t size)
+{
+    return allocation_refused() ? NULL : __real_calloc(count, size);
+}
+
+void *__wrap_realloc(void *memory, size_t size);
+void *__wrap_realloc(void *memory, size_t size)
+{
+    return allocation_refused() ? NULL : __real_realloc(memory, size);
+}
+
+void *__wrap_aligned_alloc(size_t alignment, size_t size);
+void *__wrap_aligned_alloc(size_t alignment, size_t size)
+{
+    return allocation_refused() ? NULL : __real_aligned_alloc(alignment, size);
+}
+
+int __wrap_posix_memalign(void **memory, size_t alignment, size_t size);
+int __wrap_posix_memalign(void **memory, size_t alignment, size_t size)
+{
+    return allocation_refused() ? ENOMEM : __real_posix_memalign(memory, alignment, size);
+}
+
+/* --------------------------------------------------------------------------------------------------- random numbers */
+
+uint64_t random_bits(struct rng *rng)
+{
+    uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+int64_t random_between(struct rng *rng, int64_t low, int64_t high)
+{
+    return low + (int64_t)(random_bits(rng) % (uint64_t)(high - low + 1));
+}
+
+double random_signed(struct rng *rng)
+{
+    return (double)(int64_t)random_bits(rng) * 0x1p-63;
+}
+
+/* ------------------------------------------------------------------------------------------------------- the runner */
+
+/* What the child tells its parent; shared memory, so that it survives a crash. */
+struct report {
+    char context[1024];
+    char message[2048];
+};
+static struct report *report;
+
+void context(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    vsnprintf(report->context, sizeof report->context, format, list);
+    va_end(list);
+}
+
+void fail(const char *file, int line, const char *format, ...)
+{
+    va_list list;
+    const char *name = strrchr(file, '/');
+    size_t used = (size_t)snprintf(report->message, sizeof report->message, "%s:%d: ", name ? name + 1 : file, line);
+    va_start(list, format);
+    vsnprintf(report->message + used, sizeof report->message - used, format, list);
+    va_end(list);
+    _exit(EXIT_FAILED);
+}
+
+void skip(const char *reason)
+{
+    snprintf(report->message, sizeof report->message, "%s", reason);
+    _exit(EXIT_SKIPPED);
+}
+
+/* Says which buffer a faulting address lies next to, then lets the signal take its course. */
+static void on_fault(int number, siginfo_t *info, void *machine)
+{
+    const uint8_t *address = info->si_addr;
+    const struct guarded *nearest = NULL;
+    ptrdiff_t distance = 0;
+    (void)machine;
+    for (const struct guarded *g = guarded_list; g; g = g->next) {
+        ptrdiff_t d = address - g->data;
+        if (!nearest || llabs((long long)d) < llabs((long long)distance)) {
+            nearest = g;
+            distance = d;
+        }
+    }
+    snprintf(report->message, sizeof report->message, "fault at %p", (const void *)address);
+    if (nearest && number != SIGILL)
+        snprintf(report->message, sizeof report->message,
+                 "fault at byte %td of %s, whose size is %zu (an inaccessible page, or a write to an input)", distance,
+                 nearest->name, nearest->size);
+    signal(number, SIG_DFL);
+}
+
+static void catch_faults(void)
+{
+    const int numbers[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO};
+    if (SANITIZED) /* has a report of its own, with a stack */
+        return;
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        sigaction(numbers[i], &action, NULL);
+}
+
+static struct test *tests, **tests_end = &tests;
+
+void test_register(struct test *test)
+{
+    *tests_end = test;
+    tests_end = &test->next;
+}
+
+static int counts[3]; /* passed, failed, skipped */
+
+static void conclude(int outcome, const char *name, const char *detail)
+{
+    static const char *const words[] = {"pass", "FAIL", "skip"};
+    counts[outcome]++;
+    printf("%s %s%s%s\n", words[outcome], name, *detail ? ": " : "", detail);
+    fflush(stdout);
+}
+
+static void run_test(const struct test *test, const char *name)
+{
+    int status = 0;
+    memset(report, 0, sizeof *report);
+    pid_t child = fork();
+    if (child == 0) {
+        catch_faults();
+        alarm(TEST_SECONDS);
+        test->run();
+        guard_release();
+        exit(0); /* not _exit: leak checkers report here */
+    }
+    if (child < 0 || waitpid(child, &status, 0) < 0) {
+        conclude(1, name, strerror(errno));
+        return;
+    }
+    char detail[sizeof *report + 256];
+    const char *separator = *report->context && *report->message ? "; " : "";
+    if (WIFSIGNALED(status))
+        snprintf(detail, sizeof detail, "signal %d (%s); %s%s%s", WTERMSIG(status), strsignal(WTERMSIG(status)),
+                 report->message, separator, report->context);
+    else if (WEXITSTATUS(status) == EXIT_FAILED && *report->message)
+        snprintf(detail, sizeof detail, "%s%s%s", report->message, separator, report->context);
+    else
+        snprintf(detail, sizeof detail, "exit status %d; %s", WEXITSTATUS(status), report->context);
+
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+        conclude(0, name, "");
+    else if (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_SKIPPED)
+        conclude(2, name, report->message);
+    else
+        conclude(1, name, detail);
+}
+
+/* usage: program [effort in percent [part of a test's name]] */
+int main(int argc, char **argv)
+{
+    const char *wanted = argc > 2 ? argv[2] : "";
+    if (argc > 1)
+        test_effort = atoi(argv[1]);
+    report = mmap(NULL, sizeof *report, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (report == MAP_FAILED)
+        return 2;
+    for (const struct test *test = tests; test; test = test->next) {
+        if (!strstr(test->name, wanted))
+            continue;
+        if (!test->each_isa) {
+            test_isa = FASTATTN_ISA_BEST;
+            run_test(test, test->name);
+            continue;
+        }
+        for (int isa = FASTATTN_ISA_PORTABLE; fastattn_isa_name((fastattn_isa)isa); isa++) {
+            char name[128];
+            test_isa = (fastattn_isa)isa;
+            snprintf(name, sizeof name, "%s[%s]", test->name, fastattn_isa_name(test_isa));
+            if (fastattn_isa_available(test_isa))
+                run_test(test, name);
+            else
+                conclude(2, name, "not available");
+        }
+    }
+    printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);
+    return counts[1] > 0;
+}

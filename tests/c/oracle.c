@@ -1,0 +1,230 @@
+/* Attention in double precision, written from the prose at the top of fastattn.h and from nothing else. */
+#include "problem.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+size_t dtype_size(fastattn_dtype dtype)
+{
+    static const size_t sizes[] = {4, 2, 2, 8, 1};
+    return sizes[dtype];
+}
+
+static double half_to_double(uint16_t bits)
+{
+    int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    double magnitude = exponent == 31 ? (fraction ? (double)NAN : INFINITY)
+                       : exponent == 0 ? ldexp(fraction, -24)
+                                       : ldexp(1024 + fraction, exponent - 25);
+    return bits >> 15 ? -magnitude : magnitude;
+}
+
+/* To nearest even. */
+static uint16_t double_to_half(double value)
+{
+    uint16_t sign = signbit(value) ? 0x8000 : 0;
+    double magnitude = fabs(value);
+    if (isnan(value))
+        return 0x7E00;
+    if (magnitude >= 65520)
+        return sign | 0x7C00;
+    int exponent = magnitude < 0x1p-14 ? -14 : ilogb(magnitude);
+    /* the significand counts its leading 1, which adds 1 to the exponent field */
+    return sign | (uint16_t)(((exponent + 14) << 10) + (int)nearbyint(ldexp(magnitude, 10 - exponent)));
+}
+
+double load(fastattn_dtype dtype, const void *address)
+{
+    union {
+        uint8_t byte;
+        uint16_t half;
+        uint32_t word;
+        float single;
+        double full;
+    } x;
+    memcpy(&x, address, dtype_size(dtype));
+    switch (dtype) {
+    case FASTATTN_FLOAT16:
+        return half_to_double(x.half);
+    case FASTATTN_BFLOAT16:
+        x.word = (uint32_t)x.half << 16;
+        return x.single;
+    case FASTATTN_FLOAT64:
+        return x.full;
+    case FASTATTN_BOOL:
+        return x.byte != 0;
+    default:
+        return x.single;
+    }
+}
+
+void store(fastattn_dtype dtype, void *address, double value)
+{
+    union {
+        uint8_t byte;
+        uint16_t half;
+        uint32_t word;
+        float single;
+        double full;
+    } x = {.full = value};
+    switch (dtype) {
+    case FASTATTN_FLOAT16:
+        x.half = double_to_half(value);
+        break;
+    case FASTATTN_BFLOAT16:
+        x.single = (float)value;
+        x.word = isnan(value) ? 0x7FC0 : (x.word + 0x7FFF + (x.word >> 16 & 1)) >> 16;
+        break;
+    case FASTATTN_FLOAT64:
+        break;
+    case FASTATTN_BOOL:
+        x.byte = (uint8_t)value;
+        break;
+    default:
+        x.single = (float)value;
+    }
+    memcpy(address, &x, dtype_size(dtype));
+}
+
+void *element(const void *base, const int64_t strides[3], fastattn_dtype dtype, int64_t i0, int64_t i1, int64_t i2, int64_t i3)
+{
+    return (char *)(uintptr_t)base + i0 * strides[0] + i1 * strides[1] + i2 * strides[2] + i3 * (int64_t)dtype_size(dtype);
+}
+
+/* Is row i's key j listed by the block mask? */
+static int block_visible(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    const fastattn_block_mask *m = a->block_mask;
+    int64_t row = b * m->batch_stride + h * m->head_stride + i / m->block_size;
+    for (int64_t n = m->indptr[row]; n < m->indptr[row + 1]; n++) {
+        if (m->indices[n] != j / m->block_size)
+            continue;
+        if (!m->partial || m->partial[n] < 0)
+            return 1;
+        int64_t row_bytes = (m->block_size + 7) / 8, bit = i % m->block_size;
+        const uint8_t *bits = m->element_bits + (m->partial[n] * m->block_size + j % m->block_size) * row_bytes;
+        return bits[bit / 8] >> bit % 8 & 1;
+    }
+    return 0;
+}
+
+struct rounding oracle_rounding(const fastattn_attention_args *a)
+{
+    struct rounding rounding = {FLT_EPSILON / 2, FLT_EPSILON / 2};
+    fastattn_plan_info info = {.size = sizeof info};
+    CHECK_STATUS(fastattn_explain(a, &info), FASTATTN_OK);
+    if (info.isa != FASTATTN_ISA_AMX) /* only a matrix unit has a reason to use less than float32 */
+        return rounding;
+    if (a->kv_dtype == FASTATTN_BFLOAT16)
+        rounding.weight = 0x1p-8;
+    else if (a->precision == FASTATTN_PRECISION_MEDIUM)
+        rounding.score = rounding.weight = 0x1p-8;
+    else if (a->precision == FASTATTN_PRECISION_HIGH)
+        rounding.score = rounding.weight = 0x1p-15;
+    return rounding;
+}
+
+void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, struct rounding rounding,
+                struct oracle_row *result)
+{
+    const int64_t h_kv = h / (a->num_heads / a->num_kv_heads);
+    const int64_t length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
+    const int64_t offset = a->query_offset ? a->query_offset[b] : length - a->q_len;
+    const __int128 p = (__int128)i + offset;
+    double *s = malloc((size_t)(length + 1) * sizeof *s);         /* scores; the last is the sink */
+    double *terms = malloc((size_t)(length + 1) * sizeof *terms); /* the sum of the magnitudes a score is made of */
+    char *visible = calloc((size_t)length + 1, 1);
+    double maximum = -INFINITY;
+    CHECK(s && terms && visible, "out of memory");
+
+    result->visible = 0;
+    for (int64_t j = 0; j < length; j++) {
+        double bias = 0;
+        if (a->mask) {
+            bias = load(a->mask_dtype, (const char *)a->mask + b * a->mask_strides[0] + h * a->mask_strides[1] +
+                                           i * a->mask_strides[2] + j * a->mask_strides[3]);
+            if (a->mask_dtype == FASTATTN_BOOL ? bias == 0 : bias == -(double)INFINITY)
+                continue;
+            if (a->mask_dtype == FASTATTN_BOOL)
+                bias = 0;
+        }
+        if ((a->causal && j > p) || (a->window_left >= 0 && j < p - a->window_left) ||
+            (a->window_right >= 0 && j > p + a->window_right) || (a->block_mask && !block_visible(a, b, h, i, j)))
+            continue;
+
+        double dot = 0, magnitude = 0;
+        for (int64_t d = 0; d < a->head_dim; d++) {
+            double term = load(a->q_dtype, element(a->q, a->q_strides, a->q_dtype, b, h, i, d)) *
+                          load(a->kv_dtype, element(a->k, a->k_strides, a->kv_dtype, b, h_kv, j, d));
+            dot += term;
+            magnitude += fabs(term);
+        }
+        double score = a->scale * dot;
+        magnitude *= fabs(a->scale);
+        if (a->softcap > 0) {
+            score = a->softcap * tanh(score / a->softcap);
+            magnitude += a->softcap;
+        }
+        score += bias;
+        magnitude += fabs(bias);
+        if (a->alibi_slopes) {
+            double distance = p > j ? (double)(p - j) : (double)(j - p);
+            double slope = *(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] + h * a->alibi_strides[1]);
+            score -= slope * distance;
+            magnitude += fabs(slope * distance);
+        }
+        visible[j] = 1;
+        s[j] = score;
+        terms[j] = magnitude;
+        result->visible++;
+        if (!(score <= maximum)) /* so that a NaN stays */
+            maximum = isnan(maximum) ? maximum : score;
+    }
+    visible[length] = a->sinks != NULL;
+    if (a->sinks) {
+        s[length] = a->sinks[h];
+        terms[length] = fabs(s[length]);
+        maximum = isnan(maximum) ? maximum : fmax(maximum, s[length]);
+    }
+
+    double sum = 0, unsure = 0; /* the denominator, and how much of it the rounding of scores may move */
+    for (int64_t d = 0; d < a->v_head_dim; d++)
+        result->out[d] = result->out_tolerance[d] = 0;
+    if (result->visible == 0) {
+        result->lse = a->sinks ? s[length] : -(double)INFINITY;
+        result->lse_tolerance = 0;
+    } else {
+        const double accumulation = FLT_EPSILON / 2 * (8 + sqrt((double)length)); /* of sums over the keys */
+        for (int64_t j = 0; j <= length; j++) {
+            if (!visible[j])
+                continue;
+            s[j] = exp(s[j] - maximum);
+            sum += s[j];
+            terms[j] = isfinite(terms[j]) ? 2 * rounding.score * (terms[j] + fabs(maximum)) : 0;
+            unsure += s[j] * terms[j];
+        }
+        for (int64_t j = 0; j < length; j++) {
+            if (!visible[j])
+                continue;
+            double weight = s[j] / sum;
+            for (int64_t d = 0; d < a->v_head_dim; d++) {
+                double value = load(a->kv_dtype, element(a->v, a->v_strides, a->kv_dtype, b, h_kv, j, d));
+                result->out[d] += weight * value;
+                result->out_tolerance[d] += weight * fabs(value) * (terms[j] + 2 * rounding.weight + accumulation);
+            }
+        }
+        result->lse = maximum + log(sum);
+        result->lse_tolerance = unsure / sum + accumulation + rounding.weight + 2 * FLT_EPSILON * fabs(result->lse);
+        for (int64_t d = 0; d < a->v_head_dim; d++) {
+            double out = fabs(result->out[d]);
+            result->out_tolerance[d] += out * unsure / sum + (a->q_dtype == FASTATTN_FLOAT16    ? out * 0x1p-11 + 0x1p-25
+                                                              : a->q_dtype == FASTATTN_BFLOAT16 ? out * 0x1p-8
+                                                                                                : out * 0x1p-24) + FLT_MIN;
+        }
+    }
+    free(s);
+    free(terms);
+    free(visible);
+}

@@ -1,0 +1,139 @@
+#!/bin/sh
+# Builds the C library from src_c/sources.txt with a plain compiler, and tests it without Python.
+#
+#   tests/c/run.sh [--cc COMPILER] [--sanitize address,undefined | thread] [--no-openmp]
+#                  [--emulate 'qemu-x86_64 -cpu Nehalem' | aarch64] [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME]
+#
+# One line per test, and the line "N passed, N failed, N skipped" at the end; the exit status is 1 when a test failed.
+# What an option needs and the system lacks is installed with apt-get where that is possible.
+set -eu
+
+cc=cc openmp=-fopenmp sanitize='' emulate='' effort='' only=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        --cc) cc=$2; shift 2 ;;
+        --sanitize) sanitize=$2; shift 2 ;;
+        --no-openmp) openmp=''; shift ;;
+        --emulate) emulate=$2; shift 2 ;;
+        --effort) effort=$2; shift 2 ;;
+        --only) only=$2; shift 2 ;;
+        *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+done
+
+need() { # a command, and the package that has it
+    command -v "$1" >/dev/null && return
+    echo "installing $2" >&2
+    $(command -v sudo) apt-get install -qq -y "$2" >/dev/null
+}
+
+here=$(cd "$(dirname "$0")" && pwd)
+source=$here/../../src_c
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+
+tools='' static='' run=$emulate
+if [ "$emulate" = aarch64 ]; then
+    need qemu-aarch64 qemu-user
+    need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
+    tools=aarch64-linux-gnu- cc=aarch64-linux-gnu-gcc static=-static run=qemu-aarch64
+elif [ -n "$emulate" ]; then
+    need "${emulate%% *}" qemu-user
+fi
+if [ -n "$sanitize" ]; then
+    [ "$sanitize" = thread ] && openmp='' # the run-time of OpenMP is not instrumented: its barriers look like races
+    sanitize="-fsanitize=$sanitize -fno-sanitize-recover=all -g"
+fi
+if [ -n "$openmp" ] && ! echo 'int main(void) { return 0; }' | $cc -xc - $openmp $static -o "$build/openmp" 2>/dev/null; then
+    echo "note: $cc has no OpenMP here" >&2
+    openmp=''
+fi
+: "${effort:=$([ -n "$run$sanitize" ] && echo 20 || echo 100)}"
+
+# ---------------------------------------------------------------------------------------------------- build and run
+flags="-std=c11 -O2 -Wall -Wextra -Werror $openmp $sanitize"
+library=$(sed 's/#.*//' "$source/sources.txt")
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../../fastattn/__init__.py")
+tests=$(cd "$here" && ls ./*.c)
+mkdir "$build/library" "$build/tests"
+includes="-I'$source/include' -I'$source'"
+{
+    for file in $library; do
+        object=$(echo "${file%.c}" | tr / -).o
+        echo "$cc $flags -fPIC -fvisibility=hidden -DFASTATTN_VERSION='\"$version\"' $includes -c '$source/$file' -o $build/library/$object"
+    done
+    for file in $tests; do
+        echo "$cc $flags $includes -c '$here/$file' -o $build/tests/${file%.c}.o"
+    done
+} | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}' || exit 1
+wrap='-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=aligned_alloc,--wrap=posix_memalign'
+$cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm -lpthread -o "$build/test"
+
+# A huge request is an error to report, not a reason to end the program.
+export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS-}"
+$run "$build/test" "$effort" "$only" | tee "$build/log" | sed '$d'
+
+# ------------------------------------------------------------------------------------------------ the objects themselves
+outcome() { # pass, FAIL or skip, the name, and what was found
+    echo "$1 $2${3:+: $3}" | tee -a "$build/log"
+}
+expect_nothing() { # a test's name, and what ought to be empty
+    if [ -z "$2" ]; then outcome pass "$1"; else outcome FAIL "$1" "$(echo "$2" | tr '\n' ' ')"; fi
+}
+
+check_objects() {
+    set -- "$build"/library/*.o
+    expect_nothing symbols_begin_with_fastattn \
+        "$("${tools}nm" -g --defined-only "$@" | awk 'NF == 3 && $3 !~ /^fastattn_/ { print $3 }')"
+    expect_nothing symbols_print_or_abort \
+        "$("${tools}nm" -u "$@" | awk '$2 ~ /printf|puts|putc|fwrite|^write$|perror|abort|exit|assert|stderr|stdout|signal/ { print $2 }')"
+
+    # Mutable data: the cached features of the processor, and nothing else.
+    data=$("${tools}objdump" -t "$@" | awk '
+        /file format/ { object = $1; sub(".*/", "", object) }
+        match($0, /\.(data|bss|tdata|tbss)[^ \t]*|\*COM\*/) {
+            section = substr($0, RSTART, RLENGTH)
+            if (section !~ /rel\.ro/ && $NF !~ /^\./) print object "/" $NF
+        }')
+    expect_nothing data_is_cached_features "$(echo "$data" | grep -v -e '^cpu-' || true)"
+    echo "     mutable data: $(echo $data)"
+
+    if $cc $flags $static -shared "$@" -lm -lpthread -o "$build/libfastattn.so" 2>/dev/null; then
+        expect_nothing shared_library_exports \
+            "$("${tools}nm" -D --defined-only "$build/libfastattn.so" | awk '$3 !~ /^(fastattn_|_init$|_fini$)/ { print $3 }')"
+        declared=$(grep -o 'fastattn_[a-z_]*(' "$source/include/fastattn.h" | tr -d '(' | sort -u)
+        exported=$("${tools}nm" -D --defined-only "$build/libfastattn.so" | awk '{ print $3 }' | grep '^fastattn_' | sort -u)
+        echo "$declared" >"$build/declared"
+        expect_nothing shared_library_is_the_header "$(echo "$exported" | comm -3 - "$build/declared" | tr -d '\t')"
+    else
+        outcome skip shared_library_exports "a static tool chain"
+    fi
+
+    if "${tools}objdump" -f "$1" | grep -q x86-64; then
+        wide=$(for object in "$@"; do
+            case $object in *avx*|*amx*) continue ;; esac
+            objdump -d --no-show-raw-insn "$object" | awk -v object="${object##*/}" '
+                /^[0-9a-f]+ <.*>:$/ { name = $2 }
+                NF > 1 && ($2 ~ /^v/ && $2 !~ /^(verr|verw|vm)/ || /%[yz]mm|%k[0-7]/) { print object name; exit }'
+        done)
+        expect_nothing instructions_outside_isa_files "$wide"
+    else
+        outcome skip instructions_outside_isa_files "not x86-64"
+    fi
+}
+
+if [ -z "$sanitize$only" ]; then
+    check_objects
+    cxx=$(echo "$cc" | sed 's/gcc/g++/; s/clang/clang++/; s/^cc$/c++/')
+    if ! command -v "$cxx" >/dev/null; then
+        outcome skip header_in_c++ "no $cxx"
+    elif $cxx -Wall -Wextra -Werror -pedantic $openmp $static -I"$source/include" "$here/test_header.cpp" "$build"/library/*.o \
+            -lm -lpthread -o "$build/header" && $run "$build/header"; then
+        outcome pass header_in_c++
+    else
+        outcome FAIL header_in_c++
+    fi
+fi
+
+awk '$1 == "pass" { p++ } $1 == "FAIL" { f++ } $1 == "skip" { s++ }
+     END { printf "%d passed, %d failed, %d skipped\n", p, f, s; exit f > 0 || p == 0 }' "$build/log"

@@ -1,0 +1,318 @@
+/* Hostile arguments: the right status, no fault, and nothing written. */
+#include "problem.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
+enum { ANY_ERROR = -1 }; /* where the header does not say which */
+
+static const struct spec valid = {.name = "valid", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50, .head_dim = 16,
+                                  .offset = OFFSET_ZERO, .lengths = LENGTHS_RANDOM, .mask = MASK_BOOL, .hidden = 0.3, .sinks = 1,
+                                  .alibi = ALIBI_ALL, .block_size = 16, .blocks_density = 1, .blocks_partial = 1,
+                                  .blocks_by_head = 1, .blocks_by_batch = 1, .num_threads = 2};
+static struct problem p;
+
+static void build_valid(void)
+{
+    problem_build(&p, &valid, 7, GUARD_BEHIND);
+    p.workspace_size = fastattn_workspace_size(&p.args);
+    p.workspace = guard_output("workspace", p.workspace_size, 64, GUARD_BEHIND);
+}
+
+/* Every function that takes the arguments refuses them, and none touches the outputs. */
+static void check_refused(int expected)
+{
+    fastattn_plan_info info = {.size = sizeof info};
+    const int results[] = {(int)fastattn_explain(&p.args, &info), (int)fastattn_attention(&p.args, p.workspace, p.workspace_size),
+                           (int)fastattn_attention(&p.args, NULL, 0)};
+    guard_seal();
+    for (size_t n = 0; n < COUNT(results); n++)
+        CHECK(expected == ANY_ERROR ? results[n] != FASTATTN_OK : results[n] == expected, "%s returned %d, should be %d",
+              n ? "fastattn_attention" : "fastattn_explain", results[n], expected);
+    CHECK(fastattn_workspace_size(&p.args) == 0, "invalid arguments have a workspace");
+    for (int phase = 0; phase < 2; phase++) {
+        CHECK(fastattn_attention_items(&p.args, phase) <= 0, "invalid arguments have items");
+        CHECK(fastattn_attention_run(&p.args, phase, 0, 0, p.workspace, p.workspace_size) != FASTATTN_OK, "an item ran");
+    }
+    problem_untouched(&p);
+    guard_check();
+    guard_release();
+}
+
+#define REFUSED(expected, spoil) (context("%s", #spoil), build_valid(), (void)(spoil), check_refused(expected))
+
+TEST(errors_arguments)
+{
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = 0);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size -= 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size += 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = SIZE_MAX);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q = NULL);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k = NULL);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.v = NULL);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out = NULL);
+    REFUSED(ANY_ERROR, p.args.precision = (fastattn_precision)3);
+    REFUSED(ANY_ERROR, p.args.precision = (fastattn_precision)-1);
+
+    fastattn_plan_info info = {.size = sizeof info};
+    build_valid();
+    CHECK_STATUS(fastattn_attention(NULL, p.workspace, p.workspace_size), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_attention_run(NULL, 0, 0, 0, p.workspace, p.workspace_size), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_explain(NULL, &info), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_explain(&p.args, NULL), FASTATTN_ERROR_ARGUMENT);
+    info.size = 8;
+    CHECK_STATUS(fastattn_explain(&p.args, &info), FASTATTN_ERROR_ARGUMENT);
+    CHECK(fastattn_workspace_size(NULL) == 0 && fastattn_attention_items(NULL, 0) <= 0, "null arguments");
+    problem_untouched(&p);
+}
+
+TEST(errors_shapes)
+{
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.batch = -1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_heads = -4);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = -2);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.q_len = -1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.kv_len = INT64_MIN);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.head_dim = -1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.v_head_dim = -16);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_heads = 3);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = 0);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = 8);
+}
+
+TEST(errors_dtypes)
+{
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_FLOAT64);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_BOOL);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = (fastattn_dtype)5);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = (fastattn_dtype)-1);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.kv_dtype = FASTATTN_FLOAT64);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.kv_dtype = (fastattn_dtype)1000);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_FLOAT16); /* narrower than k and v */
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_BFLOAT16);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.mask_dtype = (fastattn_dtype)5);
+    REFUSED(FASTATTN_ERROR_DTYPE, p.args.mask_dtype = (fastattn_dtype)-7);
+}
+
+TEST(errors_scales)
+{
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = NAN);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = -INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.softcap = NAN);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.softcap = INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.softcap = -1);
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.softcap = -FLT_MIN);
+    REFUSED(FASTATTN_ERROR_SCALE, p.sinks[0] = NAN);
+    REFUSED(FASTATTN_ERROR_SCALE, p.sinks[3] = INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.sinks[2] = -INFINITY);
+}
+
+TEST(errors_lengths)
+{
+    REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[0] = -1);
+    REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[1] = 51);
+    REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[1] = INT64_MAX);
+    REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[1] = INT64_MIN);
+}
+
+/* Every list of the valid mask has the key blocks 0, 1, 2, 3; there are 24 rows of them. */
+TEST(errors_block_masks)
+{
+    REFUSED(ANY_ERROR, p.blocks.size = 0);
+    REFUSED(ANY_ERROR, p.blocks.size += 8);
+    REFUSED(ANY_ERROR, p.blocks.indptr = NULL);
+    REFUSED(ANY_ERROR, p.blocks.indices = NULL);
+    REFUSED(ANY_ERROR, p.blocks.element_bits = NULL);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.block_size = 0);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.block_size = -16);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.block_size = INT64_MIN);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.block_size = 13); /* more rows than there are */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.block_size = 17); /* fewer columns */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_rows = 23);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_rows = 0);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_rows = -1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.batch_stride = 13);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.batch_stride = -12);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.batch_stride = INT64_MAX);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.batch_stride = INT64_MIN);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.head_stride = -1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.head_stride = 4);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.head_stride = INT64_MAX / 2);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.head_stride = INT64_MAX / 3 + 1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[0] = -1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[0] = INT64_MIN);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[5] = 3); /* decreases */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] = 0);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] += 1); /* more than there are key blocks: refused before it is read */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] = INT64_MAX);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[1] = INT64_C(1) << 40);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[0] = -1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[3] = 4);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[95] = INT32_MAX);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[95] = INT32_MIN);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[9] = 0);                     /* repeated: 0, 0, 2, 3 */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, (p.indices[9] = 2, p.indices[10] = 1)); /* unsorted: 0, 2, 1, 3 */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[0] = (int32_t)p.blocks.num_element_masks);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[95] = INT32_MAX);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[17] = -2);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[17] = INT32_MIN);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_element_masks = 1);
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_element_masks = -1);
+}
+
+TEST(errors_isas)
+{
+    REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)6);
+    REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)-1);
+    for (int isa = FASTATTN_ISA_PORTABLE; isa <= FASTATTN_ISA_NEON; isa++)
+        if (!fastattn_isa_available((fastattn_isa)isa))
+            REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)isa);
+}
+
+static void check_workspace_refused(void *workspace, size_t size)
+{
+    CHECK_STATUS(fastattn_attention(&p.args, workspace, size), FASTATTN_ERROR_WORKSPACE);
+    CHECK_STATUS(fastattn_attention_run(&p.args, 0, 0, 0, workspace, size), FASTATTN_ERROR_WORKSPACE);
+    problem_untouched(&p);
+}
+
+TEST(errors_workspaces)
+{
+    build_valid();
+    guard_seal();
+    CHECK(p.workspace_size > 0, "no workspace for a call with queries");
+    context("too small");
+    check_workspace_refused(p.workspace, p.workspace_size - 1);
+    check_workspace_refused(p.workspace, 0);
+    context("not aligned");
+    check_workspace_refused((char *)p.workspace - 32, p.workspace_size + 32);
+    check_workspace_refused((char *)p.workspace + 1, p.workspace_size);
+    context("null for an item");
+    CHECK(fastattn_attention_run(&p.args, 0, 0, 0, NULL, 0) != FASTATTN_OK, "an item ran without a workspace");
+    CHECK(fastattn_attention_run(&p.args, 0, 0, 0, NULL, SIZE_MAX) != FASTATTN_OK, "an item ran without a workspace");
+    problem_untouched(&p);
+    guard_check();
+}
+
+TEST(errors_items)
+{
+    build_valid();
+    guard_seal();
+    const int64_t items = fastattn_attention_items(&p.args, 0), merges = fastattn_attention_items(&p.args, 1);
+    const struct {
+        int phase;
+        int64_t item;
+        int worker;
+    } wrong[] = {{0, -1, 0},    {0, items, 0}, {0, INT64_MAX, 0}, {0, INT64_MIN, 0}, {1, merges, 0}, {1, -1, 0}, {2, 0, 0},
+                 {-1, 0, 0},    {0, 0, -1},    {0, 0, 2},         {0, 0, INT32_MAX}, {0, 0, INT32_MIN}};
+    for (size_t n = 0; n < COUNT(wrong); n++) {
+        context("phase %d item %lld worker %d", wrong[n].phase, (long long)wrong[n].item, wrong[n].worker);
+        CHECK(fastattn_attention_run(&p.args, wrong[n].phase, wrong[n].item, wrong[n].worker, p.workspace, p.workspace_size) !=
+                  FASTATTN_OK, "it ran");
+    }
+    CHECK(fastattn_attention_items(&p.args, 2) <= 0 && fastattn_attention_items(&p.args, -1) <= 0, "a phase too many");
+    problem_untouched(&p);
+    guard_check();
+}
+
+/* Sizes whose products do not fit in 64 bits. A call is refused, or wants so much memory that it cannot have it. */
+TEST(errors_overflows)
+{
+    static const int64_t huge[] = {INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 47, INT64_C(1) << 58, INT64_C(1) << 61,
+                                   INT64_C(1) << 62, INT64_MAX - 63, INT64_MAX};
+    for (int which = 0; which < 31; which++)
+        for (size_t n = 0; n < COUNT(huge); n++) {
+            build_valid();
+            p.args.mask = NULL;
+            p.args.alibi_slopes = NULL;
+            p.args.block_mask = NULL;
+            p.args.sinks = NULL;
+            p.args.kv_lengths = p.args.query_offset = NULL;
+            int64_t *const axes[] = {&p.args.head_dim, &p.args.v_head_dim, &p.args.kv_len, &p.args.q_len, &p.args.batch};
+            context("axes %d are %lld", which + 1, (long long)huge[n]);
+            for (size_t axis = 0; axis < COUNT(axes); axis++)
+                if ((which + 1) >> axis & 1)
+                    *axes[axis] = huge[n];
+            guard_seal();
+            const size_t needed = fastattn_workspace_size(&p.args);
+            const int64_t items = fastattn_attention_items(&p.args, 0);
+            const fastattn_status status = fastattn_attention(&p.args, p.workspace, needed > p.workspace_size ? p.workspace_size : 0);
+            CHECK(status == (needed ? FASTATTN_ERROR_WORKSPACE : FASTATTN_ERROR_SHAPE) ||
+                      (!needed && status == FASTATTN_ERROR_MEMORY), "status %d, workspace %zu", (int)status, needed);
+            CHECK(needed ? items > 0 && items <= INT64_MAX / 2 : items <= 0, "%lld items, workspace %zu", (long long)items, needed);
+            if (*axes[0] == huge[n] || *axes[1] == huge[n]) /* one row exceeds any memory */
+                CHECK(needed == 0 || needed > (size_t)huge[n], "%zu bytes of workspace", needed);
+            problem_untouched(&p);
+            guard_check();
+            guard_release();
+        }
+}
+
+/* An empty result needs no memory, whatever the other sizes. */
+TEST(errors_overflows_of_nothing)
+{
+    build_valid();
+    p.args.mask = NULL;
+    p.args.block_mask = NULL;
+    p.args.alibi_slopes = NULL;
+    p.args.kv_lengths = p.args.query_offset = NULL;
+    p.args.batch = INT64_MAX;
+    p.args.q_len = 0;
+    guard_seal();
+    const fastattn_status status = fastattn_attention(&p.args, p.workspace, p.workspace_size);
+    CHECK(status == FASTATTN_OK || status == FASTATTN_ERROR_SHAPE, "status %d", (int)status);
+    problem_untouched(&p);
+}
+
+TEST(errors_no_memory)
+{
+    build_valid();
+    guard_seal();
+    allocation_fails = 1;
+    const fastattn_status status = fastattn_attention(&p.args, NULL, 0);
+    allocation_fails = 0;
+    CHECK(status == FASTATTN_ERROR_MEMORY, "status %d", (int)status);
+    problem_untouched(&p);
+    CHECK_STATUS(fastattn_attention(&p.args, NULL, 0), FASTATTN_OK);
+    problem_verify(&p, 1);
+}
+
+TEST(errors_merge_states)
+{
+    float part[6] = {0}, lse[2] = {0}, out[6] = {42, 42, 42, 42, 42, 42}, out_lse[2] = {42, 42};
+    const void *outs[] = {part, part}, *null_outs[] = {part, NULL};
+    const float *lses[] = {lse, lse}, *null_lses[] = {NULL, lse};
+    static const fastattn_dtype f32 = FASTATTN_FLOAT32;
+    const struct {
+        const char *name;
+        fastattn_status got, expected;
+    } calls[] = {
+        {"parts", fastattn_merge_states(-1, outs, lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_SHAPE},
+        {"rows", fastattn_merge_states(2, outs, lses, -2, 3, f32, out, out_lse), FASTATTN_ERROR_SHAPE},
+        {"columns", fastattn_merge_states(2, outs, lses, 2, -3, f32, out, out_lse), FASTATTN_ERROR_SHAPE},
+        {"float64", fastattn_merge_states(2, outs, lses, 2, 3, FASTATTN_FLOAT64, out, out_lse), FASTATTN_ERROR_DTYPE},
+        {"bool", fastattn_merge_states(2, outs, lses, 2, 3, FASTATTN_BOOL, out, out_lse), FASTATTN_ERROR_DTYPE},
+        {"dtype", fastattn_merge_states(2, outs, lses, 2, 3, (fastattn_dtype)99, out, out_lse), FASTATTN_ERROR_DTYPE},
+        {"outs", fastattn_merge_states(2, NULL, lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"lses", fastattn_merge_states(2, outs, NULL, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"a null out", fastattn_merge_states(2, null_outs, lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"a null lse", fastattn_merge_states(2, outs, null_lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"out", fastattn_merge_states(2, outs, lses, 2, 3, f32, NULL, out_lse), FASTATTN_ERROR_ARGUMENT},
+    };
+    for (size_t n = 0; n < COUNT(calls); n++)
+        CHECK(calls[n].got == calls[n].expected, "%s: status %d, not %d", calls[n].name, (int)calls[n].got, (int)calls[n].expected);
+    for (int n = 0; n < 6; n++)
+        CHECK(out[n] == 42 && out_lse[n / 3] == 42, "an output was written");
+}
+
+TEST(errors_have_sentences)
+{
+    for (int status = -2; status < 20; status++) {
+        const char *sentence = fastattn_status_string((fastattn_status)status);
+        CHECK(sentence && strlen(sentence) > 1, "status %d", status);
+    }
+}

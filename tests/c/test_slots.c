@@ -1,0 +1,422 @@
+/* Every slot of an instruction set's table against its sentence in ukernel.h, in double precision, on edge sizes and
+ * guarded buffers. Bytes that a slot has no business with keep their pattern. */
+#include "problem.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ukernel/ukernel.h"
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
+static const int64_t edges[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
+static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+static struct rng rng;
+
+static const fa_ukernel *table(void)
+{
+    const fa_ukernel *uk = fastattn_ukernel_select(test_isa);
+    CHECK(uk != NULL, "no table");
+    rng.state = 1;
+    return uk;
+}
+
+/* Columns of a panel: its leading dimension, and the part of it that a slot is called for. */
+static const struct columns {
+    int ld, first, rows;
+} columns[] = {{16, 0, 16}, {32, 0, 32}, {32, 16, 16}, {48, 0, 48}, {64, 0, 64}, {64, 16, 32}, {64, 48, 16}};
+
+enum { UNTOUCHED = 12345 };
+
+static float *random_floats(const char *name, int64_t count, double amplitude)
+{
+    float *x = guard_input(name, (size_t)count * 4, 4, GUARD_BEHIND);
+    for (int64_t n = 0; n < count; n++)
+        x[n] = (float)(amplitude * random_signed(&rng));
+    return x;
+}
+
+/* A panel is aligned and its size is a multiple of the alignment, so that it lies flush at both of its ends. */
+static float *panel(const char *name, int64_t rows, int ld)
+{
+    float *x = guard_output(name, (size_t)(rows * ld) * 4, 64, GUARD_BEHIND);
+    for (int64_t n = 0; n < rows * ld; n++)
+        x[n] = UNTOUCHED;
+    return x;
+}
+
+static float *random_panel(const char *name, int64_t rows, int ld, double amplitude)
+{
+    float *x = panel(name, rows, ld);
+    for (int64_t n = 0; n < rows * ld; n++)
+        x[n] = (float)(amplitude * random_signed(&rng));
+    return x;
+}
+
+static void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance)
+{
+    CHECK(isnan(wanted) ? isnan(got) : got == wanted || fabs(got - wanted) <= tolerance, "%s[%lld][%lld] is %.9g, should be %.9g",
+          what, (long long)row, (long long)column, got, wanted);
+}
+
+/* Nothing outside of the columns was written. */
+static void check_outside(const char *what, const float *x, int64_t rows, struct columns c)
+{
+    for (int64_t n = 0; n < rows; n++)
+        for (int i = 0; i < c.ld; i++)
+            CHECK((i >= c.first && i < c.first + c.rows) || x[n * c.ld + i] == UNTOUCHED, "%s[%lld][%d] was written", what,
+                  (long long)n, i);
+    guard_check();
+    guard_release();
+}
+
+/* Row pointers into an array of `rows` rows of `count` elements with a gap between them; the last rows may repeat. */
+static char *random_rows(const void *rows_of[FA_PANEL_ROWS], int rows, int distinct, int64_t count, int64_t stride,
+                         fastattn_dtype dtype)
+{
+    char *x = guard_input("rows", (size_t)((distinct - 1) * stride + count * (int64_t)dtype_size(dtype)), dtype_size(dtype), GUARD_BEHIND);
+    for (int r = 0; r < rows; r++)
+        rows_of[r] = x + (r < distinct ? r : distinct - 1) * stride;
+    for (int r = 0; r < distinct; r++)
+        for (int64_t d = 0; d < count; d++)
+            store(dtype, x + r * stride + d * (int64_t)dtype_size(dtype), dtype == FASTATTN_BOOL ? 1 : 3 * random_signed(&rng));
+    return x;
+}
+
+TEST_EACH_ISA(slot_pack)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 0; n < COUNT(columns) * COUNT(dtypes); n++) {
+            const struct columns c = columns[n / COUNT(dtypes)];
+            const fastattn_dtype dtype = dtypes[n % COUNT(dtypes)];
+            const int64_t item = (int64_t)dtype_size(dtype);
+            const float sign = n % 4 == 1 ? -1 : n % 4 == 2 ? 0 : 1;
+            const void *rows_of[FA_PANEL_ROWS];
+            if (c.first != 0)
+                continue;
+            context("pack %lld x %d from dtype %d", (long long)edges[e], c.rows, (int)dtype);
+            random_rows(rows_of, c.rows, (int)(e % (size_t)c.rows) + 1, edges[e], (edges[e] + 1) * item, dtype);
+            float *q = panel("q", edges[e], c.ld);
+            guard_seal();
+            uk->pack(q, c.ld, rows_of, c.rows, edges[e], dtype, sign);
+            for (int64_t d = 0; d < edges[e]; d++)
+                for (int r = 0; r < c.rows; r++)
+                    check_close("q", d, r, q[d * c.ld + r], sign * load(dtype, (const char *)rows_of[r] + d * item), 0);
+            check_outside("q", q, edges[e], c);
+        }
+}
+
+TEST_EACH_ISA(slot_widen)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 1; n < COUNT(dtypes); n++)
+            for (int64_t keys = 1; keys < 8; keys += 3) {
+                const int64_t stride = (edges[e] + (int64_t)(e % 3)) * (e % 4 == 3 ? -2 : 2);
+                const void *rows_of[FA_PANEL_ROWS];
+                context("widen %lld x %lld from dtype %d", (long long)keys, (long long)edges[e], (int)dtypes[n]);
+                random_rows(rows_of, (int)keys, (int)keys, edges[e], stride < 0 ? -stride : stride, dtypes[n]);
+                const char *from = rows_of[stride < 0 ? keys - 1 : 0];
+                float *to = guard_output("to", (size_t)(keys * edges[e]) * 4, 64, GUARD_BEHIND);
+                guard_seal();
+                uk->widen(to, from, stride, keys, edges[e], dtypes[n]);
+                for (int64_t j = 0; j < keys; j++)
+                    for (int64_t d = 0; d < edges[e]; d++)
+                        check_close("to", j, d, to[j * edges[e] + d], load(dtypes[n], from + j * stride + d * 2), 0);
+                guard_check();
+                guard_release();
+            }
+}
+
+/* Every bit pattern of a 16-bit float, there and back. Only a NaN may come back as another NaN. */
+TEST_EACH_ISA(slot_widen_and_unpack_all_halves)
+{
+    enum { ROWS = 16, COLUMNS = 4096 };
+    const fa_ukernel *uk = table();
+    for (size_t n = 1; n < COUNT(dtypes); n++) {
+        uint16_t *from = guard_input("from", ROWS * COLUMNS * 2, 2, GUARD_BEHIND);
+        uint16_t *back = guard_output("back", ROWS * COLUMNS * 2, 2, GUARD_BEHIND);
+        float *to = guard_output("to", ROWS * COLUMNS * 4, 64, GUARD_BEHIND), *o = panel("o", COLUMNS, ROWS), factor[ROWS];
+        void *rows_of[ROWS];
+        for (int x = 0; x < ROWS * COLUMNS; x++)
+            from[x] = (uint16_t)x;
+        guard_seal();
+        uk->widen(to, from, COLUMNS * 2, ROWS, COLUMNS, dtypes[n]);
+        for (int x = 0; x < ROWS * COLUMNS; x++) {
+            check_close("to", x / COLUMNS, x % COLUMNS, to[x], load(dtypes[n], &from[x]), 0);
+            o[x % COLUMNS * ROWS + x / COLUMNS] = to[x];
+        }
+        for (int r = 0; r < ROWS; r++) {
+            factor[r] = 1;
+            rows_of[r] = back + r * COLUMNS;
+        }
+        uk->unpack(rows_of, ROWS, o, ROWS, factor, COLUMNS, dtypes[n]);
+        for (int x = 0; x < ROWS * COLUMNS; x++)
+            CHECK(back[x] == from[x] || (isnan(load(dtypes[n], &from[x])) && isnan(load(dtypes[n], &back[x]))),
+                  "dtype %d: %#x came back as %#x", (int)dtypes[n], (unsigned)from[x], (unsigned)back[x]);
+        guard_release();
+    }
+}
+
+TEST_EACH_ISA(slot_qk)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges) * 3; e++) {
+        const int64_t head_dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
+        const int64_t stride = e % 4 == 1 ? -head_dim - 1 : e % 4 == 2 ? 0 : head_dim + (int64_t)(e % 3);
+        const struct columns c = columns[e % COUNT(columns)];
+        context("qk %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)head_dim, (long long)stride,
+                c.first, c.first + c.rows, c.ld);
+        const float *q = random_panel("q", head_dim, c.ld, 1);
+        const float *k = random_floats("k", head_dim + (keys - 1) * llabs((long long)stride), 1);
+        float *s = panel("s", keys, c.ld);
+        if (stride < 0)
+            k -= (keys - 1) * stride;
+        guard_seal();
+        uk->qk(s + c.first, q + c.first, c.ld, c.rows, k, stride, keys, head_dim);
+        for (int64_t j = 0; j < keys; j++)
+            for (int r = c.first; r < c.first + c.rows; r++) {
+                double sum = 0, magnitude = 0;
+                for (int64_t d = 0; d < head_dim; d++) {
+                    double term = (double)k[j * stride + d] * q[d * c.ld + r];
+                    sum += term;
+                    magnitude += fabs(term);
+                }
+                check_close("s", j, r, s[j * c.ld + r], sum, FLT_EPSILON * (2 + sqrt((double)head_dim)) * magnitude);
+            }
+        check_outside("s", s, keys, c);
+    }
+}
+
+TEST_EACH_ISA(slot_pv)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges) * 3; e++) {
+        const int64_t dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
+        const int64_t stride = e % 4 == 1 ? -dim - 1 : e % 4 == 2 ? 0 : dim + (int64_t)(e % 3);
+        const struct columns c = columns[e % COUNT(columns)];
+        float before[130 * FA_PANEL_ROWS];
+        context("pv %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)dim, (long long)stride, c.first,
+                c.first + c.rows, c.ld);
+        const float *p = random_panel("p", keys, c.ld, 1), *alpha = random_panel("alpha", 1, c.ld, 1);
+        const float *v = random_floats("v", dim + (keys - 1) * llabs((long long)stride), 1);
+        float *o = panel("o", dim, c.ld);
+        for (int64_t d = 0; d < dim; d++)
+            for (int r = c.first; r < c.first + c.rows; r++)
+                o[d * c.ld + r] = (float)random_signed(&rng);
+        memcpy(before, o, (size_t)(dim * c.ld) * 4);
+        if (stride < 0)
+            v -= (keys - 1) * stride;
+        guard_seal();
+        uk->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, v, stride, keys, dim);
+        for (int64_t d = 0; d < dim; d++)
+            for (int r = c.first; r < c.first + c.rows; r++) {
+                double sum = (double)before[d * c.ld + r] * alpha[r], magnitude = fabs(sum);
+                for (int64_t j = 0; j < keys; j++) {
+                    double term = (double)v[j * stride + d] * p[j * c.ld + r];
+                    sum += term;
+                    magnitude += fabs(term);
+                }
+                check_close("o", d, r, o[d * c.ld + r], sum, FLT_EPSILON * (2 + sqrt((double)keys)) * magnitude);
+            }
+        check_outside("o", o, dim, c);
+    }
+}
+
+TEST_EACH_ISA(slot_mask)
+{
+    static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32, FASTATTN_FLOAT64};
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 0; n < COUNT(kinds) * 12; n++) {
+            const fastattn_dtype dtype = kinds[n / 12];
+            const int64_t item = (int64_t)dtype_size(dtype), keys = edges[e];
+            const int step = n % 3 == 0 ? 1 : n % 3 == 1 ? -2 : 3; /* elements between keys */
+            const int hidden = n / 3 % 4;                          /* none, some, all, all but one */
+            const int ld = 16 * (1 + (int)(e % 4)), distinct = n % 2 ? ld : 1;
+            const void *rows_of[FA_PANEL_ROWS];
+            unsigned shows = 0, hides = 0;
+            context("mask %lld x %d of dtype %d, step %d, hidden %d", (long long)keys, ld, (int)dtype, step, hidden);
+            const int64_t count = (keys - 1) * (step < 0 ? -step : step) + 1;
+            random_rows(rows_of, ld, distinct, count, count * item, dtype);
+            for (int r = 0; r < ld; r++)
+                if (step < 0)
+                    rows_of[r] = (const char *)rows_of[r] + (count - 1) * item;
+            for (int r = 0; r < distinct; r++)
+                for (int64_t j = 0; j < keys; j++) {
+                    int hide = hidden == 1 ? random_between(&rng, 0, 1) : hidden == 2 || (hidden == 3 && (r || j));
+                    void *at = (char *)(uintptr_t)rows_of[r] + j * step * item;
+                    store(dtype, at, dtype == FASTATTN_BOOL ? (hide ? 0 : 7) : hide ? -(double)INFINITY : (double)(float)random_signed(&rng));
+                    shows |= !hide;
+                    hides |= hide != 0;
+                }
+            float *tile = panel("tile", keys, ld);
+            guard_seal();
+            const unsigned found = uk->mask(tile, ld, rows_of, ld, step * item, keys, dtype);
+            CHECK(!!(found & FA_MASK_SHOWS) == shows && !!(found & FA_MASK_HIDES) == hides, "found %u", found);
+            for (int64_t j = 0; j < keys; j++)
+                for (int r = 0; r < ld; r++) {
+                    double element = load(dtype, (const char *)rows_of[r] + j * step * item);
+                    if (dtype == FASTATTN_BOOL)
+                        element = element != 0 ? 0 : -(double)INFINITY;
+                    check_close("tile", j, r, tile[j * ld + r], element, 0);
+                }
+            guard_check();
+            guard_release();
+        }
+}
+
+TEST_EACH_ISA(slot_scores)
+{
+    const fa_ukernel *uk = table();
+    for (unsigned kind = 0; kind < 16; kind++) /* every combination of rules */
+        for (size_t e = 0; e < COUNT(edges); e++) {
+            const struct columns c = columns[(e + kind) % COUNT(columns)];
+            const int64_t keys = edges[e], first = (int64_t)(e % 3) * 5;
+            context("scores by rules %u, %lld keys, columns %d to %d of %d", kind, (long long)keys, c.first, c.first + c.rows, c.ld);
+            float *slopes = random_panel("slopes", 1, c.ld, 1), *offset = panel("offset", 1, c.ld);
+            float *begin = panel("begin", 1, c.ld), *end = panel("end", 1, c.ld), *bias = random_panel("bias", keys, c.ld, 3);
+            float *s = panel("s", keys, c.ld), *seen = panel("seen", 1, c.ld), before[130 * FA_PANEL_ROWS];
+            for (int r = c.first; r < c.first + c.rows; r++) {
+                offset[r] = (float)random_between(&rng, -20, 200);
+                begin[r] = (float)random_between(&rng, -5, first + keys);
+                end[r] = (float)random_between(&rng, -5, first + keys + 5);
+                seen[r] = r % 3 == 0;
+                for (int64_t j = 0; j < keys; j++) {
+                    s[j * c.ld + r] = (float)(20 * random_signed(&rng));
+                    if ((r + j) % 4 == 0)
+                        bias[j * c.ld + r] = -INFINITY;
+                }
+            }
+            memcpy(before, s, (size_t)(keys * c.ld) * 4);
+            const fa_score_rules rules = {.scale = 0.7f, .softcap = kind & 1 ? 5 : 0, .slopes = kind & 2 ? slopes + c.first : NULL,
+                                          .offset = kind & 2 ? offset + c.first : NULL, .begin = kind & 4 ? begin + c.first : NULL,
+                                          .end = kind & 4 ? end + c.first : NULL, .bias = kind & 8 ? bias + c.first : NULL};
+            uk->scores(s + c.first, c.ld, c.rows, first, keys, &rules, seen + c.first);
+            for (int r = c.first; r < c.first + c.rows; r++) {
+                int visible = r % 3 == 0;
+                for (int64_t j = 0; j < keys; j++) {
+                    double x = (double)rules.scale * before[j * c.ld + r];
+                    if (kind & 1)
+                        x = 5 * tanh(x / 5);
+                    if (kind & 2)
+                        x -= slopes[r] * fabs((double)offset[r] - (double)(first + j));
+                    if (kind & 8)
+                        x += bias[j * c.ld + r];
+                    if (kind & 4 && ((double)(first + j) < begin[r] || (double)(first + j) >= end[r]))
+                        x = -(double)INFINITY;
+                    visible |= !isinf(x);
+                    check_close("s", j, r, s[j * c.ld + r], x, 1e-5 + FLT_EPSILON * fabs(x));
+                }
+                check_close("seen", 0, r, seen[r], visible, 0);
+            }
+            check_outside("s", s, keys, c);
+        }
+}
+
+TEST_EACH_ISA(slot_softmax)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges) * 3; e++) {
+        const struct columns c = columns[e % COUNT(columns)];
+        const int64_t keys = edges[e / 3];
+        const float unit = e % 2 ? 1.4426950f : 0.18f;
+        float old_s[130 * FA_PANEL_ROWS], old_m[FA_PANEL_ROWS], old_l[FA_PANEL_ROWS];
+        context("softmax of %lld keys, columns %d to %d of %d", (long long)keys, c.first, c.first + c.rows, c.ld);
+        float *s = panel("s", keys, c.ld), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld), *alpha = panel("alpha", 1, c.ld);
+        for (int r = c.first; r < c.first + c.rows; r++) {
+            m[r] = r % 3 == 0 ? -INFINITY : (float)(10 * random_signed(&rng));
+            l[r] = r % 3 == 0 ? 0 : (float)(2 + random_signed(&rng));
+            for (int64_t j = 0; j < keys; j++)
+                s[j * c.ld + r] = r % 6 == 0 || random_between(&rng, 0, 4) == 0 ? -INFINITY : (float)(12 * random_signed(&rng));
+        }
+        if (keys > 2 && c.rows > 1)
+            s[2 * c.ld + c.first + 1] = NAN; /* in one row, which it takes whole */
+        memcpy(old_s, s, (size_t)(keys * c.ld) * 4);
+        memcpy(old_m, m, (size_t)c.ld * 4);
+        memcpy(old_l, l, (size_t)c.ld * 4);
+        uk->softmax(s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
+        for (int r = c.first; r < c.first + c.rows; r++) {
+            double top = old_m[r], sum = 0;
+            int spoilt = 0;
+            for (int64_t j = 0; j < keys; j++) {
+                top = fmax(top, old_s[j * c.ld + r]);
+                spoilt |= isnan(old_s[j * c.ld + r]);
+            }
+            if (spoilt) {
+                CHECK(isnan(l[r]), "a NaN among the scores of row %d is gone: l is %g", r, (double)l[r]);
+                continue;
+            }
+            check_close("m", 0, r, m[r], top, 0);
+            for (int64_t j = 0; j < keys; j++) {
+                double p = isinf(top) ? 0 : exp2((double)unit * (old_s[j * c.ld + r] - top));
+                check_close("s", j, r, s[j * c.ld + r], p, 4e-6);
+                sum += p;
+            }
+            if (!isinf(top)) {
+                check_close("alpha", 0, r, alpha[r], exp2((double)unit * (old_m[r] - top)), 4e-6);
+                sum += old_l[r] * exp2((double)unit * (old_m[r] - top));
+            }
+            check_close("l", 0, r, l[r], sum, 4e-6 * (1 + sum));
+        }
+        check_outside("s", s, keys, c);
+    }
+}
+
+TEST_EACH_ISA(slot_finite)
+{
+    static const float poisons[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN};
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 0; n < COUNT(poisons); n++) {
+            const int64_t dim = edges[e], keys = edges[e * 5 % COUNT(edges)], stride = n % 2 ? dim : -dim - 2;
+            context("finite %lld x %lld", (long long)keys, (long long)dim);
+            float *v = guard_output("v", (size_t)(dim + (keys - 1) * llabs((long long)stride)) * 4, 4, GUARD_BEHIND);
+            memset(v, 0xFF, (size_t)(dim + (keys - 1) * llabs((long long)stride)) * 4); /* NaN between the rows */
+            if (stride < 0)
+                v -= (keys - 1) * stride;
+            for (int64_t j = 0; j < keys; j++)
+                for (int64_t d = 0; d < dim; d++)
+                    v[j * stride + d] = (float)random_signed(&rng);
+            CHECK(uk->finite(v, stride, keys, dim) == 1, "finite numbers");
+            v[random_between(&rng, 0, keys - 1) * stride + random_between(&rng, 0, dim - 1)] = poisons[n];
+            CHECK(uk->finite(v, stride, keys, dim) == isfinite(poisons[n]), "with %g", (double)poisons[n]);
+            guard_release();
+        }
+}
+
+TEST_EACH_ISA(slot_unpack)
+{
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 0; n < COUNT(dtypes) * 9; n++) {
+            const fastattn_dtype dtype = dtypes[n % 3];
+            const int counts[] = {1, 2, 7, 15, 16, 17, 33, 63, 64};
+            const int count = counts[n / 3], ld = (count + 15) / 16 * 16;
+            const int64_t dim = edges[e], item = (int64_t)dtype_size(dtype), gap = (int64_t)(e % 3) * item;
+            void *rows_of[FA_PANEL_ROWS];
+            context("unpack %lld x %d to dtype %d", (long long)dim, count, (int)dtype);
+            const float *o = random_panel("o", dim, ld, 2), *factor = random_panel("factor", 1, ld, 1);
+            const size_t size = (size_t)(count * (dim * item + gap) - gap);
+            char *out = guard_output("out", size, (size_t)item, GUARD_BEHIND);
+            memset(out, 0x5A, size);
+            for (int r = 0; r < count; r++)
+                rows_of[r] = out + (count - 1 - r) * (dim * item + gap);
+            uk->unpack(rows_of, count, o, ld, factor, dim, dtype);
+            for (int r = 0; r < count; r++) {
+                for (int64_t d = 0; d < dim; d++) {
+                    double wanted; /* the product in float32, then to nearest even */
+                    const volatile float product = o[d * ld + r] * factor[r];
+                    store(dtype, &wanted, product);
+                    check_close("out", r, d, load(dtype, (char *)rows_of[r] + d * item), load(dtype, &wanted), 0);
+                }
+                for (int64_t n_gap = 0; r > 0 && n_gap < gap; n_gap++)
+                    CHECK(((char *)rows_of[r])[dim * item + n_gap] == 0x5A, "a byte between the rows was written");
+            }
+            guard_check();
+            guard_release();
+        }
+}

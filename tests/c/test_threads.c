@@ -1,0 +1,268 @@
+/* The same bits whoever computes: any number of threads, the caller's own threads, several callers at once, a batch entry
+ * alone; and an environment left as it was found. */
+#include "problem.h"
+
+#include <fenv.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
+static const struct spec specs[] = {
+    {.name = "prefill", .batch = 2, .heads = 3, .kv_heads = 3, .q_len = 130, .kv_len = 200, .head_dim = 24, .causal = 1},
+    {.name = "grouped", .heads = 8, .kv_heads = 2, .q_len = 33, .kv_len = 150, .head_dim = 16, .mask = MASK_BOOL, .hidden = 0.3},
+    {.name = "decode", .batch = 3, .heads = 8, .kv_heads = 2, .q_len = 1, .kv_len = 5000, .head_dim = 16, .sinks = 1,
+     .lengths = LENGTHS_RANDOM},
+    {.name = "decode, bfloat16", .heads = 4, .q_len = 2, .kv_len = 9000, .head_dim = 8, .q_dtype = FASTATTN_BFLOAT16,
+     .kv_dtype = FASTATTN_BFLOAT16},
+    {.name = "blocks", .batch = 2, .heads = 2, .q_len = 300, .kv_len = 300, .head_dim = 8, .block_size = 32, .blocks_partial = 1,
+     .blocks_by_head = 1, .blocks_density = 0.4},
+};
+
+/* The outputs of a call by the calling thread alone. */
+static uint8_t *reference(struct problem *problem)
+{
+    problem->args.num_threads = 1;
+    CHECK_STATUS(fastattn_attention(&problem->args, NULL, 0), FASTATTN_OK);
+    uint8_t *bits = problem_snapshot(problem);
+    problem_blank(problem);
+    return bits;
+}
+
+TEST_EACH_ISA(threads_do_not_change_results)
+{
+    static const int threads[] = {0, 1, 2, 3, 7, 64, -1};
+    for (size_t n = 0; n < COUNT(specs); n++) {
+        struct problem problem;
+        problem_build(&problem, &specs[n], n, GUARD_BEHIND);
+        uint8_t *bits = reference(&problem);
+        for (size_t t = 0; t < COUNT(threads); t++)
+            for (int owned = 0; owned < 2; owned++) {
+                context("%s, %d threads, %s workspace", specs[n].name, threads[t], owned ? "its own" : "a null");
+                problem.args.num_threads = threads[t];
+                problem_blank(&problem);
+                if (owned)
+                    problem_seal(&problem, GUARD_BEHIND);
+                CHECK_STATUS(fastattn_attention(&problem.args, owned ? problem.workspace : NULL, owned ? problem.workspace_size : 0),
+                             FASTATTN_OK);
+                CHECK(problem_equals(&problem, bits), "other bits than with one thread");
+            }
+        guard_check();
+        guard_release();
+        free(bits);
+    }
+}
+
+/* A list of items in random order, from which threads take one after another. */
+struct queue {
+    const struct problem *problem;
+    int phase;
+    int64_t count, next;
+    const int64_t *order;
+};
+struct worker {
+    struct queue *queue;
+    int number;
+    pthread_t thread;
+};
+
+static void *work(void *argument)
+{
+    const struct worker *worker = argument;
+    struct queue *q = worker->queue;
+    for (int64_t n; (n = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->count;)
+        CHECK_STATUS(fastattn_attention_run(&q->problem->args, q->phase, q->order[n], worker->number, q->problem->workspace,
+                                            q->problem->workspace_size), FASTATTN_OK);
+    return NULL;
+}
+
+static void run_items(const struct problem *problem, struct rng *rng)
+{
+    struct worker workers[8];
+    for (int phase = 0; phase < 2; phase++) {
+        const int64_t count = fastattn_attention_items(&problem->args, phase);
+        int64_t *order = malloc((size_t)(count + 1) * sizeof *order);
+        CHECK(order && count >= 0 && (phase || count > 0), "%lld items in phase %d", (long long)count, phase);
+        for (int64_t n = 0; n < count; n++) {
+            int64_t other = random_between(rng, 0, n);
+            order[n] = order[other];
+            order[other] = n;
+        }
+        struct queue queue = {problem, phase, count, 0, order};
+        for (int t = 0; t < problem->args.num_threads; t++) {
+            workers[t] = (struct worker){.queue = &queue, .number = t};
+            CHECK(pthread_create(&workers[t].thread, NULL, work, &workers[t]) == 0, "pthread_create");
+        }
+        for (int t = 0; t < problem->args.num_threads; t++)
+            pthread_join(workers[t].thread, NULL);
+        free(order);
+    }
+}
+
+TEST_EACH_ISA(threads_of_the_caller)
+{
+    struct rng rng = {5};
+    for (size_t n = 0; n < COUNT(specs); n++)
+        for (int threads = 1; threads < 8; threads += 2) {
+            struct problem problem;
+            context("%s, %d threads", specs[n].name, threads);
+            problem_build(&problem, &specs[n], n, GUARD_BEHIND);
+            uint8_t *bits = reference(&problem);
+            problem.args.num_threads = threads;
+            problem_seal(&problem, GUARD_BEFORE);
+            run_items(&problem, &rng);
+            CHECK(problem_equals(&problem, bits), "other bits than from fastattn_attention");
+            guard_check();
+            guard_release();
+            free(bits);
+        }
+}
+
+struct caller {
+    struct problem problem;
+    uint8_t *bits;
+    pthread_t thread;
+};
+
+static void *call_often(void *argument)
+{
+    struct caller *caller = argument;
+    for (int round = 0; round < 5; round++) {
+        problem_blank(&caller->problem);
+        caller->problem.args.num_threads = round % 3;
+        CHECK_STATUS(fastattn_attention(&caller->problem.args, NULL, 0), FASTATTN_OK);
+        CHECK(problem_equals(&caller->problem, caller->bits), "other bits in company");
+    }
+    return NULL;
+}
+
+TEST_EACH_ISA(threads_calling_at_once)
+{
+    struct caller callers[COUNT(specs)];
+    for (size_t n = 0; n < COUNT(specs); n++) {
+        problem_build(&callers[n].problem, &specs[n], n, GUARD_BEHIND);
+        callers[n].bits = reference(&callers[n].problem);
+    }
+    guard_seal();
+    for (size_t n = 0; n < COUNT(specs); n++)
+        CHECK(pthread_create(&callers[n].thread, NULL, call_often, &callers[n]) == 0, "pthread_create");
+    for (size_t n = 0; n < COUNT(specs); n++) {
+        pthread_join(callers[n].thread, NULL);
+        free(callers[n].bits);
+    }
+    guard_check();
+}
+
+/* Entry b of a batch, called as a batch of one. */
+TEST_EACH_ISA(batch_entry_alone)
+{
+    static const struct spec batches[] = {
+        {.name = "plain", .batch = 4, .heads = 2, .kv_heads = 2, .q_len = 40, .kv_len = 90, .head_dim = 16},
+        {.name = "lengths", .batch = 4, .heads = 4, .kv_heads = 2, .q_len = 5, .kv_len = 300, .head_dim = 16, .causal = 1,
+         .lengths = LENGTHS_RANDOM, .offset = OFFSET_RANDOM, .alibi = ALIBI_ALL, .mask = MASK_FLOAT16, .hidden = 0.2},
+        {.name = "decode", .batch = 5, .heads = 4, .kv_heads = 1, .q_len = 1, .kv_len = 4000, .head_dim = 8, .lengths = LENGTHS_RANDOM},
+        {.name = "decode, short", .batch = 32, .heads = 2, .q_len = 1, .kv_len = 2000, .head_dim = 8},
+    };
+    for (size_t n = 0; n < COUNT(batches); n++) {
+        struct problem problem;
+        problem_build(&problem, &batches[n], n, GUARD_BEHIND);
+        uint8_t *bits = reference(&problem);
+        const fastattn_attention_args *whole = &problem.args;
+        for (int64_t b = 0; b < whole->batch; b++) {
+            fastattn_attention_args one = *whole;
+            context("%s, entry %lld", batches[n].name, (long long)b);
+            one.batch = 1;
+            one.q = element(whole->q, whole->q_strides, whole->q_dtype, b, 0, 0, 0);
+            one.k = element(whole->k, whole->k_strides, whole->kv_dtype, b, 0, 0, 0);
+            one.v = element(whole->v, whole->v_strides, whole->kv_dtype, b, 0, 0, 0);
+            one.out = element(whole->out, whole->out_strides, whole->q_dtype, b, 0, 0, 0);
+            one.lse = element(whole->lse, whole->lse_strides, FASTATTN_FLOAT32, b, 0, 0, 0);
+            if (whole->mask)
+                one.mask = mask_element(&problem, b, 0, 0, 0);
+            if (whole->alibi_slopes)
+                one.alibi_slopes = whole->alibi_slopes + b * whole->alibi_strides[0] / 4;
+            if (whole->kv_lengths)
+                one.kv_lengths = whole->kv_lengths + b;
+            if (whole->query_offset)
+                one.query_offset = whole->query_offset + b;
+            CHECK_STATUS(fastattn_attention(&one, NULL, 0), FASTATTN_OK);
+        }
+        CHECK(problem_equals(&problem, bits), "other bits alone than among others");
+        guard_release();
+        free(bits);
+    }
+}
+
+TEST_EACH_ISA(workspace_is_all_the_memory)
+{
+    for (size_t n = 0; n < COUNT(specs); n++) {
+        struct problem problem;
+        context("%s", specs[n].name);
+        problem_build(&problem, &specs[n], n, GUARD_BEHIND);
+        problem_seal(&problem, GUARD_BEHIND);
+        const int before = allocation_count;
+        const fastattn_status status = fastattn_attention(&problem.args, problem.workspace, problem.workspace_size);
+        const int after = allocation_count;
+        CHECK_STATUS(status, FASTATTN_OK);
+        CHECK(after == before, "%d allocations in spite of a workspace", after - before);
+        guard_release();
+    }
+}
+
+/* The control bits of the floating-point environment: rounding, flushing, trapping. */
+static uint64_t control_bits(void)
+{
+#if defined(__x86_64__)
+    uint32_t mxcsr;
+    __asm__ volatile("stmxcsr %0" : "=m"(mxcsr));
+    return mxcsr & ~0x3Fu; /* the lowest six are sticky flags */
+#elif defined(__aarch64__)
+    uint64_t fpcr;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+    return fpcr;
+#else
+    return (uint64_t)fegetround();
+#endif
+}
+
+static void set_control_bits(uint64_t bits)
+{
+#if defined(__x86_64__)
+    uint32_t mxcsr = (uint32_t)bits;
+    __asm__ volatile("ldmxcsr %0" : : "m"(mxcsr));
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(bits));
+#else
+    fesetround((int)bits);
+#endif
+}
+
+TEST_EACH_ISA(environment_is_left_as_found)
+{
+    const uint64_t usual = control_bits();
+#if defined(__x86_64__)
+    static const uint64_t changes[] = {0, 0x8000, 0x8040, 0x2000, 0x4000, 0x6000, 0xE040}; /* FTZ, DAZ, down, up, to zero */
+#elif defined(__aarch64__)
+    static const uint64_t changes[] = {0, 1 << 24, 1 << 25, 1 << 22, 2 << 22, 3 << 22}; /* FZ, DN, up, down, to zero */
+#else
+    static const uint64_t changes[] = {0};
+#endif
+    for (size_t c = 0; c < COUNT(changes); c++)
+        for (size_t n = 0; n < COUNT(specs); n++) {
+            struct problem problem;
+            context("%s, control bits changed by %#llx", specs[n].name, (unsigned long long)changes[c]);
+            problem_build(&problem, &specs[n], n, GUARD_BEHIND);
+            problem.args.num_threads = 2;
+            problem_seal(&problem, GUARD_BEHIND);
+            set_control_bits(usual | changes[c]);
+            const fastattn_status status = fastattn_attention(&problem.args, problem.workspace, problem.workspace_size);
+            const uint64_t after = control_bits();
+            set_control_bits(usual);
+            CHECK_STATUS(status, FASTATTN_OK);
+            CHECK(after == (usual | changes[c]), "%#llx became %#llx", (unsigned long long)(usual | changes[c]),
+                  (unsigned long long)after);
+            problem_verify(&problem, 16); /* directed rounding doubles each error, and adds them up rather than averaging */
+            guard_release();
+        }
+}
