@@ -38,11 +38,13 @@ from .runtime import (
     use_backend,
 )
 from .runtime import _initialize
+from .sparse import BlockMask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendWarning",
+    "BlockMask",
     "attention",
     "attention_mass",
     "attention_weights",
