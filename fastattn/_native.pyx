@@ -88,6 +88,7 @@ cdef extern from "fastattn.h" nogil:
     const char *fastattn_isa_name(fastattn_isa isa)
     int fastattn_isa_available(fastattn_isa isa)
     int fastattn_has_openmp()
+    const char *fastattn_version()
     fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size)
     fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info)
     fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
@@ -134,6 +135,10 @@ def isa_available(int code):
 
 def has_openmp():
     return bool(fastattn_has_openmp())
+
+
+def version():
+    return fastattn_version().decode()
 
 
 def status_string(int status):

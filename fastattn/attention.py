@@ -248,18 +248,20 @@ def scaled_dot_product_attention(
     for name, x in zip(("query", "key", "value"), arrays):
         if x.ndim < 2:
             raise ValueError(f"{name} must have at least 2 axes, (..., L, E); got shape {x.shape}")
-    lead, arrays = _broadcast_leads(arrays, enable_gqa)
-    query, key, value = arrays
-    out = np.empty((*lead, query.shape[-2], value.shape[-1]), query.dtype.newbyteorder("="))
+    lead, (query, key, value) = _broadcast_leads(arrays, enable_gqa)
+    shape = (*lead, query.shape[-2], key.shape[-2])
     if attn_mask is not None:
-        shape = (*out.shape[:-1], key.shape[-2])
         attn_mask = as_array("attn_mask", attn_mask)
         try:
             attn_mask = np.broadcast_to(attn_mask, shape)
         except ValueError as error:
             raise ValueError(f"attn_mask must broadcast to {shape}; got shape {attn_mask.shape}") from error
+    offset = 0 if is_causal and shape[-2] != shape[-1] else None  # a square is aligned to both corners
+    if len(lead) <= 2:
+        return attention(query, key, value, mask=attn_mask, causal=is_causal, query_offset=offset, scale=scale)
 
     # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.
+    out = np.empty((*shape[:-1], value.shape[-1]), query.dtype.newbyteorder("="))
     for index in np.ndindex(lead[:-2]):
         attention(
             query[index],
@@ -267,7 +269,7 @@ def scaled_dot_product_attention(
             value[index],
             mask=None if attn_mask is None else attn_mask[index],
             causal=is_causal,
-            query_offset=0 if is_causal else None,
+            query_offset=offset,
             scale=scale,
             out=out[index],
         )
@@ -291,7 +293,9 @@ def _broadcast_leads(arrays, enable_gqa):
         if leads[1][-1] != leads[2][-1]:
             raise ValueError(f"value must have the number of heads of key, {leads[1][-1]}; got {leads[2][-1]}")
         targets = [(*lead, shape[-1]) for shape in leads]
-    arrays = [np.broadcast_to(x, (*target, *x.shape[-2:])) for x, target in zip(arrays, targets)]
+    arrays = [
+        x if x.shape[:-2] == target else np.broadcast_to(x, (*target, *x.shape[-2:])) for x, target in zip(arrays, targets)
+    ]
     return targets[0], arrays
 
 

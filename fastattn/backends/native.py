@@ -2,8 +2,8 @@
 
 from itertools import count, takewhile
 
+from .._native import attention_plain, has_openmp, set_num_threads  # first, for its error names a missing extension
 from .. import _native
-from .._native import attention_plain, has_openmp, set_num_threads
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 
