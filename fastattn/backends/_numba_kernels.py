@@ -21,7 +21,8 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
 
 from ._numba_simd import (
-    add, blank, div, elements, fetch_add, fma, lanes, load, mul, rank_one, rows, splat, store, sub, two_to, where_less,
+    CONVERTS_HALF, add, blank, convert_half, div, elements, fetch_add, fma, lanes, load, mul, rank_one, rows, splat, store, sub,
+    transpose, two_to, where_less, width,
 )  # fmt: skip
 
 FLOAT32, FLOAT16, BFLOAT16, FLOAT64, BOOL = range(5)
@@ -40,7 +41,7 @@ PLAN = np.dtype(
         # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into `panels`.
         "groups", "group", "q_len", "band", "bands", "panels", "units", "parts", "split",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
-        "block_keys", "states",
+        "head_pitch", "v_head_pitch", "block_keys", "states", "own_states", "state_bytes",
     )]
     + [("scale", np.float32), ("softcap", np.float32)]
 )  # fmt: skip
@@ -70,6 +71,8 @@ def bits_of(x):
 @inline
 def widen_half(half):
     """The float32 of the bits of a float16."""
+    if CONVERTS_HALF:
+        return convert_half(half)
     magnitude = np.uint32(half & 0x7FFF) << np.uint32(13)
     sign = np.uint32(half & 0x8000) << np.uint32(16)
     if magnitude >= np.uint32(0x0F800000):  # inf and NaN
@@ -110,25 +113,65 @@ def narrow(x, code):
 
 
 @jit
-def widen_rows(source, stride, code, n, width, target):
-    """Write `n` rows of `width` elements as contiguous float32."""
+def widen_row(source, code, n, target):
+    """Write `n` elements as float32."""
     to = elements(target, float32)
-    for j in range(n):
-        for d in range(width):
-            to[j * width + d] = widen(source + j * stride, d, code)
+    for d in range(n):
+        to[d] = widen(source, d, code)
+
+
+@jit
+def narrow_row(source, factor, code, n, target):
+    """Write `n` float32, times a factor, in their storage type."""
+    x = elements(source, float32)
+    if code == FLOAT32:
+        to = elements(target, float32)
+        for d in range(n):
+            to[d] = x[d] * factor
+    else:
+        bits = elements(target, uint16)
+        for d in range(n):
+            bits[d] = narrow(x[d] * factor, code)
 
 
 @inline
-def bias_at(address, code):
+def bias_at(address, index, code):
     """What an element of the mask adds to a score: -inf hides, and only an exact -inf does."""
     if code == BOOL:
-        return np.float32(0.0) if elements(address, uint8)[0] else np.float32(-np.inf)
+        return np.float32(0.0) if elements(address, uint8)[index] else np.float32(-np.inf)
     if code == FLOAT64:
-        x = elements(address, float64)[0]
+        x = elements(address, float64)[index]
         if np.isfinite(x):
             x = min(max(x, _LOWEST), -_LOWEST)
         return np.float32(x)
-    return widen(address, 0, code)
+    return widen(address, index, code)
+
+
+@jit
+def bias_row(source, step, code, low, high, target):
+    """Write what elements `low` to `high` of a row of the mask add to the scores."""
+    to = elements(target, float32)
+    if step == (1 if code == BOOL else 4 if code == FLOAT32 else 8 if code == FLOAT64 else 2):
+        for j in range(low, high):
+            to[j] = bias_at(source, j, code)
+    else:
+        for j in range(low, high):
+            to[j] = bias_at(source + j * step, 0, code)
+
+
+@jit
+def fill(target, x, low, high):
+    to = elements(target, float32)
+    for j in range(low, high):
+        to[j] = x
+
+
+@jit
+def transpose_all(source, source_row, n_rows, n_columns, target, target_row, row):
+    """Transpose an array of float32; both sizes are multiples of the width of a register."""
+    for i in range(0, n_rows, width(row)):
+        for j in range(0, n_columns, width(row)):
+            transpose(source + i * source_row + 4 * j, source_row, target + j * target_row + 4 * i, target_row, row)
 
 
 # Functions of lanes
@@ -315,88 +358,87 @@ def part_range(plan, b, part):
 
 
 @jit
-def fill_bias(plan, b, head0, i0, first, n_rows, j0, n, bits, key0, bias, seen, width):
+def fill_bias(plan, b, head0, i0, first, n_rows, j0, n, bits, key0, turned, bias, seen, row):
     """The bias of each key (row) and lane, -inf where the lane does not see the key; whether any lane sees any.
 
-    `bits` is the address of the element mask of a block that begins at key `key0`, or 0."""
-    to = elements(bias, float32)
-    sees = elements(seen, float32)
+    `bits` is the address of the element mask of a block that begins at key `key0`, or 0.
+    """
+    pitch = 4 * plan.block_keys
     bytes_per_key = (plan.block_size + 7) // 8
-    any_visible = False
-    for r in range(width):
+    sees = elements(seen, float32)
+    visible = False
+    for r in range(lanes(row)):
+        line = turned + r * pitch
+        fill(line, -np.inf, 0, n)
         if r >= n_rows:
-            for j in range(n):
-                to[j * width + r] = -np.inf
             continue
-        i = i0 + (first + r) // plan.group
+        i, head = i0 + (first + r) // plan.group, head0 + (first + r) % plan.group
         low, high = interval(plan, b, i)
         low = min(max(low - j0, 0), n)
         high = min(max(high - j0, low), n)
-        mask = plan.mask + b * plan.mask_batch + (head0 + (first + r) % plan.group) * plan.mask_head
-        mask += i * plan.mask_row + j0 * plan.mask_key
-        visible = False
-        for j in range(n):
-            to[j * width + r] = -np.inf
+        if plan.mask:
+            mask = plan.mask + b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + j0 * plan.mask_key
+            bias_row(mask, plan.mask_key, plan.mask_code, low, high, line)
+        else:
+            fill(line, 0.0, low, high)
+        x = elements(line, float32)
+        if bits:
+            byte = bits + (j0 - key0) * bytes_per_key + ((i - i0) >> 3)
+            for j in range(low, high):
+                if not (elements(byte + j * bytes_per_key, uint8)[0] >> np.uint8((i - i0) & 7)) & 1:
+                    x[j] = -np.inf
+        hidden = 0
         for j in range(low, high):
-            x = np.float32(0.0)
-            if plan.mask:
-                x = bias_at(mask + j * plan.mask_key, plan.mask_code)
-            if bits:
-                byte = elements(bits + (j0 - key0 + j) * bytes_per_key, uint8)[(i - i0) >> 3]
-                if not (byte >> np.uint8((i - i0) & 7)) & 1:
-                    x = np.float32(-np.inf)
-            visible |= not x == np.float32(-np.inf)
-            to[j * width + r] = x
-        if visible:
+            hidden += x[j] == np.float32(-np.inf)
+        if hidden < high - low:
             sees[r] = 1.0
-            any_visible = True
-    return any_visible
+            visible = True
+    if visible:
+        transpose_all(turned, pitch, lanes(row), -(-n // width(row)) * width(row), bias, 4 * lanes(row), row)
+    return visible
 
 
 @jit
 def attend(plan, unit, part, state, scratch, tile, row):
     """The state of one unit of work over one part of its keys."""
-    width = lanes(row)
-    pitch = 4 * width
-    low_row, high_row, distance, slopes = scratch, scratch + pitch, scratch + 2 * pitch, scratch + 3 * pitch
-    qt = scratch + 4 * pitch
-    st = qt + plan.head_dim * pitch
+    pitch = 4 * lanes(row)
+    turned = scratch
+    low_row = turned + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
+    high_row, distance, slopes, qt = low_row + pitch, low_row + 2 * pitch, low_row + 3 * pitch, low_row + 4 * pitch
+    st = qt + plan.head_pitch * pitch
     bias = st + plan.block_keys * pitch
     k_wide = bias + plan.block_keys * pitch
     v_wide = k_wide + 4 * plan.block_keys * plan.head_dim
     seen, ot = state + 2 * pitch, state + 3 * pitch
 
     b, group, i0, panel, n_rows = locate(plan, unit)
-    first = panel * width
-    n_rows = min(n_rows - first, width)
+    first = panel * lanes(row)
+    n_rows = min(n_rows - first, lanes(row))
     store(state, splat(-np.inf, row))
     store(state + pitch, splat(0.0, row))
     store(seen, splat(0.0, row))
-    for d in range(plan.v_head_dim):
+    for d in range(plan.v_head_pitch):
         store(ot + d * pitch, splat(0.0, row))
     if n_rows <= 0:
         return
 
     head0 = group * plan.group
-    to = elements(qt, float32)
     slope = elements(slopes, float32)
-    for r in range(width):
-        for d in range(plan.head_dim if r >= n_rows else 0):
-            to[d * width + r] = 0.0
-        slope[r] = 0.0
+    store(slopes, splat(0.0, row))
+    fill(turned, 0.0, 0, lanes(row) * plan.head_pitch)
     low, high = np.iinfo(np.int64).max, int64(0)  # seen by some row
     inner_low, inner_high = int64(0), np.iinfo(np.int64).max  # seen by every row
     for r in range(n_rows):
         i, head = i0 + (first + r) // plan.group, head0 + (first + r) % plan.group
         q = plan.q + b * plan.q_batch + head * plan.q_head + i * plan.q_row
-        for d in range(plan.head_dim):
-            to[d * width + r] = widen(q, d, plan.q_code)
+        widen_row(q, plan.q_code, plan.head_dim, turned + 4 * r * plan.head_pitch)
         if plan.alibi:
             slope[r] = elements(plan.alibi + b * plan.alibi_batch + head * plan.alibi_head, float32)[0]
         row_low, row_high = interval(plan, b, i)
         inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
         if row_low < row_high:
             low, high = min(low, row_low), max(high, row_high)
+    transpose_all(turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, qt, pitch, row)
     part_low, part_high = part_range(plan, b, part)
     low, high = max(low, part_low), min(high, part_high)
 
@@ -434,7 +476,7 @@ def attend(plan, unit, part, state, scratch, tile, row):
             masked = bits != 0 or plan.mask != 0
             low_at, high_at, seen_at = elements(low_row, float32), elements(high_row, float32), elements(seen, float32)
             if masked:
-                if not fill_bias(plan, b, head0, i0, first, n_rows, j, n, bits, key0, bias, seen, width):
+                if not fill_bias(plan, b, head0, i0, first, n_rows, j, n, bits, key0, turned, bias, seen, row):
                     continue
                 store(low_row, splat(0.0, row))
                 store(high_row, splat(n, row))
@@ -445,7 +487,7 @@ def attend(plan, unit, part, state, scratch, tile, row):
                     low_at[r], high_at[r] = row_low - j, row_high - j
                     if row_low < row_high:
                         seen_at[r] = 1.0
-                for r in range(n_rows, width):
+                for r in range(n_rows, lanes(row)):
                     low_at[r], high_at[r] = 0.0, 0.0
             else:
                 store(seen, splat(1.0, row))
@@ -455,14 +497,15 @@ def attend(plan, unit, part, state, scratch, tile, row):
             k, k_row = k_head + j * plan.k_row, plan.k_row
             v, v_row = v_head + j * plan.v_row, plan.v_row
             if plan.kv_code != FLOAT32:
-                widen_rows(k, k_row, plan.kv_code, n, plan.head_dim, k_wide)
-                widen_rows(v, v_row, plan.kv_code, n, plan.v_head_dim, v_wide)
+                for key in range(n):
+                    widen_row(k + key * k_row, plan.kv_code, plan.head_dim, k_wide + 4 * key * plan.head_dim)
+                    widen_row(v + key * v_row, plan.kv_code, plan.v_head_dim, v_wide + 4 * key * plan.v_head_dim)
                 k, k_row = k_wide, 4 * plan.head_dim
                 v, v_row = v_wide, 4 * plan.v_head_dim
             scores(k, k_row, n, plan.head_dim, qt, st, plan.scale, tile, row)
             if partial or plan.softcap != 0.0 or plan.alibi:
                 distance_at = elements(distance, float32)
-                for r in range(width):
+                for r in range(lanes(row)):
                     position = i0 + (first + r) // plan.group + elements(plan.query_offset, int64)[b]
                     distance_at[r] = position - j
                 adjust(
@@ -492,14 +535,14 @@ def fold(state, other, v_head_dim, row):
 
 
 @jit
-def finish(plan, unit, state, row):
+def finish(plan, unit, state, scratch, row):
     """Divide by the denominator and write the rows of a unit to `out` and `lse`."""
-    width = lanes(row)
-    m, l, seen = elements(state, float32), elements(state + 4 * width, float32), elements(state + 8 * width, float32)
-    ot = elements(state + 12 * width, float32)
+    pitch = 4 * lanes(row)
+    m, l, seen = elements(state, float32), elements(state + pitch, float32), elements(state + 2 * pitch, float32)
+    transpose_all(state + 3 * pitch, pitch, plan.v_head_pitch, lanes(row), scratch, 4 * plan.v_head_pitch, row)
     b, group, i0, panel, n_rows = locate(plan, unit)
-    first = panel * width
-    for r in range(min(n_rows - first, width)):
+    first = panel * lanes(row)
+    for r in range(min(n_rows - first, lanes(row))):
         i, head = i0 + (first + r) // plan.group, group * plan.group + (first + r) % plan.group
         top, total, factor = float64(m[r]), float64(l[r]), 1.0
         if plan.sinks:
@@ -510,14 +553,11 @@ def finish(plan, unit, state, row):
         if plan.lse:
             at = plan.lse + b * plan.lse_batch + head * plan.lse_head + i * plan.lse_row
             elements(at, float32)[0] = top + np.log(total)
-        factor = np.float32(factor / total)
+        line = scratch + 4 * r * plan.v_head_pitch
+        if not seen[r]:
+            fill(line, 0.0, 0, plan.v_head_dim)
         out = plan.out + b * plan.out_batch + head * plan.out_head + i * plan.out_row
-        for d in range(plan.v_head_dim):
-            x = ot[d * width + r] * factor if seen[r] else np.float32(0.0)
-            if plan.q_code == FLOAT32:
-                elements(out, float32)[d] = x
-            else:
-                elements(out, uint16)[d] = narrow(x, plan.q_code)
+        narrow_row(line, np.float32(factor / total if seen[r] else 1.0), plan.q_code, plan.v_head_dim, out)
 
 
 # What a thread runs. Numba's disk cache keeps a function under the values that it closes over, so that each shape of the registers
@@ -536,32 +576,31 @@ def build_attention(stamp, tile_rows, registers, width):
     The arithmetic is the same in WHOLE and in PARTS with MERGE.
     """
 
-    def attention(plans, phase, state_bytes, scratch, counter):
+    def attention(plans, phase, scratch, counter):
         stamp  # noqa: B018
         tile = blank(tile_rows, registers, width)
         row = blank(1, registers, width)
         plan = plans[0]
-        parts = plan.parts
+        parts, size = plan.parts, plan.state_bytes
         n_items = plan.units * parts if phase == PARTS else plan.units
         while True:
             item = fetch_add(counter, 1)
             if item >= n_items:
                 return
             if phase == PARTS:
-                attend(plan, item // parts, item % parts, plan.states + item * state_bytes, scratch, tile, row)
+                attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row)
                 continue
-            state = plan.states + item * parts * state_bytes if phase == MERGE else scratch
+            state = plan.states + item * parts * size if phase == MERGE else scratch + plan.own_states
             for part in range(parts):
-                other = state + part * state_bytes
+                other = state + (part if phase == MERGE else min(part, 1)) * size
                 if phase == WHOLE:
-                    other = scratch + min(part, 1) * state_bytes
-                    attend(plan, item, part, other, scratch + min(parts, 2) * state_bytes, tile, row)
+                    attend(plan, item, part, other, scratch, tile, row)
                 if part > 0:
                     fold(state, other, plan.v_head_dim, row)
-            finish(plan, item, state, row)
+            finish(plan, item, state, scratch, row)
 
     record = types.Array(from_dtype(PLAN), 1, "C")
-    return attention, types.void(record, int64, int64, int64, int64)
+    return attention, types.void(record, int64, int64, int64)
 
 
 def build_merge(stamp, rows_of_item):
@@ -570,7 +609,7 @@ def build_merge(stamp, rows_of_item):
     `parts` holds the addresses of the `out` of each part, then those of the `lse` of each.
     """
 
-    def merge(parts, n_parts, n_rows, width, code, out, lse, scratch, counter):
+    def merge(parts, n_parts, n_rows, v_head_dim, code, out, lse, scratch, counter):
         stamp  # noqa: B018
         total = elements(scratch, float32)
         while True:
@@ -581,7 +620,7 @@ def build_merge(stamp, rows_of_item):
                 m = -np.inf
                 for part in range(n_parts):
                     m = max(m, float64(elements(parts[n_parts + part], float32)[r]))
-                for d in range(width):
+                for d in range(v_head_dim):
                     total[d] = 0.0
                 l = 0.0
                 for part in range(n_parts):
@@ -590,15 +629,15 @@ def build_merge(stamp, rows_of_item):
                         continue
                     weight = np.exp(part_lse - m)
                     l += weight
-                    source = parts[part] + r * width * (4 if code == FLOAT32 else 2)
-                    for d in range(width):
+                    source = parts[part] + r * v_head_dim * (4 if code == FLOAT32 else 2)
+                    for d in range(v_head_dim):
                         total[d] += np.float32(weight) * widen(source, d, code)
                 elements(lse, float32)[r] = m + np.log(l)
-                for d in range(width):
+                for d in range(v_head_dim):
                     x = total[d] / np.float32(l) if l != 0.0 else np.float32(0.0)
                     if code == FLOAT32:
-                        elements(out, float32)[r * width + d] = x
+                        elements(out, float32)[r * v_head_dim + d] = x
                     else:
-                        elements(out, uint16)[r * width + d] = narrow(x, code)
+                        elements(out, uint16)[r * v_head_dim + d] = narrow(x, code)
 
     return merge, types.void(types.Array(int64, 1, "C"), *[int64] * 8)

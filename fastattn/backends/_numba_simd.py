@@ -15,11 +15,27 @@ serve them all.
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
 _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
+
+
+def _isa():
+    """What Numba compiles for, and whether that has instructions for float16."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    features = features.split(",")
+    if triple.startswith(("aarch64", "arm64")):
+        return "neon", True
+    for name in ("avx512", "avx2"):
+        if any(feature.startswith(f"+{name}") for feature in features):
+            return name, "+f16c" in features
+    return "portable", False
+
+
+ISA, CONVERTS_HALF = _isa()
 
 
 class Tile(types.Type):
@@ -54,6 +70,14 @@ def _load(builder, address, element):
     value = builder.load(builder.inttoptr(address, element.as_pointer()))
     value.align = 4
     return value
+
+
+def _store(builder, value, address):
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def _indices(lanes):
+    return ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
 
 
 def _addresses(builder, tile, address):
@@ -118,6 +142,12 @@ def lanes(context, tile):
 
 
 @intrinsic
+def width(context, tile):
+    """The number of floats in a register of a tile."""
+    return types.int64(tile), lambda context, builder, signature, values: _I64(tile.width)
+
+
+@intrinsic
 def load(context, address, like):
     """The tile, shaped as `like`, at an address."""
 
@@ -134,8 +164,7 @@ def store(context, address, tile):
 
     def generate(context, builder, signature, values):
         for k, each in enumerate(_addresses(builder, tile, values[0])):
-            vector = builder.extract_value(values[1], k)
-            builder.store(vector, builder.inttoptr(each, vector.type.as_pointer()), align=4)
+            _store(builder, builder.extract_value(values[1], k), each)
         return context.get_dummy_value()
 
     return types.void(types.int64, tile), generate
@@ -219,6 +248,42 @@ def rank_one(context, tile, a, a_stride, b):
         return _pack(builder, tile, result)
 
     return tile(tile, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def transpose(context, source, source_row, target, target_row, like):
+    """Transpose a square of floats, as many as `like` has lanes in a register, whose rows are so many bytes apart."""
+    width = like.width
+
+    def generate(context, builder, signature, values):
+        source, source_row, target, target_row, _ = values
+        vector = ir.VectorType(_F32, width)
+        square = [_load(builder, builder.add(source, builder.mul(source_row, _I64(i))), vector) for i in range(width)]
+        step = 1
+        while step < width:  # swap the squares of `step` next to the diagonal of those of twice the size
+            high = [lane & step for lane in range(width)]
+            upper = _indices([lane + width - step if high[lane] else lane for lane in range(width)])
+            lower = _indices([lane + width if high[lane] else lane + step for lane in range(width)])
+            for i in range(width):
+                if not i & step:
+                    a, b = square[i], square[i + step]
+                    square[i], square[i + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+            step *= 2
+        for i, value in enumerate(square):
+            _store(builder, value, builder.add(target, builder.mul(target_row, _I64(i))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, like), generate
+
+
+@intrinsic
+def convert_half(context, bits):
+    """The float32 of the bits of a float16, by an instruction: only where `CONVERTS_HALF`."""
+
+    def generate(context, builder, signature, values):
+        return builder.fpext(builder.bitcast(values[0], ir.HalfType()), _F32)
+
+    return types.float32(types.uint16), generate
 
 
 @intrinsic

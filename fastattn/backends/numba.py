@@ -18,7 +18,6 @@ from functools import cache, partial
 
 import numpy as np
 from numba import config, njit
-from numba.core.registry import cpu_target
 
 from . import _numba_kernels, _numba_simd
 from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, WHOLE
@@ -37,6 +36,15 @@ _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
 _MERGE_ROWS = 64
 _MAX_POOL = 1024
+
+# The register tiles, (rows, registers of a row, lanes of a register), for few query rows and for many: accumulators in all
+# registers but those that a row of operands and a broadcast take.
+_NARROW, _WIDE = {
+    "avx512": ((8, 1, 16), (4, 4, 16)),
+    "avx2": ((8, 1, 8), (4, 3, 8)),
+    "neon": ((8, 2, 4), (4, 6, 4)),
+    "portable": ((4, 2, 4), (4, 3, 4)),
+}[_numba_simd.ISA]
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 
@@ -76,7 +84,7 @@ def attention(call):
 
     def run(phase, counter):
         scratch = _scratch(work.scratch_bytes)
-        kernel(plan, phase, work.state_bytes, _address(scratch), counter)
+        kernel(plan, phase, _address(scratch), counter)
 
     for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
         _share(partial(run, phase), work.threads)
@@ -101,7 +109,7 @@ def explain(call):
     work = _Work(call)
     return {
         "backend": "numba",
-        "isa": _isa(),
+        "isa": _numba_simd.ISA,
         "kernel": f"{call.k.dtype.name}_{work.shape[0]}x{work.lanes}",
         "tile_rows": work.lanes,
         "tile_keys": work.block_keys,
@@ -133,8 +141,7 @@ class _Work:
         self.bands = -(-q_len // max(self.band, 1))
 
         band_rows = min(self.band, q_len) * self.group
-        narrow, wide = _shapes()
-        self.shape = narrow if band_rows <= narrow[1] * narrow[2] else wide
+        self.shape = _NARROW if band_rows <= _NARROW[1] * _NARROW[2] else _WIDE
         self.lanes = self.shape[1] * self.shape[2]
         self.block_keys = 64 if self.lanes >= 48 else 128  # scores stay within half of a first-level cache
         self.panels = -(-band_rows // self.lanes)
@@ -145,15 +152,16 @@ class _Work:
 
         work = self.units * self.lanes * kv_len * (head_dim + v_head_dim)
         self.threads = _useful_threads(self.units * self.parts, work)
+        self.head_pitch, self.v_head_pitch = (-(-n // self.shape[2]) * self.shape[2] for n in (head_dim, v_head_dim))
         row_bytes = 4 * self.lanes
-        self.state_bytes = row_bytes * (3 + v_head_dim)
+        self.state_bytes = row_bytes * (3 + self.v_head_pitch)
+        turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
         widened = 0 if call.k.dtype == np.float32 else 4 * self.block_keys * (head_dim + v_head_dim)
-        self.scratch_bytes = row_bytes * (4 + head_dim + 2 * self.block_keys) + widened
-        if self.parts > 1 and self.units < 4 * self.threads:
-            self.states_bytes = self.units * self.parts * self.state_bytes
+        self.own_states = row_bytes * (turned + 4 + self.head_pitch + 2 * self.block_keys) + widened
+        if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
+            self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
-            self.states_bytes = 0
-            self.scratch_bytes += min(self.parts, 2) * self.state_bytes
+            self.states_bytes, self.scratch_bytes = 0, self.own_states + min(self.parts, 2) * self.state_bytes
 
     def plan(self):
         """The record that the kernels read. It holds addresses: the call must outlive it."""
@@ -168,8 +176,7 @@ class _Work:
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap,
         }  # fmt: skip
-        for name in ("kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "block_keys"):
-            fields[name] = getattr(self, name)
+        fields |= {name: value for name, value in vars(self).items() if name in PLAN.names}
         if mask is not None:
             for name in ("indptr", "indices", "partial", "element_bits"):
                 fields |= _place(name, getattr(mask, name))
@@ -225,36 +232,6 @@ def _scratch(nbytes):
     """Memory on a cache line of its own."""
     memory = np.empty(nbytes + 63, np.uint8)
     return memory[-_address(memory) % 64 :]
-
-
-@cache
-def _target():
-    """The processor that Numba compiles for: the start of its triple, and its features."""
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple.partition("-")[0], frozenset(features.split(","))
-
-
-@cache
-def _isa():
-    processor, features = _target()
-    for name in ("avx512f", "avx2"):
-        if f"+{name}" in features:
-            return name.removesuffix("f")
-    return "neon" if processor in ("aarch64", "arm64") else "portable"
-
-
-@cache
-def _shapes():
-    """The register tiles, (rows, registers of a row, lanes of a register), for few query rows and for many.
-
-    As many accumulators as there are registers, but for those that a row of operands and a broadcast take.
-    """
-    return {
-        "avx512": ((8, 1, 16), (4, 4, 16)),
-        "avx2": ((8, 1, 8), (4, 3, 8)),
-        "neon": ((8, 2, 4), (4, 6, 4)),
-        "portable": ((4, 2, 4), (4, 3, 4)),
-    }[_isa()]
 
 
 def _kernel(build, *shape):
