@@ -10,6 +10,7 @@
  *     out = o / l
  *
  * (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.) */
+#include "ints.h"
 #include "keyblocks.h"
 #include "state.h"
 #include "threads.h"
@@ -25,8 +26,6 @@ typedef struct fa_work {
     float *q, *s, *bias, *shown, *k, *v;
 } fa_work;
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* The keys of a block in float32, and what the rules say of them. */
 typedef struct fa_operands {
@@ -63,7 +62,7 @@ static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t fi
         return lanes;
     }
     for (int64_t i = 0, r = 0; i < count; i++) {
-        const int64_t next = smaller((p->query[0] + i + 1) * group - p->first_row, FA_PANEL_ROWS);
+        const int64_t next = fa_min((p->query[0] + i + 1) * group - p->first_row, FA_PANEL_ROWS);
         const uint64_t heads = (next - r < 64 ? ((uint64_t)1 << (next - r)) - 1 : ~(uint64_t)0) << r;
         if (bits[(from + i) / 8] >> ((from + i) % 8) & 1) lanes |= heads;
         r = next;
@@ -113,7 +112,7 @@ static unsigned block_bias(fa_work *w, const fa_key_block *block) {
 }
 
 static float relative(int64_t key, int64_t first, int64_t keys) {
-    return (float)larger(0, smaller(key - first, keys));
+    return (float)fa_max(0, fa_min(key - first, keys));
 }
 
 /* The rules of a block; the panel's vectors are filled for it. */

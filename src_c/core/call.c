@@ -1,13 +1,12 @@
 #include "call.h"
 
 #include "check.h"
+#include "ints.h"
 #include "state.h"
 
 #include <float.h>
 #include <math.h>
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static fa_rows plan_rows(const fastattn_attention_args *a) {
     fa_rows r;
@@ -16,14 +15,14 @@ static fa_rows plan_rows(const fastattn_attention_args *a) {
     if (blocks && blocks->head_stride != 0) r.group = 1;
     r.sequences = a->num_heads / r.group;
     r.count = a->q_len * r.group;
-    r.segment = blocks ? smaller(blocks->block_size * r.group, r.count) : r.count;
-    r.panels_a_segment = ceil_div(r.segment, FA_PANEL_ROWS);
+    r.segment = blocks ? fa_min(blocks->block_size * r.group, r.count) : r.count;
+    r.panels_a_segment = fa_ceil_div(r.segment, FA_PANEL_ROWS);
     /* Panels of a long sequence are full; those of a block row share it evenly, or a ragged one would come with each. */
-    const int64_t even = blocks ? ceil_div(r.segment, r.panels_a_segment) : smaller(r.segment, FA_PANEL_ROWS);
-    r.panel_rows = (int)smaller(ceil_div(even, FA_ROW_STEP) * FA_ROW_STEP, r.segment);
-    r.panels_a_segment = ceil_div(r.segment, r.panel_rows);
-    r.panels = r.count / r.segment * r.panels_a_segment + ceil_div(r.count % r.segment, r.panel_rows);
-    r.ld = (int)(ceil_div(r.panel_rows, FA_ROW_STEP) * FA_ROW_STEP);
+    const int64_t even = blocks ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, FA_PANEL_ROWS);
+    r.panel_rows = (int)fa_min(fa_round_up(even, FA_ROW_STEP), r.segment);
+    r.panels_a_segment = fa_ceil_div(r.segment, r.panel_rows);
+    r.panels = r.count / r.segment * r.panels_a_segment + fa_ceil_div(r.count % r.segment, r.panel_rows);
+    r.ld = (int)fa_round_up(r.panel_rows, FA_ROW_STEP);
     return r;
 }
 
@@ -32,19 +31,19 @@ static fa_rows plan_rows(const fastattn_attention_args *a) {
 static void plan_splits(fa_call *call) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024 };
     const int64_t panels = call->rows.sequences * call->rows.panels, keys = call->args->kv_len;
-    const int64_t wanted = smaller(ceil_div(WANTED_ITEMS, panels), keys / FEWEST_KEYS);
+    const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, panels), keys / FEWEST_KEYS);
     call->split_keys = keys;
-    if (wanted > 1) call->split_keys = ceil_div(ceil_div(keys, wanted), call->block_keys) * call->block_keys;
-    call->splits = call->split_keys > 0 ? ceil_div(keys, call->split_keys) : 1;
+    if (wanted > 1) call->split_keys = fa_round_up(fa_ceil_div(keys, wanted), call->block_keys);
+    call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
 }
 
 /* Threads cost microseconds to wake; below this many multiplications one is faster. Results do not depend on it. */
 static int plan_threads(const fa_call *call) {
     const double enough = 4e5;
     const fastattn_attention_args *a = call->args;
-    const double work = (double)call->items * call->rows.ld * (double)smaller(call->split_keys, a->kv_len) *
+    const double work = (double)call->items * call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
                         (double)(a->head_dim + a->v_head_dim);
-    int64_t threads = smaller(a->num_threads, call->items);
+    int64_t threads = fa_min(a->num_threads, call->items);
     if (threads < 1 || work < 2 * enough) return 1;
     return (int)(work / enough < (double)threads ? work / enough : (double)threads);
 }
@@ -101,7 +100,7 @@ fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_ar
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
     call->rows = plan_rows(args);
-    call->block_keys = smaller(call->uk->block_keys, args->kv_len > 0 ? args->kv_len : 1);
+    call->block_keys = fa_min(call->uk->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
     call->items = args->batch * call->rows.sequences * call->rows.panels * call->splits;
     call->threads = plan_threads(call);

@@ -1,9 +1,11 @@
 #include "check.h"
 
+#include "ints.h"
+
 #include <math.h>
 
 /* Sizes are bounded so that no product in the plan overflows 63 bits: rows of a panel sequence, tiles, work items. */
-static const int64_t most_dim = (int64_t)1 << 20, most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 31,
+static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 31,
                      most_items = (int64_t)1 << 56;
 
 static int product_exceeds(int64_t a, int64_t b, int64_t most) { return b != 0 && a > most / b; }
@@ -17,7 +19,7 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
         a->v_head_dim < 0)
         return FASTATTN_ERROR_SHAPE;
     if (a->num_kv_heads == 0 ? a->num_heads != 0 : a->num_heads % a->num_kv_heads != 0) return FASTATTN_ERROR_SHAPE;
-    if (a->head_dim > most_dim || a->v_head_dim > most_dim || a->num_heads > most_heads || a->q_len > most_length ||
+    if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
         a->kv_len > most_length)
         return FASTATTN_ERROR_SHAPE;
     if (product_exceeds(a->num_heads, a->q_len, most_items) ||
@@ -73,8 +75,8 @@ static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     if (m->block_size < 1 || m->block_size > most_length || m->num_rows < 0 || m->batch_stride < 0 ||
         m->head_stride < 0 || !m->indptr || m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
         return FASTATTN_ERROR_BLOCK_MASK;
-    const int64_t rows = (a->q_len + m->block_size - 1) / m->block_size;
-    const int64_t columns = (a->kv_len + m->block_size - 1) / m->block_size;
+    const int64_t rows = fa_ceil_div(a->q_len, m->block_size);
+    const int64_t columns = fa_ceil_div(a->kv_len, m->block_size);
     if (a->batch > 0 && a->num_heads > 0) {
         if (product_exceeds(a->batch - 1, m->batch_stride, most_items) ||
             product_exceeds(a->num_heads - 1, m->head_stride, most_items) ||

@@ -4,6 +4,8 @@
 
 #include "fastattn.h"
 
+enum { FA_MOST_DIM = 1 << 20 }; /* the largest head_dim and v_head_dim */
+
 fastattn_status fastattn_check_args(const fastattn_attention_args *args);
 
 #endif

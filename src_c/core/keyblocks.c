@@ -1,14 +1,14 @@
 #include "keyblocks.h"
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+#include "ints.h"
+
 
 fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
     fa_key_blocks it = {0};
     /* Bounds ascend with the row, so the first and the last row tell all. */
     const int last = panel->rows - 1;
-    it.next = larger(panel->first_key, panel->begin[0]);
-    it.end = smaller(panel->end_key, panel->end[last]);
+    it.next = fa_max(panel->first_key, panel->begin[0]);
+    it.end = fa_min(panel->end_key, panel->end[last]);
     it.full_from = panel->begin[last];
     it.full_to = panel->end[0];
     it.step = call->block_keys;
@@ -33,7 +33,7 @@ static int next_run(fa_key_blocks *it) {
     const int64_t block = m->indices[it->entry];
     const int32_t element_mask = m->partial ? m->partial[it->entry] : -1;
     it->entry++;
-    it->next = larger(it->next, block * size);
+    it->next = fa_max(it->next, block * size);
     it->run_end = (block + 1) * size;
     it->bits = NULL;
     if (element_mask >= 0) {
@@ -45,7 +45,7 @@ static int next_run(fa_key_blocks *it) {
             it->run_end += size;
             it->entry++;
         }
-    it->run_end = smaller(it->run_end, it->end);
+    it->run_end = fa_min(it->run_end, it->end);
     return 1;
 }
 
@@ -53,7 +53,7 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     if (it->next >= it->end) return 0;
     if (it->next >= it->run_end && !(it->mask && next_run(it))) return 0;
     block->first = it->next;
-    block->keys = smaller(it->step, it->run_end - it->next);
+    block->keys = fa_min(it->step, it->run_end - it->next);
     it->next += block->keys;
     block->partial = block->first < it->full_from || it->next > it->full_to;
     block->bits = NULL;

@@ -1,4 +1,5 @@
 /* fastattn_merge_states: every row is a state of width 1 with m = lse and l = 1. */
+#include "check.h"
 #include "state.h"
 #include "threads.h"
 
@@ -54,8 +55,7 @@ static void merge_row(const void *context, int64_t row, int worker) {
 
 fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,
                                       int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse) {
-    const int64_t most_dim = (int64_t)1 << 20;
-    if (num_parts < 0 || rows < 0 || v_head_dim < 0 || v_head_dim > most_dim) return FASTATTN_ERROR_SHAPE;
+    if (num_parts < 0 || rows < 0 || v_head_dim < 0 || v_head_dim > FA_MOST_DIM) return FASTATTN_ERROR_SHAPE;
     if (dtype != FASTATTN_FLOAT32 && dtype != FASTATTN_FLOAT16 && dtype != FASTATTN_BFLOAT16)
         return FASTATTN_ERROR_DTYPE;
     if (rows == 0) return FASTATTN_OK;

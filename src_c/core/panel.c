@@ -1,12 +1,12 @@
 #include "panel.h"
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+#include "ints.h"
+
 
 /* Positions and windows are cut to 2**40, beyond every length, so that their sums cannot overflow. */
 static int64_t reach(int64_t x) {
     const int64_t far = (int64_t)1 << 40;
-    return larger(-far, smaller(far, x));
+    return fa_max(-far, fa_min(far, x));
 }
 
 static void *take(char **memory, int64_t count, size_t size) {
@@ -18,11 +18,11 @@ static void *take(char **memory, int64_t count, size_t size) {
 /* lo <= key < hi for the keys that query i may see by its position. */
 static void visible_keys(const fastattn_attention_args *a, int64_t position, int64_t length, int64_t *lo, int64_t *hi) {
     int64_t begin = 0, end = length;
-    if (a->causal) end = smaller(end, position + 1);
-    if (a->window_right >= 0) end = smaller(end, position + reach(a->window_right) + 1);
-    if (a->window_left >= 0) begin = larger(begin, position - reach(a->window_left));
-    *lo = smaller(begin, length);
-    *hi = larger(end, 0);
+    if (a->causal) end = fa_min(end, position + 1);
+    if (a->window_right >= 0) end = fa_min(end, position + reach(a->window_right) + 1);
+    if (a->window_left >= 0) begin = fa_max(begin, position - reach(a->window_left));
+    *lo = fa_min(begin, length);
+    *hi = fa_max(end, 0);
 }
 
 fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
@@ -38,15 +38,15 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
     p.kv_head = p.head / (a->num_heads / a->num_kv_heads);
 
     const int64_t segment = panel / rows->panels_a_segment;
-    const int64_t segment_end = smaller(rows->count, (segment + 1) * rows->segment);
+    const int64_t segment_end = fa_min(rows->count, (segment + 1) * rows->segment);
     p.first_row = segment * rows->segment + panel % rows->panels_a_segment * rows->panel_rows;
-    p.rows = (int)smaller(rows->panel_rows, segment_end - p.first_row);
-    p.padded = (p.rows + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
+    p.rows = (int)fa_min(rows->panel_rows, segment_end - p.first_row);
+    p.padded = (int)fa_round_up(p.rows, FA_ROW_STEP);
 
     const int64_t length = a->kv_lengths ? a->kv_lengths[p.batch] : a->kv_len;
     p.offset = a->query_offset ? reach(a->query_offset[p.batch]) : length - a->q_len;
     p.first_key = split * call->split_keys;
-    p.end_key = smaller(p.first_key + call->split_keys, length);
+    p.end_key = fa_min(p.first_key + call->split_keys, length);
 
     const int64_t ld = rows->ld;
     p.query = take(&memory, ld, sizeof *p.query);

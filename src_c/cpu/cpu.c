@@ -2,6 +2,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
+#include <stdatomic.h>
 #include <stdint.h>
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -42,9 +43,12 @@ static unsigned detect(void) {
 int fastattn_cpu_has(unsigned features) {
     /* Threads may race to store it, all with the same value. */
     enum { KNOWN = 1 << 30 };
-    static volatile unsigned cached;
-    unsigned now = cached;
-    if (!now) cached = now = detect() | KNOWN;
+    static _Atomic unsigned cached;
+    unsigned now = atomic_load_explicit(&cached, memory_order_relaxed);
+    if (!now) {
+        now = detect() | KNOWN;
+        atomic_store_explicit(&cached, now, memory_order_relaxed);
+    }
     return (now & features) == features;
 }
 

@@ -80,9 +80,17 @@ FA_INLINE void tile_product(int rows, int64_t count, float *c, const float *alph
     }
 }
 
+/* A dot product is summed in two parts or more, of at most 64: that halves its rounding error, which is what limits the
+ * accuracy of large scores, and keeps the part of Q in L1. */
 static void qk(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
                int64_t head_dim) {
-    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, head_dim);
+    float ones[FA_PANEL_ROWS];
+    for (int r = 0; r < rows; r++) ones[r] = 1.0f;
+    const int64_t parts = head_dim <= 32 ? 1 : head_dim <= 128 ? 2 : (head_dim + 63) / 64;
+    const int64_t part = (head_dim + parts - 1) / parts;
+    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, part);
+    for (int64_t d = part; d < head_dim; d += part)
+        tile_product(rows, keys, s, ones, k + d, stride, 1, q + d * ld, ld, head_dim - d < part ? head_dim - d : part);
 }
 
 static void pv(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
