@@ -135,28 +135,30 @@ def narrow_row(source, factor, code, n, target):
 
 
 @inline
-def bias_at(address, index, code):
-    """What an element of the mask adds to a score: -inf hides, and only an exact -inf does."""
-    if code == BOOL:
-        return np.float32(0.0) if elements(address, uint8)[index] else np.float32(-np.inf)
-    if code == FLOAT64:
-        x = elements(address, float64)[index]
-        if np.isfinite(x):
-            x = min(max(x, _LOWEST), -_LOWEST)
-        return np.float32(x)
-    return widen(address, index, code)
+def narrow_double(x):
+    """A float64 bias as float32: one that is finite stays finite."""
+    return np.float32(min(max(x, _LOWEST), -_LOWEST) if np.isfinite(x) else x)
 
 
 @jit
-def bias_row(source, step, code, low, high, target):
-    """Write what elements `low` to `high` of a row of the mask add to the scores."""
+def bias_row(source, step, code, n, target):
+    """Write what `n` elements of the mask, `step` bytes apart, add to the scores: -inf hides, and only an exact -inf does."""
     to = elements(target, float32)
-    if step == (1 if code == BOOL else 4 if code == FLOAT32 else 8 if code == FLOAT64 else 2):
-        for j in range(low, high):
-            to[j] = bias_at(source, j, code)
+    if code == BOOL:
+        if step == 1:  # a loop of its own, for it alone is vectorised
+            for j in range(n):
+                to[j] = 0.0 if elements(source, uint8)[j] else -np.inf
+        else:
+            for j in range(n):
+                to[j] = 0.0 if elements(source + j * step, uint8)[0] else -np.inf
+    elif code == FLOAT64:
+        for j in range(n):
+            to[j] = narrow_double(elements(source + j * step, float64)[0])
+    elif step == (4 if code == FLOAT32 else 2):
+        widen_row(source, code, n, target)
     else:
-        for j in range(low, high):
-            to[j] = bias_at(source + j * step, 0, code)
+        for j in range(n):
+            to[j] = widen(source + j * step, 0, code)
 
 
 @jit
@@ -377,8 +379,8 @@ def fill_bias(plan, b, head0, i0, first, n_rows, j0, n, bits, key0, turned, bias
         low = min(max(low - j0, 0), n)
         high = min(max(high - j0, low), n)
         if plan.mask:
-            mask = plan.mask + b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + j0 * plan.mask_key
-            bias_row(mask, plan.mask_key, plan.mask_code, low, high, line)
+            mask = plan.mask + b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + (j0 + low) * plan.mask_key
+            bias_row(mask, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
         else:
             fill(line, 0.0, low, high)
         x = elements(line, float32)

@@ -32,6 +32,10 @@ _CODES = {
     "float64": _numba_kernels.FLOAT64,
     "bool": _numba_kernels.BOOL,
 }
+_OWN_FIELDS = (
+    "kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "head_pitch", "v_head_pitch", "block_keys",
+    "own_states", "state_bytes",
+)  # fmt: skip
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
 _MERGE_ROWS = 64
@@ -167,22 +171,30 @@ class _Work:
         """The record that the kernels read. It holds addresses: the call must outlive it."""
         call, mask = self.call, self.call.block_mask
         fields = {
-            **_place("q", call.q), **_place("k", call.k), **_place("v", call.v), **_place("out", call.out),
-            **_place("lse", call.lse), **_place("mask", call.mask), **_place("alibi", call.alibi_slopes),
-            **_place("sinks", call.sinks), **_place("query_offset", call.query_offset), **_place("kv_lengths", call.kv_lengths),
+            **_place("q", call.q, "q_batch", "q_head", "q_row"),
+            **_place("k", call.k, "k_batch", "k_head", "k_row"),
+            **_place("v", call.v, "v_batch", "v_head", "v_row"),
+            **_place("out", call.out, "out_batch", "out_head", "out_row"),
+            **_place("lse", call.lse, "lse_batch", "lse_head", "lse_row"),
+            **_place("mask", call.mask, "mask_batch", "mask_head", "mask_row", "mask_key"),
+            **_place("alibi", call.alibi_slopes, "alibi_batch", "alibi_head"),
+            **_place("sinks", call.sinks),
+            **_place("query_offset", call.query_offset),
+            **_place("kv_lengths", call.kv_lengths),
             "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[call.k.dtype.name],
             "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
             "q_len": call.q.shape[2], "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap,
         }  # fmt: skip
-        fields |= {name: value for name, value in vars(self).items() if name in PLAN.names}
+        for name in _OWN_FIELDS:
+            fields[name] = getattr(self, name)
         if mask is not None:
             for name in ("indptr", "indices", "partial", "element_bits"):
                 fields |= _place(name, getattr(mask, name))
             fields |= {"block_size": mask.block_size, "pattern_batch": mask.row_strides[0], "pattern_head": mask.row_strides[1]}
         plan = np.zeros(1, PLAN)
-        plan[0] = tuple(fields.get(name, 0) for name in PLAN.names)
+        plan[0] = tuple([fields.get(name, 0) for name in PLAN.names])
         return plan
 
     def visible_fraction(self):
@@ -220,12 +232,9 @@ def _address(array):
     return array.__array_interface__["data"][0]
 
 
-def _place(name, array):
-    """The fields of a plan that say where an array is: its address, and its strides where the plan has them."""
-    if array is None:
-        return {}
-    strides = {f"{name}_{axis}": stride for axis, stride in zip(("batch", "head", "row", "key"), array.strides)}
-    return {name: _address(array), **strides}
+def _place(name, array, *axes):
+    """The fields of a plan that say where an array is: its address, and its strides along the axes."""
+    return {} if array is None else {name: _address(array), **dict(zip(axes, array.strides))}
 
 
 def _scratch(nbytes):
