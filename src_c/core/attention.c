@@ -23,7 +23,7 @@ typedef struct fa_work {
     const fa_call *call;
     fa_panel panel;
     fa_state state;
-    float *q, *s, *bias, *shown, *k, *v;
+    float *q, *s, *bias, *shown, *k, *v, *finite_v;
 } fa_work;
 
 
@@ -145,31 +145,32 @@ static fa_score_rules rules_from(const fa_score_rules *rules, int row, int64_t k
     return moved;
 }
 
-/* o = o * alpha + v p where v holds NaN or infinities and some row does not see some key: 0 * NaN must not reach such
- * a row. Keys with finite values go through pv as ever, the others to the rows that see them. */
+/* o = o * alpha + v p where v holds NaN or infinities and some row does not see some key: 0 * NaN must not reach such a
+ * row. What is finite goes through pv as ever, so that no other row's bits change; the rest is added to the rows that
+ * see it. */
 static void careful_pv(fa_work *w, const fa_operands *x, const fa_score_rules *rules, int row, int rows, int64_t from,
                        int64_t keys) {
-    const fa_ukernel *uk = w->call->uk;
     const int ld = w->call->rows.ld;
     const int64_t dim = w->state.v_head_dim;
-    float *o = w->state.o + row, unused[FA_PANEL_ROWS] = {0}, ones[FA_PANEL_ROWS];
-    for (int r = 0; r < rows; r++) ones[r] = 1.0f;
+    float *o = w->state.o + row, unused[FA_PANEL_ROWS] = {0};
     /* The rules applied to zeros: -inf exactly where hidden. */
     for (int64_t j = 0; j < keys; j++)
         for (int r = 0; r < rows; r++) w->shown[j * ld + r] = 0.0f;
-    uk->scores(w->shown, ld, rows, from, keys, rules, unused);
+    w->call->uk->scores(w->shown, ld, rows, from, keys, rules, unused);
 
-    uk->pv(o, w->panel.alpha + row, w->s + row, ld, rows, x->v, x->v_stride, 0, dim);
-    for (int64_t j = 0; j < keys; j++) {
-        const float *p = w->s + j * ld + row, *v = x->v + (from + j) * x->v_stride;
-        if (uk->finite(v, x->v_stride, 1, dim)) {
-            uk->pv(o, ones, p, ld, rows, v, x->v_stride, 1, dim);
-            continue;
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t d = 0; d < dim; d++) {
+            const float v = x->v[(from + j) * x->v_stride + d];
+            w->finite_v[j * dim + d] = isfinite(v) ? v : 0.0f;
         }
-        for (int r = 0; r < rows; r++)
-            if (w->shown[j * ld + r] != -INFINITY)
-                for (int64_t d = 0; d < dim; d++) o[d * ld + r] += p[r] * v[d];
-    }
+    w->call->uk->pv(o, w->panel.alpha + row, w->s + row, ld, rows, w->finite_v, dim, keys, dim);
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t d = 0; d < dim; d++) {
+            const float v = x->v[(from + j) * x->v_stride + d];
+            if (isfinite(v)) continue;
+            for (int r = 0; r < rows; r++)
+                if (w->shown[j * ld + r] != -INFINITY) o[d * ld + r] += w->s[j * ld + row + r] * v;
+        }
 }
 
 /* One step of the loop, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
@@ -263,7 +264,8 @@ static void run_item(const void *context, int64_t item, int worker) {
                  .bias = (float *)(scratch + at->bias),
                  .shown = (float *)(scratch + at->shown),
                  .k = (float *)(scratch + at->k),
-                 .v = (float *)(scratch + at->v)};
+                 .v = (float *)(scratch + at->v),
+                 .finite_v = (float *)(scratch + at->finite_v)};
     w.state = call->splits > 1 ? partial_state(job, item)
                                : fastattn_state_at(scratch + at->o, call->rows.ld, a->v_head_dim);
     fastattn_state_clear(&w.state);

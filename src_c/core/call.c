@@ -63,8 +63,10 @@ static fastattn_status plan_memory(fa_call *call) {
     m->s = take(&bytes, keys * ld, sizeof(float));
     m->bias = take(&bytes, keys * ld, sizeof(float));
     m->shown = take(&bytes, keys * ld, sizeof(float));
-    m->k = take(&bytes, a->kv_dtype == FASTATTN_FLOAT32 ? 0 : keys * a->head_dim, sizeof(float));
-    m->v = take(&bytes, keys * a->v_head_dim, sizeof(float));
+    const int64_t widened = a->kv_dtype == FASTATTN_FLOAT32 ? 0 : keys;
+    m->k = take(&bytes, widened * a->head_dim, sizeof(float));
+    m->v = take(&bytes, widened * a->v_head_dim, sizeof(float));
+    m->finite_v = take(&bytes, keys * a->v_head_dim, sizeof(float));
     m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->bytes = bytes;

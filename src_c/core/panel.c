@@ -3,9 +3,9 @@
 #include "ints.h"
 
 
-/* Positions and windows are cut to 2**40, beyond every length, so that their sums cannot overflow. */
+/* Positions and windows are cut to 2**60, so that their sums cannot overflow. */
 static int64_t reach(int64_t x) {
-    const int64_t far = (int64_t)1 << 40;
+    const int64_t far = (int64_t)1 << 60;
     return fa_max(-far, fa_min(far, x));
 }
 

@@ -66,8 +66,8 @@ FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
     case FASTATTN_BFLOAT16: return fa_from_bf16(*(const uint16_t *)at);
     case FASTATTN_FLOAT64: {
         /* A finite bias beyond float32 stays finite: only exact -inf hides. */
-        double x = *(const double *)at;
-        return x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : (float)x;
+        const double x = *(const double *)at;
+        return x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x > FLT_MAX && x <= DBL_MAX ? FLT_MAX : (float)x;
     }
     default: return *(const float *)at;
     }
