@@ -86,6 +86,7 @@ def test_installed_metadata():
 
 
 def test_readme_has_one_block_to_run_it_and_one_to_test_it():
+    assert len(re.findall(r"^\s*```\s*sh", read("README.md"), re.MULTILINE)) == 2
     run, test = readme_blocks("sh")
     assert "pip install" in run and "fastattn bench" in run
     assert "pip install" in test and "pytest" in test
