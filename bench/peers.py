@@ -15,6 +15,15 @@ def numpy(case, q, k, v, mask):
     return _bench.numpy_side(case, q, k, v, mask)
 
 
+def tensor(array):
+    """The torch tensor that shares the memory of an array."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
 def torch(case, q, k, v, mask):
     """``torch.nn.functional.scaled_dot_product_attention``, told to compute what `case` asks for.
 
@@ -22,11 +31,6 @@ def torch(case, q, k, v, mask):
     scores. Elsewhere torch needs a mask, which is made here, outside the measured time.
     """
     import torch
-
-    def tensor(array):
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
 
     keywords = {}
     q_len, kv_len = case.shape[3:5]
