@@ -21,7 +21,7 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
 
 from ._numba_simd import (
-    CONVERTS_HALF, add, blank, convert_half, div, elements, fetch_add, fma, lanes, load, mul, rank_one, rows, splat, store, sub,
+    CONVERTS_HALF, add, blank, convert_half, count, div, elements, fma, lanes, load, mul, rank_one, rows, splat, store, sub,
     transpose, two_to, where_less, width,
 )  # fmt: skip
 
@@ -586,7 +586,7 @@ def build_attention(stamp, tile_rows, registers, width):
         parts, size = plan.parts, plan.state_bytes
         n_items = plan.units * parts if phase == PARTS else plan.units
         while True:
-            item = fetch_add(counter, 1)
+            item = count(counter)
             if item >= n_items:
                 return
             if phase == PARTS:
@@ -602,7 +602,7 @@ def build_attention(stamp, tile_rows, registers, width):
             finish(plan, item, state, scratch, row)
 
     record = types.Array(from_dtype(PLAN), 1, "C")
-    return attention, types.void(record, int64, int64, int64)
+    return attention, types.void(record, int64, int64, types.Array(int64, 1, "C"))
 
 
 def build_merge(stamp, rows_of_item):
@@ -615,7 +615,7 @@ def build_merge(stamp, rows_of_item):
         stamp  # noqa: B018
         total = elements(scratch, float32)
         while True:
-            first = fetch_add(counter, 1) * rows_of_item
+            first = count(counter) * rows_of_item
             if first >= n_rows:
                 return
             for r in range(first, min(first + rows_of_item, n_rows)):
@@ -642,4 +642,5 @@ def build_merge(stamp, rows_of_item):
                     else:
                         elements(out, uint16)[r * v_head_dim + d] = narrow(x, code)
 
-    return merge, types.void(types.Array(int64, 1, "C"), *[int64] * 8)
+    integers = types.Array(int64, 1, "C")
+    return merge, types.void(integers, *[int64] * 7, integers)

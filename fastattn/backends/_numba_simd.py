@@ -298,10 +298,11 @@ def elements(context, address, dtype):
 
 
 @intrinsic
-def fetch_add(context, address, n):
-    """Add `n` to the int64 at an address, which other threads do as well, and return what it was."""
+def count(context, counter):
+    """Add 1 to the first element of an int64 array, which other threads do as well, and return what it was."""
 
     def generate(context, builder, signature, values):
-        return builder.atomic_rmw("add", builder.inttoptr(values[0], _I64.as_pointer()), values[1], "monotonic")
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        return builder.atomic_rmw("add", data, _I64(1), "monotonic")
 
-    return types.int64(types.int64, types.int64), generate
+    return types.int64(counter), generate

@@ -14,6 +14,7 @@ import os
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache, partial
 
 import numpy as np
@@ -201,9 +202,7 @@ class _Work:
         """Of all (row, key) pairs those that are computed: what causal, window, lengths and a block mask leave to each item."""
         call, mask = self.call, self.call.block_mask
         batch, num_heads, q_len, _ = call.q.shape
-        left, right = call.window
-        if call.causal:
-            right = min(right, 0) if right >= 0 else 0
+        left, right = call.window[0], 0 if call.causal else call.window[1]
         start = self.band * np.arange(self.bands)[:, None]
         first = self.lanes * np.arange(self.panels)
         n_rows = np.clip(np.minimum(self.band, q_len - start) * self.group - first, 0, self.lanes)
@@ -275,21 +274,22 @@ def _useful_threads(items, work):
 
 
 def _share(run, n_threads):
-    """Call ``run(address of a counter)`` on this thread and on up to ``n_threads - 1`` others; return when all have."""
+    """Call ``run(counter)`` on this thread and on up to ``n_threads - 1`` others; return when all have.
+
+    Helpers that have not begun when this thread finds no more work are not waited for: they are busy with somebody else's.
+    """
     counter = np.zeros(1, np.int64)
     helpers = []
     try:
-        for _ in range(n_threads - 1):
-            helpers.append(_pool().submit(run, _address(counter)))
-    except RuntimeError:
-        pass  # no more threads, or the interpreter is shutting down: those that run will do
-    try:
-        run(_address(counter))
+        with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down: those that run will do
+            for _ in range(n_threads - 1):
+                helpers.append(_pool().submit(run, counter))
+        run(counter)
     finally:
-        wait([helper for helper in helpers if not helper.cancel()])
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
 
 
 def _pool():
