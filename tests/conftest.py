@@ -63,6 +63,13 @@ def engine(request):
         yield engine
 
 
+@pytest.fixture(params={engine.backend: engine for engine in ENGINES}.values(), ids=repr)
+def backend(request):
+    """Like `engine`, with the best instruction set only: for what no instruction set has a part in."""
+    with request.param.use() as engine:
+        yield engine
+
+
 @pytest.fixture
 def huge_zeros():
     """A maker of float32 arrays that are larger than memory, of zeros that cost nothing until they are written."""

@@ -501,10 +501,10 @@ def hiding(how, visible):
 @pytest.mark.parametrize(
     "how", ["causal", "window", "window ahead", "lengths", "boolean mask", "float32 mask", "float16 mask", "float64 mask"]
 )
-@pytest.mark.parametrize("a, b", [(0, 1), (0, 13), (0, 300), (37, 95), (300, 599), (590, 600)])
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("a, b", [(0, 13), (0, 300), (37, 95), (590, 600)])
+@pytest.mark.parametrize("poison, dtype", [(NAN, "float32"), (INF, "float32"), (-INF, "float32"), (NAN, "float16")])
 def test_hidden_keys_and_values_never_touch_the_result(how, a, b, poison, dtype):
+    """Not by a bit."""
     if a and how in ("causal", "lengths"):
         pytest.skip("hides only what comes after")
     q, k, v = random_qkv(1, 2, 1, 600, 20, 12, dtype=dtype)

@@ -150,7 +150,7 @@ def run_guarded(engine, guarded, q, k, v, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", SIDES)
-def test_merge_states_stays_inside_its_arrays(engine, side, dtype):
+def test_merge_states_stays_inside_its_arrays(backend, side, dtype):
     rng = np.random.default_rng(0)
     with Guarded(side) as guarded:
         outs = [guarded.copy(rng.standard_normal((3, 7, 5)).astype(dtype_of(dtype))) for _ in range(3)]
@@ -162,7 +162,7 @@ def test_merge_states_stays_inside_its_arrays(engine, side, dtype):
 # No copies
 
 
-def peak_extra(engine, setup, call):
+def peak_extra(backend, setup, call):
     """Bytes by which `call` raises the peak of a fresh process's memory, after a small call has warmed up."""
     script = f"""
 import sys
@@ -183,16 +183,17 @@ with open("/proc/self/clear_refs", "w") as file:
 {call}
 print(status("VmHWM") - before)
 """
-    return int(run_script(script, **environment_of(engine)))
+    return int(run_script(script, **environment_of(backend)))
 
 
-def test_long_sequences_need_no_memory(engine):
+def test_long_sequences_need_no_memory(backend):
     """1, 8/8, 131072 keys, 256 queries, D = 128. One head's keys are 64 MiB, so not even one head may be copied."""
+    q_len = 8 if backend.backend == "numpy" else 256  # it would take its time
     extra = peak_extra(
-        engine,
-        setup="""
+        backend,
+        setup=f"""
 rng = np.random.default_rng(0)
-q = rng.standard_normal((1, 8, 256, 128), np.float32)
+q = rng.standard_normal((1, 8, {q_len}, 128), np.float32)
 k, v = (np.broadcast_to(rng.standard_normal((1, 1, 131072, 128), np.float32), (1, 8, 131072, 128)) for _ in range(2))
 """,
         call="out = fastattn.attention(q, k, v)",
@@ -200,16 +201,16 @@ k, v = (np.broadcast_to(rng.standard_normal((1, 1, 131072, 128), np.float32), (1
     assert extra < 64 << 20
 
 
-def test_views_and_masks_are_not_copied(engine):
+def test_views_and_masks_are_not_copied(backend):
     """(B, L, H, D) views, a boolean mask broadcast over heads, and a mask of floats, each far larger than the limit."""
     extra = peak_extra(
-        engine,
+        backend,
         setup="""
-x = np.zeros((1, 60_000, 2, 128), np.float16).swapaxes(1, 2)
+x = np.zeros((1, 30_000, 2, 128), np.float16).swapaxes(1, 2)
 x[...] = 1
 q = x[:, :, :8]
-boolean = np.broadcast_to(np.ones((8, 60_000), bool), (1, 2, 8, 60_000))
-additive = np.broadcast_to(np.zeros((60_000,)), (8, 60_000))
+boolean = np.broadcast_to(np.ones((8, 30_000), bool), (1, 2, 8, 30_000))
+additive = np.broadcast_to(np.zeros((30_000,)), (8, 30_000))
 """,
         call="""
 fastattn.attention(q, x, x)
@@ -217,4 +218,4 @@ fastattn.attention(q, x, x, mask=boolean)
 fastattn.attention(q, x, x, mask=additive)
 """,
     )
-    assert extra < 16 << 20
+    assert extra < 12 << 20

@@ -7,7 +7,7 @@ from oracle import attention as expected_attention
 
 import fastattn
 
-pytestmark = pytest.mark.usefixtures("engine")
+pytestmark = pytest.mark.usefixtures("backend")
 sdpa = fastattn.scaled_dot_product_attention
 
 

@@ -1,5 +1,7 @@
 """Against PyTorch: the same meaning, and errors that are no larger."""
 
+import functools
+
 import numpy as np
 import pytest
 from inputs import random_qkv
@@ -66,42 +68,58 @@ def test_tensors_are_arrays():
 # Accuracy
 
 
-def random_input():
-    return random_qkv(1, 4, 512, 512, 64), {}
+def random_input(seed):
+    return random_qkv(1, 4, 512, 512, 64, seed=seed), {}
 
 
-def peaked_input():
+def peaked_input(seed):
     """Logits of about 100."""
-    q, k, v = random_qkv(1, 4, 512, 512, 64)
+    q, k, v = random_qkv(1, 4, 512, 512, 64, seed=seed)
     return (q * 25, k, v), {}
 
 
-def long_input():
-    return random_qkv(1, 1, 24, 65_536, 64), {}
+def long_input(seed):
+    return random_qkv(1, 1, 8, 65_536, 64, seed=seed), {}
 
 
-def causal_input():
-    return random_qkv(1, 4, 512, 512, 64), {"is_causal": True}
+def causal_input(seed):
+    return random_qkv(1, 4, 512, 512, 64, seed=seed), {"is_causal": True}
 
 
-def masked_input():
-    q, k, v = random_qkv(1, 4, 512, 512, 64)
-    mask = np.random.default_rng(1).random((512, 512)) < 0.7
-    return (q, k, v), {"mask": mask}
+def masked_input(seed):
+    mask = np.random.default_rng(seed).random((512, 512)) < 0.7
+    return random_qkv(1, 4, 512, 512, 64, seed=seed), {"mask": mask}
 
 
-@pytest.mark.parametrize("case", [random_input, peaked_input, long_input, causal_input, masked_input])
-def test_as_accurate_as_torch(engine, case):
-    """The largest error against float64 is at most torch's on the same float32 input.
+INPUTS = [random_input, peaked_input, long_input, causal_input, masked_input]
 
-    The NumPy backend is the plain formula, neither better nor worse than torch: chance decides which of two has the
-    larger maximum.
-    """
-    (q, k, v), options = case()
+
+@functools.cache
+def exact_and_peer(make, seed):
+    """The input, the float64 answer and torch's largest error in each head."""
+    (q, k, v), options = make(seed)
     keywords = {"mask": options["mask"]} if "mask" in options else {}
     if options.get("is_causal"):
         keywords = {"causal": True, "query_offset": 0}
     expected, _ = exact_attention(q, k, v, **keywords)
-    ours = np.abs(fastattn.attention(q, k, v, **keywords) - expected).max()
-    theirs = np.abs(peer(q, k, v, **options) - expected).max()
-    assert ours <= theirs * (1.25 if engine.backend == "numpy" else 1)
+    return (q, k, v), keywords, expected, largest_errors(peer(q, k, v, **options), expected)
+
+
+def largest_errors(actual, expected):
+    return np.abs(actual - expected).max(axis=(0, 2, 3))
+
+
+@pytest.mark.parametrize("make", INPUTS)
+def test_as_accurate_as_torch(engine, make):
+    """The largest error against float64 is at most torch's on the same float32 input.
+
+    Where both round equally well, chance decides whose maximum is larger; hence the mean over heads and seeds, and 5 %.
+    Without fused multiply-adds, or in BLAS's order of summation, the logits have an error of their own.
+    """
+    ours, theirs = [], []
+    for seed in range(3):
+        qkv, keywords, expected, peer_errors = exact_and_peer(make, seed)
+        ours.extend(largest_errors(fastattn.attention(*qkv, **keywords), expected))
+        theirs.extend(peer_errors)
+    fused = engine.backend != "numpy" and engine.isa != "portable"
+    assert np.mean(ours) <= np.mean(theirs) * (1.05 if fused else 1.25)

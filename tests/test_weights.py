@@ -1,4 +1,4 @@
-"""attention_weights: the probabilities themselves."""
+"""attention_weights, the probabilities themselves, and attention_mass, their sums."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from oracle import attention as expected_attention
 
 import fastattn
 
-pytestmark = pytest.mark.usefixtures("engine")
+pytestmark = pytest.mark.usefixtures("backend")
 
 OPTIONS = [
     {},
@@ -53,3 +53,28 @@ def test_hidden_poison_has_no_weight():
     weights = fastattn.attention_weights(q, k, causal=True)
     assert np.isfinite(weights[0, 0, :6]).all() and np.isnan(weights[0, 0, 6:, :7]).all()
     assert not np.triu(weights[0, 0], 1).any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mass(options, dtype):
+    q, k, _ = random_qkv(2, 4, 13, 20, 8, kv_heads=2, dtype=dtype)
+    segments = np.random.default_rng(0).integers(-1, 3, (2, 20))
+    weights = fastattn.attention_weights(q, k, **options)
+    expected = np.stack(
+        [np.where(segments[:, None, None] == n, weights, 0).sum(axis=-1, dtype=np.float64) for n in range(4)], axis=-1
+    )
+    mass = fastattn.attention_mass(q, k, segments, num_segments=4, **options)
+    assert mass.dtype == np.float32 and mass.shape == (2, 4, 13, 4)
+    np.testing.assert_allclose(mass, expected, atol=1e-6)
+    assert not mass[..., 3].any()
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_mass_of_one_table_of_segments(rank):
+    q, k, _ = (x[(0,) * (4 - rank)] for x in random_qkv(1, 2, 13, 20, 8))
+    mass = fastattn.attention_mass(q, k, np.arange(20) >= 15)
+    assert mass.shape == (*q.shape[:-1], 2)
+    weights = fastattn.attention_weights(q, k)
+    np.testing.assert_allclose(mass, np.stack([weights[..., :15].sum(-1), weights[..., 15:].sum(-1)], axis=-1), atol=1e-6)
+    assert fastattn.attention_mass(q, k, np.full(20, -1)).shape == (*q.shape[:-1], 0)
