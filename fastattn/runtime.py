@@ -63,6 +63,13 @@ def _select(name):
     _state.name, _state.module, _state.plain = name, module, getattr(module, "attention_plain", None)
 
 
+def _reinstate(choice):
+    """Return to an earlier choice, be it of a module that has not been needed yet."""
+    _state.name, _state.module, _state.plain = choice
+    if _state.module is not None:
+        _state.module.set_num_threads(get_num_threads())
+
+
 class _Restore:
     """The setting is already made; leaving a ``with`` block undoes it."""
 
@@ -101,9 +108,9 @@ def use_backend(name):
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
-    former = _state.name
+    former = _state.name, _state.module, _state.plain
     _select(name)
-    return _Restore(_select, former)
+    return _Restore(_reinstate, former)
 
 
 def set_num_threads(n):

@@ -54,9 +54,10 @@ import fastattn
 """
 
 
-def test_a_backend_that_is_not_there_is_an_error_and_changes_nothing():
+@pytest.mark.parametrize("numba", ["numba", "fastattn.backends.numba"])  # not installed, or not usable
+def test_a_backend_that_is_not_there_is_an_error_and_changes_nothing(numba):
     run_script(
-        WITHOUT.format(names=["fastattn._native", "fastattn.backends.numba", "numba"])
+        WITHOUT.format(names=["fastattn._native", numba])
         + """
 for name in ("native", "numba"):
     try:
