@@ -1,14 +1,18 @@
 """Block masks: each constructor against its plain definition, the algebra against dense algebra, and attention through them."""
 
 import copy
+import importlib.util
 import pickle
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
-from inputs import DTYPES, dtype_of, random_qkv
+from inputs import DTYPES, random_qkv
 from oracle import check
 
 import fastattn
@@ -19,6 +23,7 @@ LENGTHS = ((1, 1), (37, 37), (300, 300), (64, 200), (200, 64), (129, 257), (5, 5
 OFFSETS = (None, 0, 70, -33)
 
 NAN = np.nan
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def dense_where(definition, q_len, k_len, query_offset=None):
@@ -704,6 +709,21 @@ def test_decoding_through_a_mask(engine):
     q, k, v = random_qkv(1, 4, 1, 9000, 32, kv_heads=1)
     for listed in (0.02, 0.3, 1.0):
         assert_attends(q, k, v, BlockMask.from_dense(np.random.default_rng(0).random((1, 142)).repeat(64, axis=1)[:, :9000] < listed, 64))
+
+
+def test_the_example_runs(tmp_path):
+    picture = tmp_path / "picture.png"
+    plots = importlib.util.find_spec("matplotlib") is not None
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / "long_context.py", "--length", "3000", "--dtype", "float32", "--picture", picture],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0
+    for name in ("window 1024", "strided 1024", "bigbird", "top-k 48", "top-k 90 %", "dense"):
+        assert name in result.stdout
+    assert picture.exists() == plots
 
 
 # Errors

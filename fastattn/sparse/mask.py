@@ -212,7 +212,7 @@ class BlockMask:
         return sums / np.maximum(1, np.multiply.outer(*sides))
 
     def plot(self, batch=0, head=0, ax=None, **imshow):
-        """Draw one pattern with matplotlib, dark where more is visible, and return the Axes.
+        """Draw one pattern with matplotlib, dark where more is visible, and return the Axes. Thin lines stay visible on its scale.
 
         Parameters
         ----------
@@ -223,12 +223,14 @@ class BlockMask:
         **imshow
             Handed to ``Axes.imshow``.
         """
+        from matplotlib.colors import PowerNorm
+
         if ax is None:
             import matplotlib.pyplot as plt
 
             ax = plt.figure().add_subplot()
         _, _, q_len, k_len = self.shape
-        options = {"cmap": "Greys", "vmin": 0, "vmax": 1, "interpolation": "nearest", "aspect": "auto"} | imshow
+        options = {"cmap": "Greys", "norm": PowerNorm(0.3, 0, 1), "aspect": "auto"} | imshow
         ax.imshow(self._picture(batch, head, 1024, 1024), extent=(0, max(1, k_len), max(1, q_len), 0), **options)
         ax.set(xlabel="key", ylabel="query row", title=f"block {self.block_size}, density {self.density:.3g}")
         return ax
