@@ -2,11 +2,11 @@
 
     python bench/bench_sparse.py                       # the judge: exit status 1 when a limit is exceeded
     python bench/bench_sparse.py --only density --dtype float32
-    python bench/bench_sparse.py --flex                # also torch's compiled flex_attention, which needs a C++ compiler
+    python bench/bench_sparse.py --flex                # also torch's flex_attention, which needs a C++ compiler
     pytest bench/bench_sparse.py                       # times under pytest-benchmark, one group for each shape
 
-The judge alternates both sides in one process and compares medians, as `fastattn._bench` describes. A pattern of random whole blocks
-must not take much more than its density's share of the dense call, whose overhead it has as well:
+The judge alternates both sides in one process and compares medians, as `fastattn._bench` describes. A pattern of random
+whole blocks must not take much more than its density's share of the dense call, whose overhead it has as well:
 
     time <= slack * density * dense time + 3 % of dense time,    slack = 1.15, for blocks of 32 1.4
 """
@@ -128,7 +128,8 @@ def torch_trials(dtype, head_dim, density, flex):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         seen = visible[0, 0]
-        blocks = create_block_mask(lambda b, h, i, j: seen[i, j], None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=128)
+        sizes = None, None, LENGTH, LENGTH
+        blocks = create_block_mask(lambda b, h, i, j: seen[i, j], *sizes, device="cpu", BLOCK_SIZE=128)
         compiled = torch.compile(flex_attention)
 
         def reference():
@@ -209,7 +210,8 @@ def main():
     missed = sum(row[-1] != "pass" for row in rows)
     if memory is not None:
         missed += memory > _MEMORY_LIMIT
-        print(f"\npeak memory of 131,072 tokens above inputs and output: {memory / 2**20:.1f} MiB, limit {_MEMORY_LIMIT >> 20} MiB")
+        found, limit = (f"{number / 2**20:.1f} MiB" for number in (memory, _MEMORY_LIMIT))
+        print(f"\npeak memory of 131,072 tokens above inputs and output: {found}, limit {limit}")
     print(f"\n{missed} missed")
     return int(missed > 0)
 

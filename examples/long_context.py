@@ -4,9 +4,9 @@
     python examples/long_context.py --length 32768 --dtype float32
     python examples/long_context.py --picture ""            # no picture; it needs matplotlib
 
-The data is synthetic, and made so that there is something to find: the text goes through a few hundred sections, each on one of
-some topics; queries look for keys of their own topic, for the last tokens, and for the first one. Window, stride and random blocks
-do not know that; top-k finds out from pooled queries and keys.
+The data is synthetic, and made so that there is something to find: the text goes through sections, each on one of some
+topics, and queries look for keys of their own topic and for the first key. Window, stride and random blocks do not know
+that; top-k finds out from pooled queries and keys.
 
 Every pattern is causal. For a sample of rows the exact dense result is computed as well. It gives the error of the output,
 relative to the size of the exact one, and, from the two logarithms of the softmax denominator, the share of the
@@ -31,7 +31,7 @@ SAMPLES, SAMPLE_ROWS = 8, 64
 
 
 def make_inputs(length, dtype):
-    """``(q, k, v)``: noise, plus the direction of the section's topic, of the position, and of the first key."""
+    """``(q, k, v)``: noise, plus the direction of the section's topic; the first key suits all topics."""
     rng = np.random.default_rng(0)
     topics = rng.standard_normal((TOPICS, HEAD_DIM)).astype(np.float32)
     topics *= np.sqrt(HEAD_DIM) / np.linalg.norm(topics, axis=1, keepdims=True)
@@ -60,7 +60,7 @@ def patterns(q, k):
 
 
 class PeakMemory:
-    """The bytes by which the peak of this process's memory rises within a ``with`` block; None where Linux does not tell."""
+    """The bytes by which this process's peak of memory rises in a ``with`` block; None where Linux does not tell."""
 
     def __enter__(self):
         self.extra = None
@@ -87,7 +87,8 @@ def dense_sample(q, k, v):
     fastattn.attention(q[:, :, :SAMPLE_ROWS], k, v)  # wakes the threads
     begin = time.perf_counter()
     exact = [
-        fastattn.attention(q[:, :, i : i + SAMPLE_ROWS], k, v, causal=True, query_offset=int(i), return_lse=True) for i in starts
+        fastattn.attention(q[:, :, i : i + SAMPLE_ROWS], k, v, causal=True, query_offset=int(i), return_lse=True)
+        for i in starts
     ]
     seconds = (time.perf_counter() - begin) * length / (SAMPLES * SAMPLE_ROWS)
     return starts, exact, seconds

@@ -450,6 +450,9 @@ def test_attributes_are_read_only():
     for array in (mask.indptr, mask.indices, mask.partial, mask.element_bits):
         with pytest.raises(ValueError, match="read-only"):
             array[...] = 0
+    for name in (*mask.__slots__, "anything"):
+        with pytest.raises(AttributeError, match="a BlockMask is immutable"):
+            setattr(mask, name, None)
     given = np.array([0, 1])
     assert BlockMask(16, given, [0], (16, 16)).indptr is not given
     given[0] = 5

@@ -1,8 +1,9 @@
 """Blocks of a mask: how they are numbered, how their elements are packed, and how they are brought into canonical form.
 
-A *block list* is what every constructor and every operator of `BlockMask` works on: ``blocks``, ascending block numbers;
-``kinds`` beside them, which is `WHOLE` (every element visible), `EMPTY` (none) or the number of an element mask; and
-``bits``, the element masks, packed as the C library reads them: one row for each key, one bit for each query row.
+A *block list* is what every constructor and every operator of `BlockMask` works on: ``blocks``, ascending block
+numbers; ``kinds`` beside them, which is `WHOLE` (every element visible), `EMPTY` (none) or the number of an element
+mask; and ``bits``, the element masks, packed as the C library reads them: one row for each key, one bit for each query
+row.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ _CHUNK = 1 << 20
 class Grid:
     """The blocks of a mask of shape ``(B, H, q_len, k_len)``.
 
-    There are ``patterns = B * H`` patterns of ``rows * cols`` blocks; block ``(row, col)`` of pattern ``p`` has the number
-    ``(p * rows + row) * cols + col``, so that ascending numbers are the order of the CSR arrays.
+    There are ``patterns = B * H`` patterns of ``rows * cols`` blocks; block ``(row, col)`` of pattern ``p`` has the
+    number ``(p * rows + row) * cols + col``, so that ascending numbers are the order of the CSR arrays.
     """
 
     __slots__ = ("block_size", "shape", "rows", "cols", "patterns")
@@ -42,7 +43,7 @@ class Grid:
         return pattern, row, col
 
     def indices(self, blocks):
-        """The query indices (n, 1, block_size) and key indices (n, block_size, 1) of blocks; clipped where they leave the mask."""
+        """The query indices (n, 1, block_size) and key indices (n, block_size, 1) of blocks, clipped to the mask."""
         _, row, col = self.split(blocks)
         lane = np.arange(self.block_size)
         q_idx = np.minimum(row[:, None, None] * self.block_size + lane, self.shape[2] - 1)
@@ -62,9 +63,7 @@ class Grid:
         q_inside = lane < (self.shape[2] % self.block_size or self.block_size)
         k_inside = lane < (self.shape[3] % self.block_size or self.block_size)
         everywhere = lane >= 0
-        return pack(
-            np.stack([k[:, None] & q for q in (everywhere, q_inside) for k in (everywhere, k_inside)])
-        )
+        return pack(np.stack([k[:, None] & q for q in (everywhere, q_inside) for k in (everywhere, k_inside)]))
 
     def extents(self, blocks):
         """The number of elements within the mask of each block."""
@@ -104,7 +103,7 @@ def sorted_unique(numbers):
 
 
 def distinct(codes):
-    """The distinct codes, ascending, and which of them each code is; codes are not negative and, as a rule, repeat often."""
+    """The distinct codes, ascending, and which of them each code is; codes are not negative, and most repeat often."""
     size = int(codes.max(initial=-1)) + 1
     if size > 4 * len(codes):
         values, which = np.unique(codes, return_inverse=True)
@@ -130,16 +129,19 @@ def _unique_masks(bits):
 def examine(grid, blocks, see):
     """Evaluate ``see(pattern, q_idx, k_idx) -> bool`` on every element of some blocks: ``(kinds, bits)``.
 
-    The index arrays broadcast to ``(n, block_size [key], block_size [query])``, and all blocks of a call belong to one pattern.
+    The index arrays broadcast to ``(n, block_size [key], block_size [query])``, and all blocks of a call belong to one
+    pattern.
     """
     step = max(1, _CHUNK // grid.block_size**2)
     pattern = grid.split(blocks)[0]
-    stops = np.append(sorted_unique(np.append(np.arange(0, len(blocks), step), np.flatnonzero(np.diff(pattern)) + 1)), len(blocks))
+    changes = np.flatnonzero(np.diff(pattern)) + 1
+    cuts = sorted_unique(np.concatenate([np.arange(0, len(blocks), step), changes, [len(blocks)]]))
     kinds = np.empty(len(blocks), np.int64)
     tables, total = [np.empty((0, *grid.frames().shape[1:]), np.uint8)], 0
-    for start, stop in zip(stops[:-1], stops[1:]):
+    for start, stop in zip(cuts[:-1], cuts[1:]):
         q_idx, k_idx = grid.indices(blocks[start:stop])
-        visible = np.broadcast_to(see(int(pattern[start]), q_idx, k_idx), (stop - start, grid.block_size, grid.block_size))
+        visible = see(int(pattern[start]), q_idx, k_idx)
+        visible = np.broadcast_to(visible, (stop - start, grid.block_size, grid.block_size))
         table, which = _unique_masks(pack(visible))
         kinds[start:stop] = which + total
         tables.append(table)
@@ -148,7 +150,7 @@ def examine(grid, blocks, see):
 
 
 def examine_alike(grid, blocks, key, see):
-    """`examine` for blocks of which those with the same ``key`` (an array of integers) look the same, but for ragged edges."""
+    """`examine` for blocks of which those with the same ``key``, an integer, look the same, but for ragged edges."""
     values, which = distinct(key * 4 + grid.edge(blocks))
     examples = np.empty(len(values), np.int64)
     examples[which] = blocks
@@ -157,8 +159,10 @@ def examine_alike(grid, blocks, key, see):
 
 
 def canonical(grid, blocks, kinds, bits):
-    """The one form of a block list: bits beyond the mask are 0, a full element mask becomes `WHOLE`, empty blocks are gone, and the
-    element masks are distinct, all used, and in a fixed order. Two masks are equal when these arrays are.
+    """The one form of a block list: two masks are equal when these arrays are.
+
+    Bits beyond the mask are 0, a full element mask becomes `WHOLE`, empty blocks are gone, and the element masks are
+    distinct, all used, and in a fixed order.
     """
     kinds = np.array(kinds, np.int32)
     frames = grid.frames()

@@ -28,7 +28,9 @@ def _check_shape(shape):
     except TypeError:
         raise TypeError(f"shape must be a tuple of integers; got {shape!r}") from None
     if not 2 <= len(sizes) <= 4 or min(sizes) < 0:
-        raise ValueError(f"shape must be (B, H, q_len, k_len), (H, q_len, k_len) or (q_len, k_len), none negative; got {sizes}")
+        raise ValueError(
+            f"shape must be (B, H, q_len, k_len), (H, q_len, k_len) or (q_len, k_len), none negative; got {sizes}"
+        )
     return (1,) * (4 - len(sizes)) + sizes
 
 
@@ -53,7 +55,9 @@ def check_csr(grid, indptr, indices):
         raise ValueError(f"indptr must not decrease; got {indptr[falling[0] + 1]} after {indptr[falling[0]]}")
     outside = np.flatnonzero((indices < 0) | (indices >= grid.cols))
     if len(outside):
-        raise ValueError(f"indices must be below {grid.cols}, the number of key blocks, and not negative; got {indices[outside[0]]}")
+        raise ValueError(
+            f"indices must be below {grid.cols}, the number of key blocks, and not negative; got {indices[outside[0]]}"
+        )
     # In ascending block numbers, the last index of a row is below the first one of the next.
     unsorted = np.flatnonzero(np.diff(block_numbers(grid, indptr, indices)) <= 0)
     if len(unsorted):
@@ -121,7 +125,9 @@ def check_positions(name, value, length):
     positions = _check_int_array(name, value, np.size(value))
     outside = positions[(positions < 0) | (positions >= length)]
     if len(outside):
-        raise ValueError(f"{name} must be positions below {length}, the number of keys, and not negative; got {outside[0]}")
+        raise ValueError(
+            f"{name} must be positions below {length}, the number of keys, and not negative; got {outside[0]}"
+        )
     flags[positions] = True
     return flags
 

@@ -6,15 +6,15 @@ from . import patterns, selection
 from .blocks import EMPTY, WHOLE, Grid, block_numbers, canonical, distinct, ranges, sorted_unique, unpack
 from .checks import check_csr, check_element_mask, check_grid
 
-_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
+_BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
 class BlockMask:
     """A CSR list of the visible key blocks of each block of query rows.
 
-    Query row ``i`` may see key ``j`` when the list of block row ``i // block_size`` holds ``j // block_size`` and, if that block is partly
-    visible, its element mask is set at ``(i % block_size, j % block_size)``. The last block row and the last block column may
-    be ragged::
+    Query row ``i`` may see key ``j`` when the list of block row ``i // block_size`` holds ``j // block_size`` and, if
+    that block is partly visible, its element mask is set at ``(i % block_size, j % block_size)``. The last block row
+    and the last block column may be ragged::
 
         block_size = 2, shape = (5, 7)       indptr  = [0, 2, 3, 6]
                                              indices = [0, 1,  2,  0, 2, 3]
@@ -25,26 +25,27 @@ class BlockMask:
             3    . . . . # # .
             4    # # . . # # #
 
-    A mask is immutable. It is kept in a canonical form: an element mask in which everything is visible is dropped in favour of a whole
-    block, one in which nothing is takes its block along, and equal element masks are stored once. A causal or
-    sliding-window pattern therefore holds a handful of element masks, whatever its length.
+    A mask is immutable. It is kept in a canonical form: an element mask in which everything is visible is dropped in
+    favour of a whole block, one in which nothing is takes its block along, and equal element masks are stored once. A
+    causal or sliding-window pattern therefore holds a handful of element masks, whatever its length.
 
     Parameters
     ----------
     block_size : int
         Rows and columns of a block; 1 or more, 16 to 256 for speed.
     indptr : array of int, shape (patterns * rows + 1,)
-        ``indices[indptr[r]:indptr[r + 1]]`` is the list of block row ``r``. The ``ceil(q_len / block_size)`` rows of one pattern follow those
-        of the one before, heads fastest.
+        ``indices[indptr[r]:indptr[r + 1]]`` is the list of block row ``r``. The ``ceil(q_len / block_size)`` rows of
+        one pattern follow those of the one before, heads fastest.
     indices : array of int, shape (nnz,)
         Key blocks, strictly ascending within a block row.
     shape : tuple of int
-        ``(B, H, q_len, k_len)``, ``(H, q_len, k_len)`` or ``(q_len, k_len)``. ``B`` or ``H`` of 1 is one pattern shared by all batch entries
-        or query heads.
+        ``(B, H, q_len, k_len)``, ``(H, q_len, k_len)`` or ``(q_len, k_len)``. ``B`` or ``H`` of 1 is one pattern shared
+        by all batch entries or query heads.
     element_mask : None, array, or (array, array), optional
-        None: every listed block is wholly visible. A bool array ``(nnz, block_size, block_size)``: entry ``[n, i, j]`` says
-        whether row ``i`` of block ``n`` sees its key ``j``. A pair ``(partial, masks)``: ``partial`` (nnz,) is -1 for a whole block and otherwise
-        the index into ``masks``, which is bool ``(n, block_size, block_size)``, or uint8 `element_bits`. Elements beyond ``shape`` do not count.
+        None: every listed block is wholly visible. A bool array ``(nnz, block_size, block_size)``: entry ``[n, i, j]``
+        says whether row ``i`` of block ``n`` sees its key ``j``. A pair ``(partial, masks)``: ``partial`` (nnz,) is -1
+        for a whole block and otherwise the index into ``masks``, which is bool ``(n, block_size, block_size)``, or
+        uint8 `element_bits`. Elements beyond ``shape`` do not count.
 
     Attributes
     ----------
@@ -56,7 +57,8 @@ class BlockMask:
     partial : int32 array (nnz,) or None
         The element mask of each block, -1 where it is whole; None when all are.
     element_bits : uint8 array (n, block_size, ceil(block_size / 8)) or None
-        The distinct element masks: one row for each *key* of a block, whose bit ``i`` (least significant first) is query row ``i``.
+        The distinct element masks: one row for each *key* of a block, whose bit ``i`` (least significant first) is
+        query row ``i``.
 
     Examples
     --------
@@ -74,6 +76,11 @@ class BlockMask:
         self._set(grid, block_numbers(grid, indptr, indices), kinds, bits)
 
     @classmethod
+    def _blank(cls, grid):
+        """The mask that lists no block."""
+        return cls._from_blocks(grid, np.empty(0, np.int64))
+
+    @classmethod
     def _from_blocks(cls, grid, blocks, kinds=None, bits=None):
         """A mask from a block list (see `fastattn.sparse.blocks`); without ``kinds`` all blocks are whole."""
         self = cls.__new__(cls)
@@ -85,14 +92,17 @@ class BlockMask:
             kinds = np.full(len(blocks), WHOLE, np.int32)
             bits = grid.frames()[:0]
         blocks, kinds, bits = canonical(grid, blocks, kinds, bits)
-        self.block_size = grid.block_size
-        self.shape = grid.shape
-        self.indptr = np.searchsorted(blocks, np.arange(grid.patterns * grid.rows + 1) * grid.cols).astype(np.int64)
-        self.indices = (blocks % grid.cols).astype(np.int32)
-        self.partial = kinds if len(bits) else None
-        self.element_bits = bits if len(bits) else None
+        indptr = np.searchsorted(blocks, np.arange(grid.patterns * grid.rows + 1) * grid.cols).astype(np.int64)
+        indices = (blocks % grid.cols).astype(np.int32)
+        partial, element_bits = (kinds, bits) if len(bits) else (None, None)
+        values = grid.block_size, grid.shape, indptr, indices, partial, element_bits
+        for name, value in zip(self.__slots__, values):
+            object.__setattr__(self, name, value)
         for array in self._arrays():
             array.flags.writeable = False
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a BlockMask is immutable; {name} cannot be set")
 
     def _arrays(self):
         return [a for a in (self.indptr, self.indices, self.partial, self.element_bits) if a is not None]
@@ -120,7 +130,7 @@ class BlockMask:
 
     @property
     def row_strides(self):
-        """``(batch_stride, head_stride)`` in block rows: the pattern of ``(b, h)`` starts at row ``b * batch_stride + h * head_stride``."""
+        """``(batch, head)``: the pattern of ``(b, h)`` starts at block row ``b * batch + h * head`` of the table."""
         batch, heads, _, _ = self.shape
         rows = self._grid.rows
         return (heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
@@ -201,7 +211,8 @@ class BlockMask:
         counts = self._visible_elements()[listed]
         _, row, col = grid.split(self._block_numbers()[listed])
         cells, sides = [], []
-        for index, blocks, length, limit in ((row, grid.rows, self.shape[2], max_rows), (col, grid.cols, self.shape[3], max_cols)):
+        axes = (row, grid.rows, self.shape[2], max_rows), (col, grid.cols, self.shape[3], max_cols)
+        for index, blocks, length, limit in axes:
             size = max(1, min(blocks, limit))
             cell_of_block = np.arange(blocks) * size // max(1, blocks)
             widths = np.minimum(length - np.arange(blocks) * self.block_size, self.block_size)
@@ -212,7 +223,9 @@ class BlockMask:
         return sums / np.maximum(1, np.multiply.outer(*sides))
 
     def plot(self, batch=0, head=0, ax=None, **imshow):
-        """Draw one pattern with matplotlib, dark where more is visible, and return the Axes. Thin lines stay visible on its scale.
+        """Draw one pattern with matplotlib, dark where more is visible, and return the Axes.
+
+        Shades are not proportional to what is visible, so that thin lines can be seen.
 
         Parameters
         ----------
@@ -236,7 +249,8 @@ class BlockMask:
         return ax
 
     def __repr__(self):
-        return f"{type(self).__name__}(shape={self.shape}, block_size={self.block_size}, nnz={self.nnz}, density={self.density:.4g})"
+        size = f"shape={self.shape}, block_size={self.block_size}"
+        return f"{type(self).__name__}({size}, nnz={self.nnz}, density={self.density:.4g})"
 
     def __str__(self):
         """`repr` with a picture of the first pattern."""
@@ -313,7 +327,10 @@ class BlockMask:
         except ValueError:
             batch = heads = None
         if batch is None or self.shape[2:] != other.shape[2:]:
-            raise ValueError(f"both masks must have one shape, 1 standing for any batch size or heads; got {self.shape} and {other.shape}")
+            raise ValueError(
+                "both masks must have one shape, 1 standing for any batch size or heads; "
+                f"got {self.shape} and {other.shape}"
+            )
         return self._expanded(batch, heads), other._expanded(batch, heads)
 
     def _expanded(self, batch, heads):
@@ -325,4 +342,5 @@ class BlockMask:
         taken = ranges(start, stop - start)
         shift = (np.arange(len(source)) - source) * grid.rows * grid.cols
         blocks = self._block_numbers()[taken] + np.repeat(shift, stop - start)
-        return self._from_blocks(Grid(self.block_size, (batch, heads, *self.shape[2:])), blocks, self._kinds()[taken], self._bits())
+        expanded = Grid(self.block_size, (batch, heads, *self.shape[2:]))
+        return self._from_blocks(expanded, blocks, self._kinds()[taken], self._bits())

@@ -1,14 +1,15 @@
-"""The constructors of `BlockMask` that need no data: each is a function of the class, ``cls``, and becomes one of its class methods.
+"""The constructors of `BlockMask` that need no data: functions of the class, ``cls``, which become its class methods.
 
-Three shapes of visibility make all the published patterns. None of them walks the elements of the mask; each finds the blocks that it touches, and
-computes elements only of the blocks that it cuts, once for those that look alike.
+Three shapes of visibility make all the published patterns. None of them walks the elements of the mask; each finds the
+blocks that it touches, and computes elements only of the blocks that it cuts, once for those that look alike.
 
 - `_bands`: row ``i`` sees the keys ``lo[i] <= j < hi[i]`` (causal, windows, documents);
 - `_template`: row ``i`` sees a fixed set of keys, shifted to ``shift[i]`` (strides, dilation, neighbourhoods);
 - `_cross`: some rows see some keys (global tokens, summary columns).
 
-Throughout, ``q_len`` rows stand at the positions ``p = i + query_offset`` of a sequence of ``k_len`` keys, as in `fastattn.attention`:
-``k_len`` defaults to ``q_len``, and ``query_offset`` to ``k_len - q_len``, so that the last row stands at the last key.
+Throughout, ``q_len`` rows stand at the positions ``p = i + query_offset`` of a sequence of ``k_len`` keys, as in
+`fastattn.attention`: ``k_len`` defaults to ``q_len``, and ``query_offset`` to ``k_len - q_len``, so that the last row
+stands at the last key.
 """
 
 import math
@@ -16,7 +17,15 @@ import math
 import numpy as np
 
 from .blocks import WHOLE, examine, examine_alike, ranges, sorted_unique, unique_rows
-from .checks import check_cu_seqlens, check_document_ids, check_grid, check_int, check_per_axis, check_positions, check_window
+from .checks import (
+    check_cu_seqlens,
+    check_document_ids,
+    check_grid,
+    check_int,
+    check_per_axis,
+    check_positions,
+    check_window,
+)
 
 
 def from_dense(cls, mask, block_size=64):
@@ -36,12 +45,13 @@ def from_dense(cls, mask, block_size=64):
     if mask.dtype != bool:
         raise TypeError(f"mask must hold bool; got {mask.dtype}")
     grid = check_grid(block_size, mask.shape)
+    if mask.size == 0:
+        return cls._blank(grid)
     patterns = mask.reshape(grid.patterns, *grid.shape[2:])
-    touched = []
-    for pattern in patterns:
-        rows = np.logical_or.reduceat(pattern, np.arange(0, grid.shape[2], grid.block_size), axis=0) if mask.size else pattern[:0]
-        touched.append(np.logical_or.reduceat(rows, np.arange(0, grid.shape[3], grid.block_size), axis=1) if mask.size else rows)
-    blocks = np.flatnonzero(np.stack(touched)) if touched else np.empty(0, np.int64)
+    touched = patterns
+    for axis in (1, 2):
+        touched = np.logical_or.reduceat(touched, np.arange(0, mask.shape[axis - 3], grid.block_size), axis=axis)
+    blocks = np.flatnonzero(touched)
     return cls._from_blocks(grid, blocks, *examine(grid, blocks, lambda p, i, j: patterns[p][i, j]))
 
 
@@ -51,8 +61,9 @@ def from_function(cls, mask_mod, q_len, k_len=None, *, batch=1, heads=1, block_s
     Parameters
     ----------
     mask_mod : callable
-        ``mask_mod(b, h, q_idx, k_idx) -> bool``, the form of FlexAttention [1]_: ``b`` and ``h`` are ints, ``q_idx`` and ``k_idx`` arrays of
-        int64 that broadcast against each other. It is called on a bounded number of elements at a time.
+        ``mask_mod(b, h, q_idx, k_idx) -> bool``, the form of FlexAttention [1]_: ``b`` and ``h`` are ints, ``q_idx``
+        and ``k_idx`` arrays of int64 that broadcast against each other. It is called on a bounded number of elements at
+        a time.
     q_len, k_len : int
     batch, heads : int
         How many patterns; 1 is shared by all.
@@ -67,13 +78,14 @@ def from_function(cls, mask_mod, q_len, k_len=None, *, batch=1, heads=1, block_s
 
     References
     ----------
-    .. [1] Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", 2024, arXiv:2412.05496
+    .. [1] Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", 2024,
+       arXiv:2412.05496
     """
     grid = check_grid(block_size, (batch, heads, *_lengths(q_len, k_len)))
     if within is None:
         blocks = np.arange(grid.num_blocks)
     else:
-        within = cls._from_blocks(grid, np.empty(0, np.int64)) | within  # which checks and broadcasts it
+        within = cls._blank(grid) | within  # which checks and broadcasts it
         grid, blocks = within._grid, within._block_numbers()
 
     def see(pattern, q_idx, k_idx):
@@ -145,7 +157,8 @@ def dilated(cls, q_len, k_len=None, *, window, dilation, block_size=64, causal=F
     ----------
     q_len, k_len : int
     window : int or (int or None, int or None)
-        ``(left, right)`` in steps of ``dilation``, inclusive, None for no bound on that side; an int stands for both sides.
+        ``(left, right)`` in steps of ``dilation``, inclusive, None for no bound on that side; an int stands for both
+        sides.
     dilation : int
         1 is `sliding_window`.
     block_size : int
@@ -175,9 +188,10 @@ def dilated(cls, q_len, k_len=None, *, window, dilation, block_size=64, causal=F
 
 
 def strided(cls, q_len, k_len=None, *, stride=None, block_size=64, causal=True, query_offset=None):
-    """The strided pattern of the Sparse Transformer, both of its heads in one: the last ``stride`` keys, and every ``stride``-th before them.
+    """The strided pattern of the Sparse Transformer: the last ``stride`` keys, and every ``stride``-th before them.
 
-    Row ``p`` sees ``p - stride <= j <= p`` and all ``j <= p`` with ``(p - j) % stride == 0``: ``O(sqrt(n))`` keys when ``stride`` is about ``sqrt(n)``.
+    The paper gives each part to a head of its own; here one pattern holds both. Row ``p`` sees ``p - stride <= j <= p``
+    and all ``j <= p`` with ``(p - j) % stride == 0``: ``O(sqrt(n))`` keys when ``stride`` is about ``sqrt(n)``.
 
     Parameters
     ----------
@@ -208,10 +222,11 @@ def strided(cls, q_len, k_len=None, *, stride=None, block_size=64, causal=True, 
 
 
 def fixed(cls, q_len, k_len=None, *, stride=None, summary=None, block_size=64, causal=True, query_offset=None):
-    """The fixed pattern of the Sparse Transformer, both of its heads in one: the row's own segment, and the end of every segment.
+    """The fixed pattern of the Sparse Transformer: the row's own segment, and the end of every segment.
 
-    Segments are ``stride`` long. Row ``p`` sees the keys of its segment, ``j // stride == p // stride``, and the last ``summary`` keys
-    of all segments, ``j % stride >= stride - summary``; all with ``j <= p``.
+    The paper gives each part to a head of its own; here one pattern holds both. Segments are ``stride`` long. Row ``p``
+    sees the keys of its segment, ``j // stride == p // stride``, and the last ``summary`` keys of all segments,
+    ``j % stride >= stride - summary``; all with ``j <= p``.
 
     Parameters
     ----------
@@ -280,12 +295,24 @@ def longformer(cls, q_len, k_len=None, *, window, global_tokens, block_size=64, 
 
 
 def bigbird(
-    cls, q_len, k_len=None, *, window_blocks=3, global_blocks=1, random_blocks=3, heads=1, seed=0, block_size=64, causal=False, query_offset=None
+    cls,
+    q_len,
+    k_len=None,
+    *,
+    window_blocks=3,
+    global_blocks=1,
+    random_blocks=3,
+    heads=1,
+    seed=0,
+    block_size=64,
+    causal=False,
+    query_offset=None,
 ):
     """Window, global and random blocks.
 
-    The pattern is one of whole blocks: rows whose first one stands in key block ``c`` see the ``window_blocks`` around ``c``, the first and the last
-    ``global_blocks``, and ``random_blocks`` others; where ``c`` is itself one of the global blocks, they see all.
+    The pattern is one of whole blocks: rows whose first one stands in key block ``c`` see the ``window_blocks`` around
+    ``c``, the first and the last ``global_blocks``, and ``random_blocks`` others; where ``c`` is itself one of the
+    global blocks, they see all.
 
     Parameters
     ----------
@@ -295,8 +322,8 @@ def bigbird(
     global_blocks : int
         At each end of the sequence.
     random_blocks : int
-        Drawn without replacement among the blocks that are not visible anyway, with ``causal`` among those that are not in the
-        future; where there are fewer, all of them.
+        Drawn without replacement among the blocks that are not visible anyway, with ``causal`` among those that are not
+        in the future; where there are fewer, all of them.
     heads : int
         How many patterns, with random blocks of their own; 1 is shared by all heads.
     seed : int or numpy.random.Generator
@@ -323,7 +350,7 @@ def bigbird(
     global_blocks = min(check_int("global_blocks", global_blocks, 0), grid.cols)
     random_blocks = check_int("random_blocks", random_blocks, 0)
     if grid.num_blocks == 0:
-        return cls._from_blocks(grid, np.empty(0, np.int64))
+        return cls._blank(grid)
 
     centre = position[:: grid.block_size] // grid.block_size
     last = position[np.minimum(np.arange(1, grid.rows + 1) * grid.block_size, len(position)) - 1]
@@ -346,9 +373,10 @@ def bigbird(
 def neighborhood(cls, shape, *, window, dilation=1, causal=False, block_size=64):
     """The nearest keys on a grid of one, two or three axes: sequences, images, videos.
 
-    Tokens are the cells of the grid in C order. Along each axis a cell sees the ``window`` cells around it; near an edge the window is moved inwards, not
-    cut, so that every row sees the same number of keys. An even window reaches one cell farther down than up. With a dilation,
-    the axis falls into ``dilation`` interleaved axes, each with windows of its own. This is the definition of NATTEN.
+    Tokens are the cells of the grid in C order. Along each axis a cell sees the ``window`` cells around it; near an
+    edge the window is moved inwards, not cut, so that every row sees the same number of keys. An even window reaches
+    one cell farther back than ahead. With a dilation, the axis falls into ``dilation`` interleaved axes, each with windows
+    of its own. This is the definition of NATTEN.
 
     Parameters
     ----------
@@ -357,7 +385,8 @@ def neighborhood(cls, shape, *, window, dilation=1, causal=False, block_size=64)
     window, dilation : int or tuple of int
         For all axes, or for each; ``window * dilation`` may not exceed the axis.
     causal : bool
-        Along the first axis, see no later cell: the window ends at the cell, and is cut at the edge. For time in a video.
+        Along the first axis, see no later cell: the window ends at the cell, and is cut at the edge. For time in a
+        video.
     block_size : int
 
     Returns
@@ -465,7 +494,7 @@ def _stride(stride, grid):
 def _bands(cls, grid, lo, hi):
     """Row ``i`` sees the keys ``lo[i] <= j < hi[i]``; the arrays are (q_len,) or (patterns, q_len)."""
     if grid.num_blocks == 0:
-        return cls._from_blocks(grid, np.empty(0, np.int64))
+        return cls._blank(grid)
     size, k_len = grid.block_size, grid.shape[3]
     lo, hi = (np.clip(x, 0, k_len).reshape(grid.patterns, -1) for x in (lo, hi))
     blind = lo >= hi
@@ -493,24 +522,25 @@ def _bands(cls, grid, lo, hi):
 def _template(cls, grid, shift, offsets, visible):
     """Row ``i`` sees key ``shift[i] + offsets[t]`` where ``visible[t]``; ``offsets`` are consecutive numbers."""
     if grid.num_blocks == 0:
-        return cls._from_blocks(grid, np.empty(0, np.int64))
+        return cls._blank(grid)
     size, q_len, k_len = grid.block_size, *grid.shape[2:]
 
-    # Runs of visible offsets; a gap shorter than a block holds no block, so that the runs beside it may be taken as one.
+    # Runs of visible offsets. A gap shorter than a block holds no block: the runs beside it may be taken as one.
     edges = np.flatnonzero(np.diff(visible, prepend=False, append=False))
     run_start, run_stop = edges[::2], edges[1::2]
     apart = np.flatnonzero(run_start[1:] - run_stop[:-1] >= size)
     run_start = offsets[0] + run_start[np.append(0, apart + 1)] if len(run_start) else run_start
     run_stop = offsets[0] + run_stop[np.append(apart, -1)] if len(run_stop) else run_stop
 
-    # Stretches of rows, each within one block, over which the shift does not move or moves with the row: together they see,
-    # of each run, one interval of keys.
+    # Stretches of rows, each within one block, over which the shift stands still or moves with the row: together they
+    # see, of each run, one interval of keys.
     step = np.diff(shift)
     starts = sorted_unique(np.append(np.arange(0, q_len, size), np.flatnonzero((step != 0) & (step != 1)) + 1))
     stops = np.append(starts[1:], q_len)
     lo = np.clip(shift[starts][:, None] + run_start, 0, k_len) // size
     hi = -(-np.clip(shift[stops - 1][:, None] + run_stop, 0, k_len) // size)
-    blocks = sorted_unique(ranges(((starts // size * grid.cols)[:, None] + lo).reshape(-1), np.maximum(0, hi - lo).reshape(-1)))
+    first = (starts // size * grid.cols)[:, None] + lo
+    blocks = sorted_unique(ranges(first.reshape(-1), np.maximum(0, hi - lo).reshape(-1)))
 
     # Two blocks look alike when the shifts of their rows differ by a constant, and their columns by the same.
     heads = shift[::size]
@@ -519,22 +549,21 @@ def _template(cls, grid, shift, offsets, visible):
     _, row, col = grid.split(blocks)
     lead = col * size - heads[row]
     key = alike[row] * (np.ptp(lead) + 1 if len(lead) else 1) + lead - lead.min(initial=0)
-    padded = np.pad(visible, 1)
-    return cls._from_blocks(
-        grid, blocks, *examine_alike(grid, blocks, key, lambda p, i, j: padded.take(j - shift[i] - (offsets[0] - 1), mode="clip"))
-    )
+    padded, origin = np.pad(visible, 1), offsets[0] - 1
+    kinds, bits = examine_alike(grid, blocks, key, lambda p, i, j: padded.take(j - shift[i] - origin, mode="clip"))
+    return cls._from_blocks(grid, blocks, kinds, bits)
 
 
 def _cross(cls, grid, rows, keys, before=None):
-    """The rows of which ``rows`` is true see the keys of which ``keys`` is true, row ``i`` only those below ``before[i]``."""
+    """The flagged ``rows`` see the flagged ``keys``, row ``i`` only those below ``before[i]``."""
     if grid.num_blocks == 0:
-        return cls._from_blocks(grid, np.empty(0, np.int64))
+        return cls._blank(grid)
     size, q_len, k_len = grid.block_size, *grid.shape[2:]
     before = np.full(q_len, k_len) if before is None else np.clip(before, 0, k_len)
     (row_flags, row_kind), (key_flags, key_kind) = (
         unique_rows(np.append(flags, np.zeros(-len(flags) % size, bool)).reshape(-1, size)) for flags in (rows, keys)
     )
-    row, col = (np.flatnonzero(flags.any(axis=1)[kind]) for flags, kind in ((row_flags, row_kind), (key_flags, key_kind)))
+    row, col = np.flatnonzero(row_flags.any(axis=1)[row_kind]), np.flatnonzero(key_flags.any(axis=1)[key_kind])
     most, least = (reduce.reduceat(before, np.arange(0, q_len, size)) for reduce in (np.maximum, np.minimum))
     count = np.searchsorted(col * size, most[row])
     row, col = np.repeat(row, count), col[ranges(np.zeros_like(count), count)]
@@ -542,11 +571,12 @@ def _cross(cls, grid, rows, keys, before=None):
     cut = np.flatnonzero(np.minimum((col + 1) * size, k_len) > least[row])
     key[cut] = len(row_flags) * len(key_flags) + np.arange(len(cut))
     blocks = row * grid.cols + col
-    return cls._from_blocks(grid, blocks, *examine_alike(grid, blocks, key, lambda p, i, j: rows[i] & keys[j] & (j < before[i])))
+    kinds, bits = examine_alike(grid, blocks, key, lambda p, i, j: rows[i] & keys[j] & (j < before[i]))
+    return cls._from_blocks(grid, blocks, kinds, bits)
 
 
 def _draw_others(rng, taken, limit, count):
-    """``count`` distinct random numbers for each row of ``taken``, below ``limit`` and none of ``taken``; -1 where there are no more."""
+    """For each row ``count`` distinct random numbers below ``limit``, none of them ``taken``; -1 where none is left."""
     taken = np.sort(np.where((taken < 0) | (taken >= limit[:, None]), limit[:, None], taken), axis=1)
     repeated = np.zeros(taken.shape, bool)
     repeated[:, 1:] = taken[:, 1:] == taken[:, :-1]

@@ -5,7 +5,7 @@ import numbers
 
 import numpy as np
 
-from .checks import check_heads, check_int, check_grid
+from .checks import check_grid, check_heads, check_int
 from .patterns import cut_causal, place
 
 # Pooled scores of a head that are held at once: they should stay in the cache.
@@ -30,10 +30,11 @@ def top_k(
 ):
     """For each block of query rows, the key blocks that promise most of the attention.
 
-    The queries and keys of each block are pooled to one vector. With ``s`` the score of pooled query and pooled key, ``n * exp(s)`` estimates what a block of
-    ``n`` keys adds to the softmax denominator, hence its share of the attention mass. The first ``sink_blocks`` and the ``recent_blocks``
-    up to the rows' own position are always kept; then the blocks with the largest shares: ``num_blocks`` in all, or, with ``mass``, as many
-    as reach that share, so that the pattern is dense where attention is spread out and sparse where it is peaked.
+    The queries and keys of each block are pooled to one vector. With ``s`` the score of pooled query and pooled key,
+    ``n * exp(s)`` estimates what a block of ``n`` keys adds to the softmax denominator, hence its share of the
+    attention mass. The first ``sink_blocks`` and the ``recent_blocks`` up to the rows' own position are always kept;
+    then the blocks with the largest shares: ``num_blocks`` in all, or, with ``mass``, as many as reach that share, so
+    that the pattern is dense where attention is spread out and sparse where it is peaked.
 
     Parameters
     ----------
@@ -41,14 +42,16 @@ def top_k(
     k : array, shape (B, Hkv, k_len, D), (Hkv, k_len, D) or (k_len, D)
         As for `fastattn.attention`; grouped heads are understood.
     num_blocks : int, optional
-        Blocks to keep for each block row, sink and recent ones included (and never fewer than those). With ``mass``: at most so many.
+        Blocks to keep for each block row, sink and recent ones included (and never fewer than those). With ``mass``: at
+        most so many.
     mass : float, optional
         The share of the estimated attention mass to reach, from 0 to 1.
     pool : {"mean", "max"}
-        ``"mean"`` [1]_: the means of both. ``"max"`` [2]_: the mean query, and the largest score that any key within the smallest
-        and largest component of the block could have; it finds single strong keys, which a mean hides.
+        ``"mean"`` [1]_: the means of both. ``"max"`` [2]_: the mean query, and the largest score that any key within
+        the smallest and largest component of the block could have; it finds single strong keys, which a mean hides.
     sink_blocks, recent_blocks : int
-        With 1 and 1, the first block, and those that hold the rows' own positions. The first keys gather attention whatever they hold [3]_.
+        With 1 and 1, the first block, and those that hold the rows' own positions. The first keys gather attention
+        whatever they hold [3]_.
     causal : bool
         Only keys ``j <= p``.
     query_offset : int, optional
@@ -66,9 +69,9 @@ def top_k(
 
     References
     ----------
-    .. [1] Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention", 2024, arXiv:2407.02490;
-       for a share of the mass: Lai et al., "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference",
-       2025, arXiv:2502.20766
+    .. [1] Jiang et al., "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+       2024, arXiv:2407.02490; for a share of the mass: Lai et al., "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient
+       Long-Sequence Inference", 2025, arXiv:2502.20766
     .. [2] Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2024, arXiv:2406.10774
     .. [3] Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023, arXiv:2309.17453
     """
@@ -86,7 +89,7 @@ def top_k(
         raise ValueError(f"pool must be 'mean' or 'max'; got {pool!r}")
     scale = 1 / math.sqrt(max(1, head_dim)) if scale is None else float(scale)
     if grid.num_blocks == 0:
-        return cls._from_blocks(grid, np.empty(0, np.int64))
+        return cls._blank(grid)
 
     size = grid.block_size
     first = position[::size] // size
@@ -106,8 +109,9 @@ def top_k(
             rows = slice(start, start + step)
             cols = np.arange(reach[rows].max())
             usable = cols < reach[rows, None]
-            kept = ((cols < sink_blocks) | ((cols > first[rows, None] - recent_blocks) & (cols <= last[rows, None]))) & usable
-            scores = [np.where(usable, x[rows] @ keys[: len(cols)].T + log_counts[: len(cols)], -np.inf) for x in queries]
+            recent = (cols > first[rows, None] - recent_blocks) & (cols <= last[rows, None])
+            kept = ((cols < sink_blocks) | recent) & usable
+            scores = [np.where(usable, x[rows] @ keys[cols].T + log_counts[cols], -np.inf) for x in queries]
             if mass is None and sharing == 1:
                 rank = scores[0]  # in the order of the shares
             else:
@@ -133,7 +137,7 @@ def _pool_queries(q, block_size, pool):
 
 
 def _pool_keys(k, block_size, pool):
-    """Means; or maxima and minima, of which the positive and the negative components of a query pick the larger product."""
+    """Means; or maxima, for the positive components of a query, and minima, for the negative ones."""
     if pool == "mean":
         return _pool_queries(k, block_size, pool)
     k = k.astype(np.float32, copy=False)
@@ -151,7 +155,7 @@ def _log_shares(scores):
 
 
 def _choose(rank, kept, num_blocks, mass):
-    """Flags of the blocks of each row that are kept, or needed to reach ``num_blocks`` or ``mass``; ``rank`` is `_log_shares`."""
+    """Flags of the blocks that are kept, or needed to reach ``num_blocks`` or ``mass``; ``rank`` is `_log_shares`."""
     chosen = np.zeros(rank.shape, bool)
     num_blocks = min(num_blocks, rank.shape[1])
     falling = np.where(kept, -np.inf, -rank)
