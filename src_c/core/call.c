@@ -37,9 +37,10 @@ static void plan_splits(fa_call *call) {
     call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
 }
 
-/* Threads cost microseconds to wake; below this many multiplications one is faster. Results do not depend on it. */
+/* Threads cost microseconds to wake, far more on a busy machine; each must have this many multiplications to do, some
+ * 20 microseconds. Results do not depend on it. */
 static int plan_threads(const fa_call *call) {
-    const double enough = 4e5;
+    const double enough = 2e6;
     const fastattn_attention_args *a = call->args;
     const double work = (double)call->items * call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
                         (double)(a->head_dim + a->v_head_dim);

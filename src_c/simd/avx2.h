@@ -42,19 +42,19 @@ static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm256_sub_ps(a, b); 
 static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm256_mul_ps(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return _mm256_div_ps(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm256_fmadd_ps(a, b, c); }
+static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm256_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm256_max_ps(a, b); }
 static inline simd_f simd_abs(simd_f a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-static inline simd_f simd_round(simd_f a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline simd_f simd_scale2(simd_f a, simd_f n) {
-    __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
-}
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return _mm256_or_ps(a, b); }
 static inline simd_m simd_not(simd_m a) { return _mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))); }
 static inline int simd_any(simd_m a) { return _mm256_movemask_ps(a) != 0; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm256_blendv_ps(b, a, m); }
+static inline simd_f simd_scale2(simd_m m, simd_f a, simd_f n) {
+    __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_andnot_ps(m, _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23))));
+}
 static inline void simd_transpose(simd_f v[8]) {
     __m256 a[8], b[8];
 #pragma GCC unroll 8

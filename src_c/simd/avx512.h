@@ -39,16 +39,16 @@ static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); 
 static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm512_mul_ps(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return _mm512_div_ps(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmadd_ps(a, b, c); }
+static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm512_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm512_max_ps(a, b); }
 static inline simd_f simd_abs(simd_f a) { return _mm512_abs_ps(a); }
-static inline simd_f simd_round(simd_f a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline simd_f simd_scale2(simd_f a, simd_f n) { return _mm512_scalef_ps(a, n); }
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return _kor_mask16(a, b); }
 static inline simd_m simd_not(simd_m a) { return _knot_mask16(a); }
 static inline int simd_any(simd_m a) { return a != 0; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline simd_f simd_scale2(simd_m m, simd_f a, simd_f n) { return _mm512_maskz_scalef_ps(_knot_mask16(m), a, n); }
 /* Pairs, then quadruples within 128-bit quarters, then the quarters themselves. */
 static inline void simd_transpose(simd_f v[16]) {
     __m512 a[16], b[16];

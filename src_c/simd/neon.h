@@ -38,19 +38,20 @@ static inline simd_f simd_sub(simd_f a, simd_f b) { return vsubq_f32(a, b); }
 static inline simd_f simd_mul(simd_f a, simd_f b) { return vmulq_f32(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return vdivq_f32(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(c, a, b); }
+static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return vnegq_f32(vfmsq_f32(c, a, b)); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline simd_f simd_abs(simd_f a) { return vabsq_f32(a); }
-static inline simd_f simd_round(simd_f a) { return vrndnq_f32(a); }
-static inline simd_f simd_scale2(simd_f a, simd_f n) {
-    int32x4_t power = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(power, 23)));
-}
 static inline simd_m simd_lt(simd_f a, simd_f b) { return vcltq_f32(a, b); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return vceqq_f32(a, b); }
 static inline simd_m simd_or(simd_m a, simd_m b) { return vorrq_u32(a, b); }
 static inline simd_m simd_not(simd_m a) { return vmvnq_u32(a); }
 static inline int simd_any(simd_m a) { return vmaxvq_u32(a) != 0; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return vbslq_f32(m, a, b); }
+static inline simd_f simd_scale2(simd_m m, simd_f a, simd_f n) {
+    const int32x4_t power = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    const float32x4_t scaled = vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(power, 23)));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(scaled), m));
+}
 static inline void simd_transpose(simd_f v[4]) {
     float32x4x2_t low = vtrnq_f32(v[0], v[1]), high = vtrnq_f32(v[2], v[3]);
     v[0] = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));

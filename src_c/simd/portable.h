@@ -30,22 +30,22 @@ static inline simd_f simd_mul(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] *= b.
 static inline simd_f simd_div(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] /= b.lane[i]; return a; }
 /* a * b + c; fused where the instruction set has it. */
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { SIMD_EACH(i) a.lane[i] = a.lane[i] * b.lane[i] + c.lane[i]; return a; }
+/* a * b - c, likewise. */
+static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { SIMD_EACH(i) a.lane[i] = a.lane[i] * b.lane[i] - c.lane[i]; return a; }
 /* The larger one; b where either is NaN. */
 static inline simd_f simd_max(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
 static inline simd_f simd_abs(simd_f a) { SIMD_EACH(i) a.lane[i] = fabsf(a.lane[i]); return a; }
-/* To the nearest integer, ties to even, for |a| < 2**22. */
-static inline simd_f simd_round(simd_f a) { SIMD_EACH(i) a.lane[i] = (a.lane[i] + 12582912.0f) - 12582912.0f; return a; }
-/* a * 2**n for an integer n from -126 to 127 and 0.5 < a < 2 (or NaN); anything for other n. */
-static inline simd_f simd_scale2(simd_f a, simd_f n) {
-    SIMD_EACH(i) a.lane[i] *= fa_from_bits((fa_to_bits(n.lane[i] + 12583039.0f) & 0xffu) << 23);
-    return a;
-}
 static inline simd_m simd_lt(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] < b.lane[i]; return r; }
 static inline simd_m simd_eq(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] == b.lane[i]; return r; }
 static inline simd_m simd_or(simd_m a, simd_m b) { SIMD_EACH(i) a.lane[i] |= b.lane[i]; return a; }
 static inline simd_m simd_not(simd_m a) { SIMD_EACH(i) a.lane[i] = !a.lane[i]; return a; }
 static inline int simd_any(simd_m a) { return a.lane[0] | a.lane[1] | a.lane[2] | a.lane[3]; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = m.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+/* a * 2**n, or 0 where m, for an integer n from -126 to 127 (or NaN). */
+static inline simd_f simd_scale2(simd_m m, simd_f a, simd_f n) {
+    SIMD_EACH(i) a.lane[i] = m.lane[i] ? 0.0f : a.lane[i] * fa_from_bits((fa_to_bits(n.lane[i] + 12583039.0f) & 0xffu) << 23);
+    return a;
+}
 /* Exchanges rows and lanes of a square of SIMD_LANES vectors. */
 static inline void simd_transpose(simd_f v[4]) {
     SIMD_EACH(i) for (int j = 0; j < i; j++) {

@@ -10,7 +10,7 @@ FA_INLINE simd_f tanh_of(simd_f x) {
     series = simd_fma(series, square, simd_set1(2.0f / 15.0f));
     series = simd_fma(series, square, simd_set1(-1.0f / 3.0f));
     series = simd_fma(simd_mul(series, square), x, x);
-    simd_f e = exp2_of(simd_mul(magnitude, simd_set1(-2.885390081777927f)));
+    simd_f e = exp2_of(magnitude, simd_set1(-2.885390081777927f));
     simd_f ratio = simd_div(simd_sub(one, e), simd_add(one, e));
     ratio = simd_select(simd_lt(x, simd_set1(0.0f)), simd_sub(simd_set1(0.0f), ratio), ratio);
     return simd_select(simd_lt(magnitude, simd_set1(0.35f)), series, ratio);

@@ -1,9 +1,11 @@
 /* Template: the exponential and the online softmax. Rows are lanes, so that nothing here crosses a lane. */
 
-/* 2**y for y <= 0 (or NaN); 0 below -126. 2**n * 2**f with |f| <= 1/2; the polynomial is the one of degree 6 with the
- * smallest relative error (2e-9) and the exact value 1 at 0. */
-FA_INLINE simd_f exp2_of(simd_f y) {
-    simd_f n = simd_round(y), f = simd_sub(y, n);
+/* 2**(x * c) for x * c <= 0 (or NaN); 0 below 2**-100, so that no product with it is a subnormal number, which would
+ * cost a hundred cycles. Adding and taking away 1.5 * 2**23 rounds to the integer n; then 2**n * 2**f with |f| <= 1/2,
+ * by the polynomial of degree 6 with the smallest relative error (2e-9) and the exact value 1 at 0. */
+FA_INLINE simd_f exp2_of(simd_f x, simd_f c) {
+    const simd_f shift = simd_set1(0x1.8p23f), shifted = simd_fma(x, c, shift), n = simd_sub(shifted, shift);
+    const simd_f f = simd_fms(x, c, n);
     simd_f p = simd_set1(0x1.41fbbcp-13f);
     p = simd_fma(p, f, simd_set1(0x1.5f3e54p-10f));
     p = simd_fma(p, f, simd_set1(0x1.3b2d4cp-7f));
@@ -11,7 +13,7 @@ FA_INLINE simd_f exp2_of(simd_f y) {
     p = simd_fma(p, f, simd_set1(0x1.ebfbdcp-3f));
     p = simd_fma(p, f, simd_set1(0x1.62e430p-1f));
     p = simd_fma(p, f, simd_set1(1.0f));
-    return simd_select(simd_lt(y, simd_set1(-126.0f)), simd_set1(0.0f), simd_scale2(p, n));
+    return simd_scale2(simd_lt(n, simd_set1(-100.0f)), p, n);
 }
 
 FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, float c, float *m, float *l,
@@ -27,14 +29,14 @@ FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, 
         simd_store(m + v * SIMD_LANES, top[v]);
         /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
         top[v] = simd_select(simd_eq(top[v], lowest), simd_set1(0.0f), top[v]);
-        simd_store(alpha + v * SIMD_LANES, exp2_of(simd_mul(simd_sub(old, top[v]), scale)));
+        simd_store(alpha + v * SIMD_LANES, exp2_of(simd_sub(old, top[v]), scale));
         sum[v] = simd_set1(0.0f);
     }
     /* The difference first: it is exact where it matters, and a product of large scores could overflow. */
     for (int64_t j = 0; j < keys; j++)
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             float *at = s + j * ld + v * SIMD_LANES;
-            const simd_f p = exp2_of(simd_mul(simd_sub(simd_load(at), top[v]), scale));
+            const simd_f p = exp2_of(simd_sub(simd_load(at), top[v]), scale);
             simd_store(at, p);
             sum[v] = simd_add(sum[v], p);
         }

@@ -6,6 +6,19 @@
 
 #define FA_TILE_MAX_WIDTH 12
 
+/* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
+#define FA_TILE_UNROLL 4
+
+FA_INLINE void tile_step(int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a, ptrdiff_t across,
+                         const float *panel) {
+    simd_f b[4];
+    FA_UNROLL for (int v = 0; v < vectors; v++) b[v] = simd_load(panel + v * SIMD_LANES);
+    FA_UNROLL for (int w = 0; w < width; w++) {
+        const simd_f element = simd_set1(a[w * across]);
+        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_fma(element, b[v], acc[w][v]);
+    }
+}
+
 /* acc[w][v] = sum over steps of a[w * across + step * along] * panel[step][v]; then either stored to c, or added to
  * c scaled by alpha. width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
 FA_INLINE void tile(int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
@@ -13,14 +26,12 @@ FA_INLINE void tile(int width, int vectors, float *c, const float *alpha, const 
     simd_f acc[FA_TILE_MAX_WIDTH][4];
     FA_UNROLL for (int w = 0; w < width; w++)
         FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
-    for (int64_t step = 0; step < steps; step++, a += along, panel += ld) {
-        simd_f b[4];
-        FA_UNROLL for (int v = 0; v < vectors; v++) b[v] = simd_load(panel + v * SIMD_LANES);
-        FA_UNROLL for (int w = 0; w < width; w++) {
-            simd_f element = simd_set1(a[w * across]);
-            FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_fma(element, b[v], acc[w][v]);
-        }
-    }
+    int64_t step = 0;
+    if (width == SIMD_TILE_WIDTH(vectors))
+        for (; step + FA_TILE_UNROLL <= steps; step += FA_TILE_UNROLL)
+            FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
+                tile_step(width, vectors, acc, a + (step + u) * along, across, panel + (step + u) * ld);
+    for (; step < steps; step++) tile_step(width, vectors, acc, a + step * along, across, panel + step * ld);
     FA_UNROLL for (int v = 0; v < vectors; v++) {
         simd_f factor = alpha ? simd_load(alpha + v * SIMD_LANES) : simd_set1(0.0f);
         FA_UNROLL for (int w = 0; w < width; w++) {

@@ -71,7 +71,7 @@ typedef struct fa_ukernel {
 
     /* The online softmax, in units of 2**c:  m' = max(m, max s),  alpha = 2**(c*(m - m')),
      * s = 2**(c*(s - m')),  l = l * alpha + sum s. A row that has seen only -inf keeps m = -inf and gets s = 0.
-     * Powers below 2**-126 are 0, so that no subnormal number slows the products. */
+     * Powers below 2**-100 are 0, so that no subnormal number slows the products. */
     void (*softmax)(float *s, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
 
     /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[key][d] * p[key][row]. stride is in floats. The sum of a
