@@ -17,6 +17,8 @@ A key that is hidden from a row has the score -inf and the weight -0.0. Negative
 hidden key from one whose weight underflowed where that matters: next to a NaN or inf among the values (`careful_values`).
 """
 
+from collections import namedtuple
+
 import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
 
@@ -260,10 +262,10 @@ def adjust(st, n, softcap, bias, slopes, distance, low, high, row):
 
 
 @jit
-def softmax(st, n, state, row):
-    """Turn scores into weights, update the running m and l of the state, and return what earlier weights shrink by."""
+def softmax(st, n, m_at, l_at, row):
+    """Turn scores into weights, update the running m and l, and return what earlier weights shrink by."""
     pitch = 4 * lanes(row)
-    before = load(state, row)
+    before = load(m_at, row)
     m = before
     for j in range(n):
         x = load(st + j * pitch, row)
@@ -276,8 +278,8 @@ def softmax(st, n, state, row):
         p = where_less(x, _LOWEST, -0.0, exp(sub(x, shift)))
         store(st + j * pitch, p)
         total = add(total, p)
-    store(state, m)
-    store(state + pitch, fma(load(state + pitch, row), alpha, total))
+    store(m_at, m)
+    store(l_at, fma(load(l_at, row), alpha, total))
     return alpha
 
 
@@ -321,17 +323,52 @@ def all_finite(v, v_row, n, v_head_dim):
     return largest < exponent
 
 
-# Work items. A state is m, l and seen, a row each, and O^T below them.
+# Work items
+
+Panel = namedtuple(
+    "Panel",
+    "b head0 i0"  # batch entry, first query head, first query row of the band
+    " first n_rows"  # lane 0 is row `first` of the band, row r of which is query i0 + r // group of head head0 + r % group
+    " low high"  # the keys that some row of the panel sees
+    " inner_low inner_high",  # the keys that every row sees, but for masks
+)
+
+# Where things are. The first four are a state: m, l and seen, a row each, and O^T.
+Places = namedtuple("Places", "m l seen ot turned low high distance slopes qt st bias k v")
 
 
 @inline
-def locate(plan, unit):
-    """The batch entry, head group, first query row and first lane row, and the number of lane rows of a unit of work."""
+def places(plan, state, scratch, row):
+    pitch = 4 * lanes(row)
+    low = scratch + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
+    qt = low + 4 * pitch
+    st = qt + plan.head_pitch * pitch
+    bias = st + plan.block_keys * pitch
+    k = bias + plan.block_keys * pitch
+    v = k + 4 * plan.block_keys * plan.head_dim
+    return Places(
+        state, state + pitch, state + 2 * pitch, state + 3 * pitch,
+        scratch, low, low + pitch, low + 2 * pitch, low + 3 * pitch, qt, st, bias, k, v,
+    )  # fmt: skip
+
+
+@inline
+def locate(plan, unit, row):
+    """The panel of a unit of work, its keys left out."""
     unit, panel = divmod(unit, plan.panels)
     unit, band = divmod(unit, plan.bands)
     b, group = divmod(unit, plan.groups)
-    i0 = band * plan.band
-    return b, group, i0, panel, min(plan.band, plan.q_len - i0) * plan.group
+    i0, first = band * plan.band, panel * lanes(row)
+    n_rows = min(plan.band, plan.q_len - i0) * plan.group - first  # less than 1 in the last band of a block mask
+    zero = int64(0)
+    return Panel(b, group * plan.group, i0, first, min(n_rows, lanes(row)), zero, zero, zero, zero)
+
+
+@inline
+def row_of(plan, panel, lane):
+    """The query row and the head of a lane."""
+    r = panel.first + lane
+    return panel.i0 + r // plan.group, panel.head0 + r % plan.group
 
 
 @inline
@@ -360,165 +397,171 @@ def part_range(plan, b, part):
 
 
 @jit
-def fill_bias(plan, b, head0, i0, first, n_rows, j0, n, bits, key0, turned, bias, seen, row):
-    """The bias of each key (row) and lane, -inf where the lane does not see the key; whether any lane sees any.
+def open_panel(plan, unit, part, at, row):
+    """The panel of a unit of work and a part of its keys. Its queries are packed, its state is that of rows that have seen nothing."""
+    panel = locate(plan, unit, row)
+    store(at.m, splat(-np.inf, row))
+    fill(at.l, 0.0, 0, (2 + plan.v_head_pitch) * lanes(row))
+    fill(at.slopes, 0.0, 0, lanes(row))
+    fill(at.turned, 0.0, 0, plan.head_pitch * lanes(row))
+    low, high = part_range(plan, panel.b, part)
+    some_low, some_high, inner_low, inner_high = high, low, low, high
+    for lane in range(panel.n_rows):
+        i, head = row_of(plan, panel, lane)
+        q = plan.q + panel.b * plan.q_batch + head * plan.q_head + i * plan.q_row
+        widen_row(q, plan.q_code, plan.head_dim, at.turned + 4 * lane * plan.head_pitch)
+        if plan.alibi:
+            slope = elements(plan.alibi + panel.b * plan.alibi_batch + head * plan.alibi_head, float32)[0]
+            elements(at.slopes, float32)[lane] = slope
+        row_low, row_high = interval(plan, panel.b, i)
+        inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
+        if row_low < row_high:
+            some_low, some_high = min(some_low, row_low), max(some_high, row_high)
+    transpose_all(at.turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, at.qt, 4 * lanes(row), row)
+    low, high = max(low, some_low), min(high, some_high)
+    return Panel(panel.b, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
 
-    `bits` is the address of the element mask of a block that begins at key `key0`, or 0.
+
+@inline
+def listed_blocks(plan, panel):
+    """The range of the list of key blocks that belongs to a panel; without a block mask, a list of one."""
+    if not plan.indptr:
+        return int64(0), int64(1)
+    pattern = panel.b * plan.pattern_batch + panel.head0 * plan.pattern_head + panel.i0 // plan.band
+    indptr = elements(plan.indptr, int64)
+    return indptr[pattern], indptr[pattern + 1]
+
+
+@inline
+def is_partial(plan, n):
+    return plan.partial != 0 and elements(plan.partial, int32)[n] >= 0
+
+
+@jit
+def next_run(plan, panel, n, end):
+    """The keys ``low <= j < high`` of a run that begins with block `n` of the list, and the first block after it.
+
+    A run is a partial block or whole blocks that touch; without a block mask it is all keys. For a partial block there is also the
+    address of the element mask of key 0, as it would be if the mask began there.
     """
+    if not plan.indptr:
+        return panel.low, panel.high, int64(0), end
+    block = elements(plan.indices, int32)
+    low = int64(block[n]) * plan.block_size
+    high, bits = low + plan.block_size, int64(0)
+    n += 1
+    if is_partial(plan, n - 1):
+        bytes_per_key = (plan.block_size + 7) // 8
+        mask = int64(elements(plan.partial, int32)[n - 1])
+        bits = plan.element_bits + (mask * plan.block_size - low) * bytes_per_key
+    else:
+        while n < end and int64(block[n]) * plan.block_size == high and not is_partial(plan, n):
+            high += plan.block_size
+            n += 1
+    return max(low, panel.low), min(high, panel.high), bits, n
+
+
+@jit
+def see_interval(plan, panel, j, n, at, row):
+    """Note for each lane which of the keys j to j + n are visible, relative to j, where no mask has a say."""
+    low, high, seen = elements(at.low, float32), elements(at.high, float32), elements(at.seen, float32)
+    fill(at.low, 0.0, 0, lanes(row))
+    fill(at.high, 0.0, 0, lanes(row))
+    for lane in range(panel.n_rows):
+        row_low, row_high = interval(plan, panel.b, row_of(plan, panel, lane)[0])
+        row_low, row_high = max(row_low, j), min(row_high, j + n)
+        low[lane], high[lane] = row_low - j, row_high - j
+        if row_low < row_high:
+            seen[lane] = 1.0
+
+
+@jit
+def see_mask(plan, panel, j, n, bits, at, row):
+    """Write the bias of n keys from j on, -inf where a lane does not see the key; whether any lane sees any."""
     pitch = 4 * plan.block_keys
     bytes_per_key = (plan.block_size + 7) // 8
-    sees = elements(seen, float32)
-    visible = False
-    for r in range(lanes(row)):
-        line = turned + r * pitch
-        fill(line, -np.inf, 0, n)
-        if r >= n_rows:
-            continue
-        i, head = i0 + (first + r) // plan.group, head0 + (first + r) % plan.group
-        low, high = interval(plan, b, i)
-        low = min(max(low - j0, 0), n)
-        high = min(max(high - j0, low), n)
+    any_visible = False
+    fill(at.turned, -np.inf, 0, lanes(row) * plan.block_keys)
+    for lane in range(panel.n_rows):
+        line = at.turned + lane * pitch
+        x = elements(line, float32)
+        i, head = row_of(plan, panel, lane)
+        low, high = interval(plan, panel.b, i)
+        low = min(max(low - j, 0), n)
+        high = min(max(high - j, low), n)
         if plan.mask:
-            mask = plan.mask + b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + (j0 + low) * plan.mask_key
+            mask = plan.mask + panel.b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + (j + low) * plan.mask_key
             bias_row(mask, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
         else:
             fill(line, 0.0, low, high)
-        x = elements(line, float32)
         if bits:
-            byte = bits + (j0 - key0) * bytes_per_key + ((i - i0) >> 3)
-            for j in range(low, high):
-                if not (elements(byte + j * bytes_per_key, uint8)[0] >> np.uint8((i - i0) & 7)) & 1:
-                    x[j] = -np.inf
+            byte, bit = bits + j * bytes_per_key + ((i - panel.i0) >> 3), np.uint8((i - panel.i0) & 7)
+            for key in range(low, high):
+                if not (elements(byte + key * bytes_per_key, uint8)[0] >> bit) & 1:
+                    x[key] = -np.inf
         hidden = 0
-        for j in range(low, high):
-            hidden += x[j] == np.float32(-np.inf)
+        for key in range(low, high):
+            hidden += x[key] == np.float32(-np.inf)
         if hidden < high - low:
-            sees[r] = 1.0
-            visible = True
-    if visible:
-        transpose_all(turned, pitch, lanes(row), -(-n // width(row)) * width(row), bias, 4 * lanes(row), row)
-    return visible
+            elements(at.seen, float32)[lane] = 1.0
+            any_visible = True
+    if any_visible:
+        n_columns = -(-n // width(row)) * width(row)
+        transpose_all(at.turned, pitch, lanes(row), n_columns, at.bias, 4 * lanes(row), row)
+    return any_visible
+
+
+@jit
+def step(plan, panel, j, n, bits, at, tile, row):
+    """Take n keys from j on into the state."""
+    masked = bits != 0 or plan.mask != 0
+    partial = masked or j < panel.inner_low or j + n > panel.inner_high
+    if masked and not see_mask(plan, panel, j, n, bits, at, row):
+        return
+    if partial and not masked:
+        see_interval(plan, panel, j, n, at, row)
+    else:
+        store(at.low, splat(0.0, row))
+        store(at.high, splat(n, row))
+    if not partial:
+        store(at.seen, splat(1.0, row))
+
+    kv_head = panel.head0 // plan.kv_group
+    k = plan.k + panel.b * plan.k_batch + kv_head * plan.k_head + j * plan.k_row
+    v = plan.v + panel.b * plan.v_batch + kv_head * plan.v_head + j * plan.v_row
+    k_row, v_row = plan.k_row, plan.v_row
+    if plan.kv_code != FLOAT32:
+        for key in range(n):
+            widen_row(k + key * k_row, plan.kv_code, plan.head_dim, at.k + 4 * key * plan.head_dim)
+            widen_row(v + key * v_row, plan.kv_code, plan.v_head_dim, at.v + 4 * key * plan.v_head_dim)
+        k, k_row, v, v_row = at.k, 4 * plan.head_dim, at.v, 4 * plan.v_head_dim
+
+    scores(k, k_row, n, plan.head_dim, at.qt, at.st, plan.scale, tile, row)
+    if partial or plan.softcap != 0.0 or plan.alibi != 0:
+        if plan.alibi:
+            offset = elements(plan.query_offset, int64)[panel.b] - j
+            for lane in range(panel.n_rows):
+                elements(at.distance, float32)[lane] = row_of(plan, panel, lane)[0] + offset
+        bias = at.bias if masked else int64(0)
+        slopes = at.slopes if plan.alibi else int64(0)
+        adjust(at.st, n, plan.softcap, bias, slopes, at.distance, at.low, at.high, row)
+    alpha = softmax(at.st, n, at.m, at.l, row)
+    if partial and not all_finite(v, v_row, n, plan.v_head_dim):
+        careful_values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, row)
+    else:
+        values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, tile, row)
 
 
 @jit
 def attend(plan, unit, part, state, scratch, tile, row):
     """The state of one unit of work over one part of its keys."""
-    pitch = 4 * lanes(row)
-    turned = scratch
-    low_row = turned + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
-    high_row, distance, slopes, qt = low_row + pitch, low_row + 2 * pitch, low_row + 3 * pitch, low_row + 4 * pitch
-    st = qt + plan.head_pitch * pitch
-    bias = st + plan.block_keys * pitch
-    k_wide = bias + plan.block_keys * pitch
-    v_wide = k_wide + 4 * plan.block_keys * plan.head_dim
-    seen, ot = state + 2 * pitch, state + 3 * pitch
-
-    b, group, i0, panel, n_rows = locate(plan, unit)
-    first = panel * lanes(row)
-    n_rows = min(n_rows - first, lanes(row))
-    store(state, splat(-np.inf, row))
-    store(state + pitch, splat(0.0, row))
-    store(seen, splat(0.0, row))
-    for d in range(plan.v_head_pitch):
-        store(ot + d * pitch, splat(0.0, row))
-    if n_rows <= 0:
-        return
-
-    head0 = group * plan.group
-    slope = elements(slopes, float32)
-    store(slopes, splat(0.0, row))
-    fill(turned, 0.0, 0, lanes(row) * plan.head_pitch)
-    low, high = np.iinfo(np.int64).max, int64(0)  # seen by some row
-    inner_low, inner_high = int64(0), np.iinfo(np.int64).max  # seen by every row
-    for r in range(n_rows):
-        i, head = i0 + (first + r) // plan.group, head0 + (first + r) % plan.group
-        q = plan.q + b * plan.q_batch + head * plan.q_head + i * plan.q_row
-        widen_row(q, plan.q_code, plan.head_dim, turned + 4 * r * plan.head_pitch)
-        if plan.alibi:
-            slope[r] = elements(plan.alibi + b * plan.alibi_batch + head * plan.alibi_head, float32)[0]
-        row_low, row_high = interval(plan, b, i)
-        inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
-        if row_low < row_high:
-            low, high = min(low, row_low), max(high, row_high)
-    transpose_all(turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, qt, pitch, row)
-    part_low, part_high = part_range(plan, b, part)
-    low, high = max(low, part_low), min(high, part_high)
-
-    kv_head = head0 // plan.kv_group
-    k_head = plan.k + b * plan.k_batch + kv_head * plan.k_head
-    v_head = plan.v + b * plan.v_batch + kv_head * plan.v_head
-    cursor, last = int64(0), int64(1)
-    if plan.indptr:
-        pattern = b * plan.pattern_batch + head0 * plan.pattern_head + i0 // plan.band
-        cursor, last = elements(plan.indptr, int64)[pattern], elements(plan.indptr, int64)[pattern + 1]
-    while cursor < last:
-        # The next run of keys: all of them, a block with an element mask, or whole blocks that touch.
-        run_low, run_high, bits, key0 = low, high, int64(0), int64(0)
-        if plan.indptr:
-            index = elements(plan.indices, int32)
-            key0 = int64(index[cursor]) * plan.block_size
-            key_end = key0 + plan.block_size
-            if plan.partial and elements(plan.partial, int32)[cursor] >= 0:
-                size = plan.block_size * ((plan.block_size + 7) // 8)
-                bits = plan.element_bits + elements(plan.partial, int32)[cursor] * size
-            else:
-                while (
-                    cursor + 1 < last
-                    and int64(index[cursor + 1]) * plan.block_size == key_end
-                    and not (plan.partial and elements(plan.partial, int32)[cursor + 1] >= 0)
-                ):
-                    key_end += plan.block_size
-                    cursor += 1
-            run_low, run_high = max(low, key0), min(high, key_end)
-        cursor += 1
-
-        for j in range(run_low, run_high, plan.block_keys):
-            n = min(run_high - j, plan.block_keys)
-            partial = bits != 0 or plan.mask != 0 or j < inner_low or j + n > inner_high
-            masked = bits != 0 or plan.mask != 0
-            low_at, high_at, seen_at = elements(low_row, float32), elements(high_row, float32), elements(seen, float32)
-            if masked:
-                if not fill_bias(plan, b, head0, i0, first, n_rows, j, n, bits, key0, turned, bias, seen, row):
-                    continue
-                store(low_row, splat(0.0, row))
-                store(high_row, splat(n, row))
-            elif partial:
-                for r in range(n_rows):
-                    row_low, row_high = interval(plan, b, i0 + (first + r) // plan.group)
-                    row_low, row_high = max(row_low, j), min(row_high, j + n)
-                    low_at[r], high_at[r] = row_low - j, row_high - j
-                    if row_low < row_high:
-                        seen_at[r] = 1.0
-                for r in range(n_rows, lanes(row)):
-                    low_at[r], high_at[r] = 0.0, 0.0
-            else:
-                store(seen, splat(1.0, row))
-                store(low_row, splat(0.0, row))
-                store(high_row, splat(n, row))
-
-            k, k_row = k_head + j * plan.k_row, plan.k_row
-            v, v_row = v_head + j * plan.v_row, plan.v_row
-            if plan.kv_code != FLOAT32:
-                for key in range(n):
-                    widen_row(k + key * k_row, plan.kv_code, plan.head_dim, k_wide + 4 * key * plan.head_dim)
-                    widen_row(v + key * v_row, plan.kv_code, plan.v_head_dim, v_wide + 4 * key * plan.v_head_dim)
-                k, k_row = k_wide, 4 * plan.head_dim
-                v, v_row = v_wide, 4 * plan.v_head_dim
-            scores(k, k_row, n, plan.head_dim, qt, st, plan.scale, tile, row)
-            if partial or plan.softcap != 0.0 or plan.alibi:
-                distance_at = elements(distance, float32)
-                for r in range(lanes(row)):
-                    position = i0 + (first + r) // plan.group + elements(plan.query_offset, int64)[b]
-                    distance_at[r] = position - j
-                adjust(
-                    st, n, plan.softcap, bias if masked else int64(0), slopes if plan.alibi else int64(0), distance,
-                    low_row, high_row, row,
-                )  # fmt: skip
-            alpha = softmax(st, n, state, row)
-            if partial and not all_finite(v, v_row, n, plan.v_head_dim):
-                careful_values(v, v_row, n, plan.v_head_dim, st, ot, alpha, row)
-            else:
-                values(v, v_row, n, plan.v_head_dim, st, ot, alpha, tile, row)
+    at = places(plan, state, scratch, row)
+    panel = open_panel(plan, unit, part, at, row)
+    block, end = listed_blocks(plan, panel)
+    while block < end:
+        low, high, bits, block = next_run(plan, panel, block, end)
+        for j in range(low, high, plan.block_keys):
+            step(plan, panel, j, min(high - j, plan.block_keys), bits, at, tile, row)
 
 
 @jit
@@ -539,27 +582,28 @@ def fold(state, other, v_head_dim, row):
 @jit
 def finish(plan, unit, state, scratch, row):
     """Divide by the denominator and write the rows of a unit to `out` and `lse`."""
-    pitch = 4 * lanes(row)
-    m, l, seen = elements(state, float32), elements(state + pitch, float32), elements(state + 2 * pitch, float32)
-    transpose_all(state + 3 * pitch, pitch, plan.v_head_pitch, lanes(row), scratch, 4 * plan.v_head_pitch, row)
-    b, group, i0, panel, n_rows = locate(plan, unit)
-    first = panel * lanes(row)
-    for r in range(min(n_rows - first, lanes(row))):
-        i, head = i0 + (first + r) // plan.group, group * plan.group + (first + r) % plan.group
-        top, total, factor = float64(m[r]), float64(l[r]), 1.0
+    at = places(plan, state, scratch, row)
+    panel = locate(plan, unit, row)
+    m, l, seen = elements(at.m, float32), elements(at.l, float32), elements(at.seen, float32)
+    transpose_all(at.ot, 4 * lanes(row), plan.v_head_pitch, lanes(row), at.turned, 4 * plan.v_head_pitch, row)
+    for lane in range(panel.n_rows):
+        i, head = row_of(plan, panel, lane)
+        top, total, factor = float64(m[lane]), float64(l[lane]), 1.0
         if plan.sinks:
             sink = float64(elements(plan.sinks, float32)[head])
             top = max(top, sink)
-            factor = np.exp(m[r] - top)
+            factor = np.exp(m[lane] - top)
             total = total * factor + np.exp(sink - top)
         if plan.lse:
-            at = plan.lse + b * plan.lse_batch + head * plan.lse_head + i * plan.lse_row
-            elements(at, float32)[0] = top + np.log(total)
-        line = scratch + 4 * r * plan.v_head_pitch
-        if not seen[r]:
+            lse = plan.lse + panel.b * plan.lse_batch + head * plan.lse_head + i * plan.lse_row
+            elements(lse, float32)[0] = top + np.log(total)
+        factor /= total
+        line = at.turned + 4 * lane * plan.v_head_pitch
+        if not seen[lane]:
             fill(line, 0.0, 0, plan.v_head_dim)
-        out = plan.out + b * plan.out_batch + head * plan.out_head + i * plan.out_row
-        narrow_row(line, np.float32(factor / total if seen[r] else 1.0), plan.q_code, plan.v_head_dim, out)
+            factor = 1.0
+        out = plan.out + panel.b * plan.out_batch + head * plan.out_head + i * plan.out_row
+        narrow_row(line, np.float32(factor), plan.q_code, plan.v_head_dim, out)
 
 
 # What a thread runs. Numba's disk cache keeps a function under the values that it closes over, so that each shape of the registers
