@@ -43,3 +43,24 @@ def read_only(array):
     result = array.copy()
     result.flags.writeable = False
     return result
+
+
+class DLPackOnly:
+    """A tensor of another library."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class ArrayInterfaceOnly:
+    """An image or a buffer of an older library."""
+
+    def __init__(self, array):
+        self._array = array  # keeps the memory alive
+        self.__array_interface__ = array.__array_interface__

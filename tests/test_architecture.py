@@ -72,13 +72,11 @@ def test_descriptions_know_numpy_only(part):
 
 
 def test_import_is_light():
-    run_script(
-        f"""
+    run_script(f"""
         import sys
         import fastattn
         assert not {OPTIONAL!r} & set(sys.modules), {OPTIONAL!r} & set(sys.modules)
-        """
-    )
+        """)
 
 
 def test_public_names_exist_and_are_documented():
@@ -90,7 +88,9 @@ def test_public_names_exist_and_are_documented():
 # C
 
 engine_only = pytest.mark.skipif(not ENGINE.is_dir(), reason="the C sources are not beside the tests")
-INTRINSICS = re.compile(r"\b_mm\d*_\w+|\b__m(128|256|512)\w*|\b(float32x4|uint16x8)\w*_t\b|(imm|amx|arm_\w+)intrin\.h|arm_neon\.h")
+INTRINSICS = re.compile(
+    r"\b_mm\d*_\w+|\b__m(128|256|512)\w*|\b(float32x4|uint16x8)\w*_t\b|(imm|amx|arm_\w+)intrin\.h|arm_neon\.h"
+)
 
 
 def c_files(folder=""):

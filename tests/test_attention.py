@@ -1,8 +1,10 @@
 """Sections 1 and 2 of the contract, rule by rule, on every engine."""
 
+import warnings
+
 import numpy as np
 import pytest
-from inputs import DTYPES, SIZES, dtype_of, random_qkv, read_only, unaligned
+from inputs import DTYPES, SIZES, ArrayInterfaceOnly, DLPackOnly, dtype_of, random_qkv, read_only, unaligned
 from numpy.lib.stride_tricks import as_strided
 from oracle import assert_matches, check
 
@@ -30,7 +32,7 @@ def test_sizes_together(q_len, kv_len, dtype):
     assert_matches(q, k, v, causal=True, query_offset=0)
 
 
-@pytest.mark.parametrize("head_dim, v_head_dim", [(128, 128), (192, 128), (160, 80), (256, 256), (299, 300), (1, 257), (257, 1)])
+@pytest.mark.parametrize("head_dim, v_head_dim", [(128, 128), (192, 128), (160, 80), (256, 256), (299, 300), (1, 257)])
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_head_sizes(head_dim, v_head_dim, q_len):
     assert_matches(*random_qkv(1, 2, q_len, 70, head_dim, v_head_dim))
@@ -217,23 +219,18 @@ def test_rows_that_overlap():
     assert_matches(frames[:30], frames, frames, window=(10, 10))
 
 
-class DLPackOnly:
-    """A tensor of another library."""
+class Subclass(np.ndarray):
+    """An array whose arithmetic is nobody's business here."""
 
-    def __init__(self, array):
-        self._array = array
-
-    def __dlpack__(self, **options):
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self._array.__dlpack_device__()
+    def __array_ufunc__(self, *args, **options):
+        raise AssertionError("arithmetic with a subclass")
 
 
-class ArrayInterfaceOnly:
-    def __init__(self, array):
-        self._array = array  # keeps the memory alive
-        self.__array_interface__ = array.__array_interface__
+def test_subclasses_are_seen_as_plain_arrays():
+    q, k, v = random_qkv(2, 4, 9, 35, 17, 13, kv_heads=2)
+    out = fastattn.attention(*(x.view(Subclass) for x in (q, k, v)), causal=True)
+    np.testing.assert_array_equal(np.asarray(out), fastattn.attention(q, k, v, causal=True))
+    assert type(out) is np.ndarray
 
 
 @pytest.mark.parametrize("wrap", [DLPackOnly, ArrayInterfaceOnly])
@@ -303,6 +300,16 @@ def test_logits_that_are_all_alike(value):
     out, lse = fastattn.attention(q, k, v, scale=0, mask=np.full((20, 300), value, np.float32), return_lse=True)
     np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape), atol=1e-6)
     np.testing.assert_allclose(lse, value + np.log(300), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.1, -7.7, 77.7, 1e4])
+@pytest.mark.parametrize("q_len", [1, 30])
+def test_early_keys_do_not_fade(value, q_len):
+    """Over hundreds of tiles in which the maximum stays, earlier weights are rescaled by exactly 1."""
+    q, k, _ = random_qkv(1, 1, q_len, 20_000, 8)
+    v = np.repeat(np.float32([1, 0]), 10_000)[:, None] + np.zeros((1, 1, 1, 3), np.float32)
+    out = fastattn.attention(q, k, v, scale=0, mask=np.full((1, 20_000), value, np.float32))
+    np.testing.assert_allclose(out, 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 20.0, 50, 1e4])
@@ -540,6 +547,17 @@ def test_poison_in_many_tiles(poison):
     assert_matches(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("how", HIDE_EVERYTHING)
+def test_nothing_is_raised_or_warned_of(how):
+    """NaN, inf and rows that see nothing are results like others, however NumPy is told to treat them."""
+    q, k, v = random_qkv(2, 2, 30, 50, 8)
+    q[0, 0, 3], k[0, 0, 4], v[0, 0, 5] = NAN, INF, -INF
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastattn.attention(q, k, v, return_lse=True)
+        fastattn.attention(q, k, v, return_lse=True, **HIDE_EVERYTHING[how])
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 20.0}, {"sinks": np.zeros(1, np.float32)}], ids=str)
 def test_visible_scores_of_minus_inf_are_not_hidden_ones(options):
     """The plain formula: NaN where all scores are -inf, no weight where some are."""
@@ -593,6 +611,7 @@ def test_keywords_that_change_nothing():
     """An absent rule and one that allows everything are the same."""
     q, k, v = random_qkv(2, 2, 20, 50, 8)
     plain = fastattn.attention(q, k, v)
+    np.testing.assert_array_equal(fastattn.attention(q, k, v, return_lse=True)[0], plain)
     for options in (
         {"mask": None, "window": None, "softcap": None, "scale": None, "sinks": None, "alibi_slopes": None},
         {"window": (None, None)},

@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 import pytest
-from inputs import dtype_of, random_qkv
+from inputs import ArrayInterfaceOnly, DLPackOnly, dtype_of, random_qkv, read_only, unaligned
 
 import fastattn
+from fastattn._check import as_array, kernel_ready
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -41,7 +42,11 @@ ARRAYS = [
     ((q, with_shape(2, 3, 7, 8), v), ValueError, "k must have a number of heads that divides that of q, 4; got 3"),
     ((q, with_shape(2, 0, 7, 8), v), ValueError, "k must have a number of heads that divides that of q, 4; got 0"),
     ((q, with_shape(2, 8, 7, 8), v), ValueError, "k must have a number of heads that divides that of q, 4; got 8"),
-    ((q, k, with_shape(2, 2, 8, 6)), ValueError, "v must have the shape of k, (2, 2, 7, 8), in all but the last axis; got (2, 2, 8, 6)"),
+    (
+        (q, k, with_shape(2, 2, 8, 6)),
+        ValueError,
+        "v must have the shape of k, (2, 2, 7, 8), in all but the last axis; got (2, 2, 8, 6)",
+    ),
     ((q, k, with_shape(2, 1, 7, 6)), ValueError, "v must have the shape of k"),
     ((q, k, with_shape(1, 2, 7, 6)), ValueError, "v must have the shape of k"),
     ((q, k, v.astype(np.float16)), TypeError, "v must have the dtype of k, float32; got float16"),
@@ -71,11 +76,24 @@ def test_dtypes_of_equal_width_do_not_mix():
         fastattn.attention(half, *brain)
 
 
+@pytest.mark.parametrize("wrap", [DLPackOnly, ArrayInterfaceOnly, lambda x: x])
+def test_accepted_arrays_are_not_copied(wrap):
+    for array in (q, q[:, ::-1], q.swapaxes(1, 2), np.broadcast_to(q[:1], q.shape), read_only(q)):
+        assert np.shares_memory(as_array("q", wrap(array)), array)
+        assert np.shares_memory(kernel_ready(array), array)
+    for array in (q[..., ::2], q.astype(">f4"), unaligned(q)):
+        assert np.array_equal(kernel_ready(array), array) and not np.shares_memory(kernel_ready(array), array)
+
+
 OPTIONS = [
     ({"mask": with_shape(5, 8)}, ValueError, "mask must broadcast to (B, Hq, Lq, Lk) = (2, 4, 5, 7); got shape (5, 8)"),
     ({"mask": with_shape(3, 1, 5, 7)}, ValueError, "mask must broadcast"),
     ({"mask": with_shape(1, 2, 4, 5, 7)}, ValueError, "mask must broadcast"),
-    ({"mask": np.ones((5, 7), int)}, TypeError, "mask must be a BlockMask or an array of bool, float16, bfloat16, float32, float64; got int64"),
+    (
+        {"mask": np.ones((5, 7), int)},
+        TypeError,
+        "mask must be a BlockMask or an array of bool, float16, bfloat16, float32, float64; got int64",
+    ),
     ({"mask": np.ones((5, 7), complex)}, TypeError, "mask must be"),
     ({"mask": "causal"}, TypeError, "mask must be"),
     ({"causal": 1}, TypeError, "causal must be True or False; got 1"),
@@ -91,7 +109,11 @@ OPTIONS = [
     ({"kv_lengths": 8}, ValueError, "kv_lengths must lie between 0 and 7; got 8"),
     ({"kv_lengths": [3, 8]}, ValueError, "kv_lengths must lie between 0 and 7; got [3, 8]"),
     ({"kv_lengths": np.array([2**63, 0], np.uint64)}, ValueError, "kv_lengths must lie between 0 and 7"),
-    ({"kv_lengths": [1, 2, 3]}, ValueError, "kv_lengths must be an int or have shape (2,), one entry for each batch entry; got shape (3,)"),
+    (
+        {"kv_lengths": [1, 2, 3]},
+        ValueError,
+        "kv_lengths must be an int or have shape (2,), one entry for each batch entry; got shape (3,)",
+    ),
     ({"kv_lengths": [1]}, ValueError, "kv_lengths must be an int or have shape (2,)"),
     ({"kv_lengths": [[1, 2]]}, ValueError, "kv_lengths must be an int or have shape (2,)"),
     ({"kv_lengths": 3.0}, TypeError, "kv_lengths must be an int or an integer array; got float64"),
@@ -131,7 +153,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options, error, message", OPTIONS, ids=[f"{next(iter(o))}-{n}" for n, (o, _, _) in enumerate(OPTIONS)])
+@pytest.mark.parametrize("options, error, message", OPTIONS, ids=[f"{next(iter(o[0]))}-{n}" for n, o in enumerate(OPTIONS)])
 def test_options(options, error, message):
     out = np.full((2, 4, 5, 6), 99, np.float32)
     with np.errstate(all="raise"), pytest.raises(error, match=re.escape(message)):
@@ -180,9 +202,21 @@ def test_out_may_interleave_with_an_input():
 
 MERGES = [
     (([], []), ValueError, "outs and lses must have the same number of parts, 1 or more; got 0 and 0"),
-    (([with_shape(3, 5)], [with_shape(3)] * 2), ValueError, "outs and lses must have the same number of parts, 1 or more; got 1 and 2"),
-    (([with_shape(3, 5), with_shape(3, 4)], [with_shape(3)] * 2), ValueError, "outs[1] must have the shape of outs[0], (3, 5); got (3, 4)"),
-    (([with_shape(3, 5), np.zeros((3, 5), np.float16)], [with_shape(3)] * 2), TypeError, "outs[1] must have the dtype of outs[0], float32; got float16"),
+    (
+        ([with_shape(3, 5)], [with_shape(3)] * 2),
+        ValueError,
+        "outs and lses must have the same number of parts, 1 or more; got 1 and 2",
+    ),
+    (
+        ([with_shape(3, 5), with_shape(3, 4)], [with_shape(3)] * 2),
+        ValueError,
+        "outs[1] must have the shape of outs[0], (3, 5); got (3, 4)",
+    ),
+    (
+        ([with_shape(3, 5), np.zeros((3, 5), np.float16)], [with_shape(3)] * 2),
+        TypeError,
+        "outs[1] must have the dtype of outs[0], float32; got float16",
+    ),
     (([with_shape(3, 5)], [with_shape(4)]), ValueError, "lses[0] must have shape (3,); got (4,)"),
     (([np.zeros((3, 5), int)], [with_shape(3)]), TypeError, "outs[0] must be"),
     (([with_shape(3, 5)], [np.zeros(3, complex)]), TypeError, "lses[0] must hold real numbers; got complex128"),
@@ -198,12 +232,28 @@ def test_merge_states(arguments, error, message):
 
 SDPA = [
     ((q, k, v), {"dropout_p": 0.5}, ValueError, "dropout_p must be 0: dropout is for training; got 0.5"),
-    ((q, k, v), {"is_causal": True, "attn_mask": np.ones((5, 7), bool), "enable_gqa": True}, ValueError, "attn_mask must be None when is_causal is True"),
-    ((q, k, v), {}, ValueError, "query, key and value must have leading axes that broadcast; got [(2, 4), (2, 2), (2, 2)]; heads may differ with enable_gqa=True"),
+    (
+        (q, k, v),
+        {"is_causal": True, "attn_mask": np.ones((5, 7), bool), "enable_gqa": True},
+        ValueError,
+        "attn_mask must be None when is_causal is True",
+    ),
+    (
+        (q, k, v),
+        {},
+        ValueError,
+        "query, key and value must have leading axes that broadcast; got [(2, 4), (2, 2), (2, 2)]; "
+        "heads may differ with enable_gqa=True",
+    ),
     ((q, k, v[:, :1]), {"enable_gqa": True}, ValueError, "value must have the number of heads of key, 2; got 1"),
     ((q[0, 0, 0], k, v), {}, ValueError, "query must have at least 2 axes, (..., L, E); got shape (8,)"),
     ((q[0, 0], k[0, 0], v[0, 0]), {"enable_gqa": True}, ValueError, "enable_gqa must have arrays with a heads axis"),
-    ((q, k, v), {"enable_gqa": True, "attn_mask": with_shape(5, 8)}, ValueError, "attn_mask must broadcast to (2, 4, 5, 7); got shape (5, 8)"),
+    (
+        (q, k, v),
+        {"enable_gqa": True, "attn_mask": with_shape(5, 8)},
+        ValueError,
+        "attn_mask must broadcast to (2, 4, 5, 7); got shape (5, 8)",
+    ),
     ((q, k, v), {"enable_gqa": 1}, TypeError, "enable_gqa must be True or False; got 1"),
     ((q, k, v), {"enable_gqa": True, "is_causal": 1}, TypeError, "is_causal must be True or False; got 1"),
 ]

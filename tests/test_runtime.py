@@ -25,13 +25,11 @@ def test_use_backend_as_a_function_and_as_a_context(backend):
             assert fastattn.show_config("dicts")["backend"] == backend.backend
         assert fastattn.show_config("dicts")["backend"] == "numpy"
     assert fastattn.show_config("dicts")["backend"] == backend.backend
-    run_script(
-        """
+    run_script("""
         import fastattn
         fastattn.use_backend("numpy")
         assert fastattn.show_config("dicts")["backend"] == "numpy"
-        """
-    )
+        """)
 
 
 def test_use_backend_restores_when_the_block_raises(backend):
@@ -56,9 +54,7 @@ import fastattn
 
 @pytest.mark.parametrize("numba", ["numba", "fastattn.backends.numba"])  # not installed, or not usable
 def test_a_backend_that_is_not_there_is_an_error_and_changes_nothing(numba):
-    run_script(
-        WITHOUT.format(names=["fastattn._native", numba])
-        + """
+    run_script(WITHOUT.format(names=["fastattn._native", numba]) + """
 for name in ("native", "numba"):
     try:
         fastattn.use_backend(name)
@@ -69,13 +65,11 @@ for name in ("native", "numba"):
 with fastattn.use_backend("numpy"):
     pass
 assert fastattn.show_config("dicts")["backend"] == "numpy"
-"""
-    )
+""")
 
 
 def test_without_the_extension_one_warning_and_another_backend():
-    run_script(
-        """
+    run_script("""
         import sys, warnings
         sys.modules["fastattn._native"] = None
         sys.modules["numba"] = None
@@ -89,8 +83,7 @@ def test_without_the_extension_one_warning_and_another_backend():
         config = fastattn.show_config("dicts")
         assert config["backend"] == "numpy" and config["backends"]["native"].startswith("missing"), config
         assert config["isa"] is None and fastattn.cpu_info()["isas"] == ()
-        """
-    )
+        """)
 
 
 # Threads
@@ -110,8 +103,9 @@ def test_threads(backend):
     assert fastattn.get_num_threads() == before
 
 
-@pytest.mark.parametrize("n, error", [(0, ValueError), (-1, ValueError), (2**16 + 1, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)])
-def test_bad_thread_counts(n, error):
+@pytest.mark.parametrize("n", [0, -1, 2**16 + 1, 1.0, True, "2"])
+def test_bad_thread_counts(n):
+    error = ValueError if type(n) is int else TypeError
     before = fastattn.get_num_threads()
     with pytest.raises(error, match=r"^n must .*; got "):
         fastattn.set_num_threads(n)
@@ -158,7 +152,7 @@ def test_each_instruction_set_has_kernels_of_its_own():
 def test_isa_that_is_unknown_or_not_here():
     with pytest.raises(ValueError, match=re.escape(f"name must be one of {ISAS}; got 'sse2'")), runtime.limit_isa("sse2"):
         pass
-    (foreign, *_) = set(ISAS) - set(fastattn.cpu_info()["isas"])
+    foreign, *_ = set(ISAS) - set(fastattn.cpu_info()["isas"])
     with pytest.raises(ValueError, match=f"name must be available here, .*; got '{foreign}'"), runtime.limit_isa(foreign):
         pass
 
@@ -241,9 +235,7 @@ def test_show_config(backend, capsys):
         fastattn.show_config("json")
 
 
-EXPLAINED = {
-    "backend", "isa", "kernel", "tile_rows", "tile_keys", "splits", "work_items", "threads", "workspace_bytes", "visible_fraction",
-}  # fmt: skip
+EXPLAINED = set("backend isa kernel tile_rows tile_keys splits work_items threads workspace_bytes visible_fraction".split())
 
 
 def test_explain(backend):
