@@ -91,7 +91,8 @@ def judge(case, args):
     median = {side.name: statistics.median(taken) for side, taken in zip(sides, seconds)}
     of_numpy, of_native = median["numpy"] / median["numba"], median.get("native", float("nan")) / median["numba"]
     targets = _TARGETS.get(case.name, (None, None)) if case.dtype == "float32" else (None, None)
-    missed = [name for name, got, least in (("NumPy", of_numpy, targets[0]), ("native", of_native, targets[1])) if least and got < least]
+    ratios = {"NumPy": of_numpy, "native": of_native}
+    missed = [name for (name, ratio), least in zip(ratios.items(), targets) if least and ratio < least]
     speeds = [case.speed(median[name]) if name in median else "-" for name in ("numba", "native", "numpy")]
     verdict = f"misses {' and '.join(missed)}" if missed else "ok" if any(targets) else ""
     return [case.name, str(case), *speeds, f"{of_numpy:.2f}", f"{of_native:.2f}", f"{error:.1e}", verdict], not missed

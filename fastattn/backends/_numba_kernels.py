@@ -398,7 +398,7 @@ def part_range(plan, b, part):
 
 @jit
 def open_panel(plan, unit, part, at, row):
-    """The panel of a unit of work and a part of its keys. Its queries are packed, its state is that of rows that have seen nothing."""
+    """The panel of a unit of work and a part of its keys, with its queries packed and the state of rows that have seen nothing."""
     panel = locate(plan, unit, row)
     store(at.m, splat(-np.inf, row))
     fill(at.l, 0.0, 0, (2 + plan.v_head_pitch) * lanes(row))
