@@ -23,7 +23,7 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
 
 from ._numba_simd import (
-    CONVERTS_HALF, add, blank, convert_half, count, div, elements, fma, lanes, load, mul, rank_one, rows, splat, store, sub,
+    CONVERTS_HALF, add, blank, convert_half, count, div, elements, fma, lanes, load, mul, prefetch, rank_one, rows, splat, store, sub,
     transpose, two_to, where_less, width,
 )  # fmt: skip
 
@@ -215,7 +215,18 @@ def tanh(x):
     return where_less(a, 0.625, near, where_less(x, 0.0, sub(0.0, far), far))
 
 
-# Parts of a step. `tile` and `row` stand for their types alone: the shape of the registers.
+# Parts of a step. `tile` and `row` stand for their types alone: the shape of the registers. Where there are few query rows a step
+# takes no longer than its keys take to arrive. So one product asks for the operand of the next, a share with each tile.
+
+Rows = namedtuple("Rows", "address stride n nbytes")
+
+
+@jit
+def ask_for(some, low, high):
+    """Prefetch those of the rows `low` to `high` that there are."""
+    for j in range(low, min(high, some.n)):
+        for line in range(0, some.nbytes, 64):
+            prefetch(some.address + j * some.stride + line)
 
 
 @inline
@@ -230,7 +241,7 @@ def product(a, a_stride, a_step, b, b_step, n, tile):
 
 
 @jit
-def scores(k, k_row, n, head_dim, qt, st, scale, tile, row):
+def scores(k, k_row, n, head_dim, qt, st, scale, ahead, tile, row):
     """``S^T = scale * K Q^T``; the last tile overlaps the one before where n is no multiple of its rows."""
     pitch = 4 * lanes(row)
     if n < rows(tile):
@@ -238,6 +249,7 @@ def scores(k, k_row, n, head_dim, qt, st, scale, tile, row):
             store(st + j * pitch, mul(product(k + j * k_row, 0, 4, qt, pitch, head_dim, row), scale))
         return
     for first in range(0, n, rows(tile)):
+        ask_for(ahead, first, first + rows(tile))
         j = min(first, n - rows(tile))
         store(st + j * pitch, mul(product(k + j * k_row, k_row, 4, qt, pitch, head_dim, tile), scale))
 
@@ -284,11 +296,15 @@ def softmax(st, n, m_at, l_at, row):
 
 
 @jit
-def values(v, v_row, n, v_head_dim, pt, ot, alpha, tile, row):
+def values(v, v_row, n, v_head_dim, pt, ot, alpha, ahead, tile, row):
     """``O^T = O^T * alpha + V^T P^T``."""
     pitch = 4 * lanes(row)
     d = 0
+    share = -(-ahead.n * rows(tile) // v_head_dim) if v_head_dim else int64(0)
+    asked = int64(0)
     while d + rows(tile) <= v_head_dim:
+        ask_for(ahead, asked, asked + share)
+        asked += share
         total = product(v + 4 * d, 4, v_row, pt, pitch, n, tile)
         store(ot + d * pitch, fma(load(ot + d * pitch, tile), alpha, total))
         d += rows(tile)
@@ -512,8 +528,9 @@ def see_mask(plan, panel, j, n, bits, at, row):
 
 
 @jit
-def step(plan, panel, j, n, bits, at, tile, row):
-    """Take n keys from j on into the state."""
+def step(plan, panel, j, high, bits, at, tile, row):
+    """Take a block of keys from j on, but none from `high` on, into the state."""
+    n = min(high - j, plan.block_keys)
     masked = bits != 0 or plan.mask != 0
     partial = masked or j < panel.inner_low or j + n > panel.inner_high
     if masked and not see_mask(plan, panel, j, n, bits, at, row):
@@ -529,14 +546,16 @@ def step(plan, panel, j, n, bits, at, tile, row):
     kv_head = panel.head0 // plan.kv_group
     k = plan.k + panel.b * plan.k_batch + kv_head * plan.k_head + j * plan.k_row
     v = plan.v + panel.b * plan.v_batch + kv_head * plan.v_head + j * plan.v_row
-    k_row, v_row = plan.k_row, plan.v_row
+    k_row, v_row, itemsize = plan.k_row, plan.v_row, 4 if plan.kv_code == FLOAT32 else 2
+    these_values = Rows(v, v_row, n, itemsize * plan.v_head_dim)
+    next_keys = Rows(k + n * k_row, k_row, min(high - j - n, plan.block_keys), itemsize * plan.head_dim)
     if plan.kv_code != FLOAT32:
         for key in range(n):
             widen_row(k + key * k_row, plan.kv_code, plan.head_dim, at.k + 4 * key * plan.head_dim)
             widen_row(v + key * v_row, plan.kv_code, plan.v_head_dim, at.v + 4 * key * plan.v_head_dim)
         k, k_row, v, v_row = at.k, 4 * plan.head_dim, at.v, 4 * plan.v_head_dim
 
-    scores(k, k_row, n, plan.head_dim, at.qt, at.st, plan.scale, tile, row)
+    scores(k, k_row, n, plan.head_dim, at.qt, at.st, plan.scale, these_values, tile, row)
     if partial or plan.softcap != 0.0 or plan.alibi != 0:
         if plan.alibi:
             offset = elements(plan.query_offset, int64)[panel.b] - j
@@ -549,7 +568,7 @@ def step(plan, panel, j, n, bits, at, tile, row):
     if partial and not all_finite(v, v_row, n, plan.v_head_dim):
         careful_values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, row)
     else:
-        values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, tile, row)
+        values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, next_keys, tile, row)
 
 
 @jit
@@ -561,7 +580,7 @@ def attend(plan, unit, part, state, scratch, tile, row):
     while block < end:
         low, high, bits, block = next_run(plan, panel, block, end)
         for j in range(low, high, plan.block_keys):
-            step(plan, panel, j, min(high - j, plan.block_keys), bits, at, tile, row)
+            step(plan, panel, j, high, bits, at, tile, row)
 
 
 @jit

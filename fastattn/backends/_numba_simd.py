@@ -287,6 +287,21 @@ def convert_half(context, bits):
 
 
 @intrinsic
+def prefetch(context, address):
+    """Ask for the cache line at an address. Nothing is read: the address may be any."""
+
+    def generate(context, builder, signature, values):
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        read, second_level, data = _I32(0), _I32(2), _I32(1)
+        builder.call(function, [builder.inttoptr(values[0], pointer), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def elements(context, address, dtype):
     """A pointer that is indexed like an array of `dtype`, a Numba type, without bounds."""
     pointer = types.CPointer(dtype.dtype)
