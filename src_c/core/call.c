@@ -4,6 +4,7 @@
 #include "ints.h"
 #include "state.h"
 
+#include <fenv.h>
 #include <float.h>
 #include <math.h>
 
@@ -81,7 +82,7 @@ static fastattn_status plan_memory(fa_call *call) {
     return FASTATTN_OK;
 }
 
-fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args) {
+static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) {
     fastattn_status status = fastattn_check_args(args);
     if (status != FASTATTN_OK) return status;
     call->args = args;
@@ -108,4 +109,15 @@ fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_ar
     call->items = args->batch * call->rows.sequences * call->rows.panels * call->splits;
     call->threads = plan_threads(call);
     return plan_memory(call);
+}
+
+/* The plan, too, is made in the default floating-point environment, so that neither do results depend on the caller's
+ * rounding nor its exception flags on the plan. */
+fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args) {
+    fenv_t found;
+    fegetenv(&found);
+    fesetenv(FE_DFL_ENV);
+    const fastattn_status status = plan(call, args);
+    fesetenv(&found);
+    return status;
 }

@@ -134,7 +134,7 @@ TEST_EACH_ISA(attention_long)
 TEST_EACH_ISA(attention_random)
 {
     struct rng rng = {2024};
-    for (int n = 0; n < 12 * test_effort; n++) {
+    for (int n = 0; n < 4 * test_effort; n++) {
         uint64_t seed = random_bits(&rng);
         struct rng own = {seed};
         struct spec spec = spec_random(&own);

@@ -54,8 +54,17 @@ TEST(errors_arguments)
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k = NULL);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.v = NULL);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out = NULL);
-    REFUSED(ANY_ERROR, p.args.precision = (fastattn_precision)3);
-    REFUSED(ANY_ERROR, p.args.precision = (fastattn_precision)-1);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.precision = (fastattn_precision)3);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.precision = (fastattn_precision)-1);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q = (const char *)p.args.q + 2);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k = (const char *)p.args.k + 1);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.v = (const char *)p.args.v + 3);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out = (char *)p.args.out + 2);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.lse = (float *)(void *)((char *)p.args.lse + 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q_strides[2] += 2);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k_strides[0] += 1);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.alibi_strides[1] += 1);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.mask_dtype = FASTATTN_FLOAT32, p.args.mask_strides[3] = 2));
 
     fastattn_plan_info info = {.size = sizeof info};
     build_valid();
@@ -81,6 +90,12 @@ TEST(errors_shapes)
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_heads = 3);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = 0);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = 8);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.head_dim = (1 << 20) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.v_head_dim = (1 << 20) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.q_len = (INT64_C(1) << 31) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.kv_len = (INT64_C(1) << 31) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.window_left = -2);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.window_right = INT64_MIN);
 }
 
 TEST(errors_dtypes)

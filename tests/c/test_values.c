@@ -34,6 +34,7 @@ TEST_EACH_ISA(values_poison_is_confined_to_rows_that_see_it)
         {.name = "element bits", .q_len = 40, .kv_len = 90, .head_dim = 20, .block_size = 20, .blocks_density = 0.8,
          .blocks_partial = 1},
         {.name = "softcap", .q_len = 40, .kv_len = 90, .head_dim = 20, .causal = 1, .softcap = 3},
+        {.name = "split", .heads = 2, .q_len = 2, .kv_len = 3000, .head_dim = 20, .causal = 1, .mask = MASK_BOOL, .hidden = 0.5},
     };
     for (size_t n = 0; n < COUNT(specs) * COUNT(dtypes) * COUNT(poisons) * 2; n++) {
         struct spec spec = specs[n / 18];
@@ -44,7 +45,7 @@ TEST_EACH_ISA(values_poison_is_confined_to_rows_that_see_it)
         spec.q_dtype = spec.kv_dtype = dtype;
         spec_context(&spec, n);
         problem_build(&problem, &spec, n, GUARD_BEHIND);
-        for (int64_t key = 60; key < 90; key += 13)
+        for (int64_t key = spec.kv_len - 30; key < spec.kv_len; key += 13)
             if (in_values)
                 plant(problem.v, problem.args.v_strides, dtype, key, spec.head_dim, poison);
             else
