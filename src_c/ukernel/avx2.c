@@ -15,7 +15,7 @@
 #include "../simd/avx2.h"
 #include "template.h"
 
-FA_TABLE(avx2, FASTATTN_ISA_AVX2, 96)
+FA_TABLE(avx2, FASTATTN_ISA_AVX2, 64)
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,7 +15,7 @@
 #include "../simd/avx512.h"
 #include "template.h"
 
-FA_TABLE(avx512, FASTATTN_ISA_AVX512, 128)
+FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -6,6 +6,6 @@
 #include "../simd/neon.h"
 #include "template.h"
 
-FA_TABLE(neon, FASTATTN_ISA_NEON, 96)
+FA_TABLE(neon, FASTATTN_ISA_NEON, 64)
 
 #endif

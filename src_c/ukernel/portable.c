@@ -2,4 +2,4 @@
 #include "../simd/portable.h"
 #include "template.h"
 
-FA_TABLE(portable, FASTATTN_ISA_PORTABLE, 96)
+FA_TABLE(portable, FASTATTN_ISA_PORTABLE, 64)

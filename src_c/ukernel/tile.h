@@ -19,34 +19,39 @@ FA_INLINE void tile_step(int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4
     }
 }
 
-/* acc[w][v] = sum over steps of a[w * across + step * along] * panel[step][v]; then either stored to c, or added to
- * c scaled by alpha. width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
+/* c[w][v] = alpha[v] * c[w][v] + sum over steps of a[w * across + step * along] * panel[step][v]; without alpha, the sum
+ * alone. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding error grows with their
+ * length. width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
 FA_INLINE void tile(int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                    ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
-    simd_f acc[FA_TILE_MAX_WIDTH][4];
-    FA_UNROLL for (int w = 0; w < width; w++)
-        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
-    int64_t step = 0;
-    if (width == SIMD_TILE_WIDTH(vectors))
-        for (; step + FA_TILE_UNROLL <= steps; step += FA_TILE_UNROLL)
-            FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
-                tile_step(width, vectors, acc, a + (step + u) * along, across, panel + (step + u) * ld);
-    for (; step < steps; step++) tile_step(width, vectors, acc, a + step * along, across, panel + step * ld);
-    FA_UNROLL for (int v = 0; v < vectors; v++) {
-        simd_f factor = alpha ? simd_load(alpha + v * SIMD_LANES) : simd_set1(0.0f);
-        FA_UNROLL for (int w = 0; w < width; w++) {
-            float *to = c + w * ld + v * SIMD_LANES;
-            simd_store(to, alpha ? simd_fma(simd_load(to), factor, acc[w][v]) : acc[w][v]);
+                    ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
+    for (int64_t step = 0;;) {
+        const int64_t end = step + run < steps ? step + run : steps;
+        const int first = step == 0;
+        simd_f acc[FA_TILE_MAX_WIDTH][4];
+        FA_UNROLL for (int w = 0; w < width; w++)
+            FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
+        if (width == SIMD_TILE_WIDTH(vectors))
+            for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
+                FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
+                    tile_step(width, vectors, acc, a + (step + u) * along, across, panel + (step + u) * ld);
+        for (; step < end; step++) tile_step(width, vectors, acc, a + step * along, across, panel + step * ld);
+        FA_UNROLL for (int v = 0; v < vectors; v++) {
+            const simd_f factor = alpha && first ? simd_load(alpha + v * SIMD_LANES) : simd_set1(1.0f);
+            FA_UNROLL for (int w = 0; w < width; w++) {
+                float *to = c + w * ld + v * SIMD_LANES;
+                simd_store(to, alpha || !first ? simd_fma(simd_load(to), factor, acc[w][v]) : acc[w][v]);
+            }
         }
+        if (step >= steps) break;
     }
 }
 
 /* Calls tile() with width as a constant. */
 FA_INLINE void tile_of(int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                       ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+                       ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
 #define FA_CASE(n)                                                                  \
     case n:                                                                         \
-        if (n <= SIMD_TILE_WIDTH(vectors)) tile(n, vectors, c, alpha, a, across, along, panel, ld, steps); \
+        if (n <= SIMD_TILE_WIDTH(vectors)) tile(n, vectors, c, alpha, a, across, along, panel, ld, steps, run); \
         break;
     switch (width) {
         FA_CASE(1) FA_CASE(2) FA_CASE(3) FA_CASE(4) FA_CASE(5) FA_CASE(6)
@@ -58,13 +63,13 @@ FA_INLINE void tile_of(int width, int vectors, float *c, const float *alpha, con
 /* All `count` elements across, for `vectors` vectors of rows. The last two tiles share what is left evenly, because a
  * narrow tile cannot keep the multipliers busy. */
 FA_INLINE void tile_strip(int vectors, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                          ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+                          ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
     const int widest = SIMD_TILE_WIDTH(vectors);
     while (count > 0) {
         int width = (int)(count >= 2 * widest || count == widest ? widest
                           : count > widest                       ? (count + 1) / 2
                                                                  : count);
-        tile_of(width, vectors, c, alpha, a, across, along, panel, ld, steps);
+        tile_of(width, vectors, c, alpha, a, across, along, panel, ld, steps, run);
         c += width * ld;
         a += width * across;
         count -= width;
@@ -73,7 +78,7 @@ FA_INLINE void tile_strip(int vectors, int64_t count, float *c, const float *alp
 
 /* The whole product: strips of the widest vectors, then what is left of the rows. */
 FA_INLINE void tile_product(int rows, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                            ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps) {
+                            ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
     for (int row = 0; row < rows;) {
         int vectors = (rows - row) / SIMD_LANES;
         if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;
@@ -81,30 +86,26 @@ FA_INLINE void tile_product(int rows, int64_t count, float *c, const float *alph
         const float *from = panel + row, *factor = alpha ? alpha + row : alpha;
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
-        case 4: tile_strip(4, count, to, factor, a, across, along, from, ld, steps); break;
-        case 3: tile_strip(3, count, to, factor, a, across, along, from, ld, steps); break;
+        case 4: tile_strip(4, count, to, factor, a, across, along, from, ld, steps, run); break;
+        case 3: tile_strip(3, count, to, factor, a, across, along, from, ld, steps, run); break;
 #endif
-        case 2: tile_strip(2, count, to, factor, a, across, along, from, ld, steps); break;
-        case 1: tile_strip(1, count, to, factor, a, across, along, from, ld, steps); break;
+        case 2: tile_strip(2, count, to, factor, a, across, along, from, ld, steps, run); break;
+        case 1: tile_strip(1, count, to, factor, a, across, along, from, ld, steps, run); break;
         }
         row += vectors * SIMD_LANES;
     }
 }
 
-/* A dot product is summed in two parts or more, of at most 64: that halves its rounding error, which is what limits the
- * accuracy of large scores, and keeps the part of Q in L1. */
+/* A dot product is summed in two runs or more, of at most 64 steps: its rounding error limits the accuracy of large
+ * scores. */
 static void qk(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
                int64_t head_dim) {
-    float ones[FA_PANEL_ROWS];
-    for (int r = 0; r < rows; r++) ones[r] = 1.0f;
-    const int64_t parts = head_dim <= 32 ? 1 : head_dim <= 128 ? 2 : (head_dim + 63) / 64;
-    const int64_t part = (head_dim + parts - 1) / parts;
-    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, part);
-    for (int64_t d = part; d < head_dim; d += part)
-        tile_product(rows, keys, s, ones, k + d, stride, 1, q + d * ld, ld, head_dim - d < part ? head_dim - d : part);
+    const int64_t runs = head_dim <= 32 ? 1 : head_dim <= 64 ? 2 : (head_dim + 63) / 64;
+    const int64_t run = head_dim > 0 ? (head_dim + runs - 1) / runs : 1;
+    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, head_dim, run);
 }
 
 static void pv(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
                int64_t keys, int64_t v_head_dim) {
-    tile_product(rows, v_head_dim, o, alpha, v, 1, stride, p, ld, keys);
+    tile_product(rows, v_head_dim, o, alpha, v, 1, stride, p, ld, keys, keys > 0 ? keys : 1);
 }
