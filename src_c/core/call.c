@@ -1,10 +1,10 @@
 #include "call.h"
 
+#include "../cpu/fpenv.h"
 #include "check.h"
 #include "ints.h"
 #include "state.h"
 
-#include <fenv.h>
 #include <float.h>
 #include <math.h>
 
@@ -114,10 +114,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
 /* The plan, too, is made in the default floating-point environment, so that neither do results depend on the caller's
  * rounding nor its exception flags on the plan. */
 fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args) {
-    fenv_t found;
-    fegetenv(&found);
-    fesetenv(FE_DFL_ENV);
+    const fa_fpenv found = fa_fpenv_default();
     const fastattn_status status = plan(call, args);
-    fesetenv(&found);
+    fa_fpenv_restore(found);
     return status;
 }

@@ -1,8 +1,8 @@
 #include "threads.h"
 
+#include "../cpu/fpenv.h"
 #include "fastattn.h"
 
-#include <fenv.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -16,11 +16,9 @@ int fastattn_has_openmp(void) {
 }
 
 void fastattn_for_range(int64_t first, int64_t end, int worker, fa_work_fn *work, const void *context) {
-    fenv_t found;
-    fegetenv(&found);
-    fesetenv(FE_DFL_ENV);
+    const fa_fpenv found = fa_fpenv_default();
     for (int64_t item = first; item < end; item++) work(context, item, worker);
-    fesetenv(&found);
+    fa_fpenv_restore(found);
 }
 
 void fastattn_for_each(int64_t items, int threads, fa_work_fn *work, const void *context) {
@@ -28,12 +26,10 @@ void fastattn_for_each(int64_t items, int threads, fa_work_fn *work, const void 
     if (threads > 1) {
 #pragma omp parallel num_threads(threads)
         {
-            fenv_t found;
-            fegetenv(&found);
-            fesetenv(FE_DFL_ENV);
+            const fa_fpenv found = fa_fpenv_default();
 #pragma omp for schedule(dynamic, 1)
             for (int64_t item = 0; item < items; item++) work(context, item, omp_get_thread_num());
-            fesetenv(&found);
+            fa_fpenv_restore(found);
         }
         return;
     }
