@@ -117,6 +117,7 @@ setup(
             include_dirs=[str(ENGINE), str(ENGINE / "include"), numpy.get_include()],
             define_macros=[
                 ("FASTATTN_VERSION", f'"{version()}"'),
+                ("FASTATTN_API", ""),  # nothing but the module's init function leaves the extension
                 ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

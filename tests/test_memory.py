@@ -211,6 +211,9 @@ x[...] = 1
 q = x[:, :, :8]
 boolean = np.broadcast_to(np.ones((8, 30_000), bool), (1, 2, 8, 30_000))
 additive = np.broadcast_to(np.zeros((30_000,)), (8, 30_000))
+few = x[:, :, :300]  # warm up each kind of call: a backend may compile for it
+for mask in (None, boolean[..., :300], additive[..., :300]):
+    fastattn.attention(q, few, few, mask=mask)
 """,
         call="""
 fastattn.attention(q, x, x)

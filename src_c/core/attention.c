@@ -26,7 +26,6 @@ typedef struct fa_work {
     float *q, *s, *bias, *shown, *k, *v, *finite_v;
 } fa_work;
 
-
 /* The keys of a block in float32, and what the rules say of them. */
 typedef struct fa_operands {
     const float *k, *v;
@@ -194,12 +193,25 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
         uk->pv(t->o + row, alpha, s, ld, rows, x->v + from * x->v_stride, x->v_stride, keys, t->v_head_dim);
 }
 
+/* With few rows the loop waits for memory, and the columns in which pv walks through V hide from the hardware what comes
+ * next: ask for this block's values, and for as many keys after it. (What is widened is read in order anyway.) */
+static void fetch_ahead(const fa_call *call, const fa_panel *p, const fa_key_block *block) {
+    const fastattn_attention_args *a = call->args;
+    const int64_t after = block->first + block->keys, itemsize = sizeof(float);
+    const char *k = (const char *)a->k + p->batch * a->k_strides[0] + p->kv_head * a->k_strides[1];
+    const char *v = (const char *)a->v + p->batch * a->v_strides[0] + p->kv_head * a->v_strides[1];
+    call->uk->fetch(v + block->first * a->v_strides[2], a->v_strides[2], block->keys, a->v_head_dim * itemsize);
+    call->uk->fetch(k + after * a->k_strides[2], a->k_strides[2], fa_min(block->keys, p->end_key - after),
+                    a->head_dim * itemsize);
+}
+
 static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
     const fa_panel *p = &w->panel;
     const unsigned found = block_bias(w, block);
     if (!(found & FA_MASK_SHOWS)) return;
+    if (p->padded == FA_ROW_STEP && a->kv_dtype == FASTATTN_FLOAT32) fetch_ahead(call, p, block);
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
     fa_operands x;
     x.k = block_rows(call, a->k, a->k_strides, p, block, a->head_dim, w->k, &x.k_stride);

@@ -8,7 +8,6 @@
 #include <float.h>
 #include <math.h>
 
-
 static fa_rows plan_rows(const fastattn_attention_args *a) {
     fa_rows r;
     const fastattn_block_mask *blocks = a->block_mask;

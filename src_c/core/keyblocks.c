@@ -2,7 +2,6 @@
 
 #include "ints.h"
 
-
 fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
     fa_key_blocks it = {0};
     /* Bounds ascend with the row, so the first and the last row tell all. */

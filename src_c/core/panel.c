@@ -2,7 +2,6 @@
 
 #include "ints.h"
 
-
 /* Positions and windows are cut to 2**60, so that their sums cannot overflow. */
 static int64_t reach(int64_t x) {
     const int64_t far = (int64_t)1 << 60;

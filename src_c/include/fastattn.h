@@ -33,6 +33,8 @@
 extern "C" {
 #endif
 
+/* How the functions are exported. Whoever compiles the library into a program of their own may define it as empty. */
+#ifndef FASTATTN_API
 #if defined(_WIN32) && defined(FASTATTN_SHARED)
 #ifdef FASTATTN_BUILD
 #define FASTATTN_API __declspec(dllexport)
@@ -43,6 +45,7 @@ extern "C" {
 #define FASTATTN_API __attribute__((visibility("default")))
 #else
 #define FASTATTN_API
+#endif
 #endif
 
 /* The outcome of a call. Unless it is FASTATTN_OK, nothing has been written to any output. */

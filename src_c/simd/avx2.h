@@ -13,6 +13,7 @@
 typedef __m256 simd_f;
 typedef __m256 simd_m;
 
+static inline void simd_fetch(const char *p) { _mm_prefetch(p, _MM_HINT_T0); }
 static inline simd_f simd_set1(float x) { return _mm256_set1_ps(x); }
 static inline simd_f simd_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void simd_store(float *p, simd_f a) { _mm256_storeu_ps(p, a); }

@@ -14,6 +14,7 @@
 typedef float32x4_t simd_f;
 typedef uint32x4_t simd_m;
 
+static inline void simd_fetch(const char *p) { __builtin_prefetch(p); }
 static inline simd_f simd_set1(float x) { return vdupq_n_f32(x); }
 static inline simd_f simd_load(const float *p) { return vld1q_f32(p); }
 static inline void simd_store(float *p, simd_f a) { vst1q_f32(p, a); }

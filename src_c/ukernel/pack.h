@@ -123,6 +123,11 @@ static void widen(float *to, const void *from, int64_t stride, int64_t keys, int
     FA_BY_STORAGE(dtype, widen_of, to, from, stride, keys, head_dim)
 }
 
+static void fetch(const void *rows, int64_t stride, int64_t keys, int64_t bytes) {
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)rows + j * stride + at);
+}
+
 /* x * 0 is 0 for finite x, and NaN else. */
 static int finite(const float *v, int64_t stride, int64_t keys, int64_t v_head_dim) {
     const simd_f zero = simd_set1(0.0f);

@@ -27,5 +27,5 @@
 #include "tile.h"
 
 #define FA_TABLE(suffix, isa, keys)                                                                       \
-    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys, pack, widen, qk, mask, \
-                                                  scores,             softmax, pv,   finite, unpack};
+    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys, pack,   widen, fetch, qk, \
+                                                  mask,               scores, softmax, pv, finite, unpack};

@@ -56,6 +56,9 @@ typedef struct fa_ukernel {
     /* to[key][head_dim] = from[key][d] in float32; for storage other than float32. */
     void (*widen)(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype);
 
+    /* Asks the caches for `bytes` of each of these rows. stride is in bytes. A hint: nothing else changes. */
+    void (*fetch)(const void *rows, int64_t stride, int64_t keys, int64_t bytes);
+
     /* s[key][row] = sum over d of k[key][d] * q[d][row]. stride is in floats. */
     void (*qk)(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
                int64_t head_dim);
