@@ -19,7 +19,7 @@
 #define SANITIZED 0
 #endif
 
-enum { TEST_SECONDS = 200, EXIT_FAILED = 1, EXIT_SKIPPED = 77 };
+enum { TEST_SECONDS = 600, EXIT_FAILED = 1, EXIT_SKIPPED = 77 };
 
 fastattn_isa test_isa;
 int test_effort = 100;
@@ -28,7 +28,7 @@ int test_effort = 100;
 
 struct guarded {
     const char *name;
-    uint8_t *pages;     /* the accessible ones; one inaccessible page on either side */
+    uint8_t *pages; /* the accessible ones; one inaccessible page on either side */
     size_t pages_size;
     uint8_t *data;
     size_t size;
@@ -40,8 +40,7 @@ enum { SLACK_BYTE = 0xA7 };
 
 static struct guarded *guarded_list;
 
-static void *guard_alloc(const char *name, size_t size, size_t alignment, enum guard_side side, int is_input)
-{
+static void *guard_alloc(const char *name, size_t size, size_t alignment, enum guard_side side, int is_input) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     size_t pages_size = (size + page - 1) / page * page;
     uint8_t *map = mmap(NULL, pages_size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -60,25 +59,21 @@ static void *guard_alloc(const char *name, size_t size, size_t alignment, enum g
     return guarded->data;
 }
 
-void *guard_input(const char *name, size_t size, size_t alignment, enum guard_side side)
-{
+void *guard_input(const char *name, size_t size, size_t alignment, enum guard_side side) {
     return guard_alloc(name, size, alignment, side, 1);
 }
 
-void *guard_output(const char *name, size_t size, size_t alignment, enum guard_side side)
-{
+void *guard_output(const char *name, size_t size, size_t alignment, enum guard_side side) {
     return guard_alloc(name, size, alignment, side, 0);
 }
 
-void guard_seal(void)
-{
+void guard_seal(void) {
     for (struct guarded *g = guarded_list; g; g = g->next)
         if (g->is_input && g->pages_size > 0)
             CHECK(mprotect(g->pages, g->pages_size, PROT_READ) == 0, "mprotect: %s", strerror(errno));
 }
 
-void guard_check(void)
-{
+void guard_check(void) {
     for (struct guarded *g = guarded_list; g; g = g->next)
         for (size_t i = 0; i < g->pages_size; i++)
             if ((g->pages + i < g->data || g->pages + i >= g->data + g->size) && g->pages[i] != SLACK_BYTE)
@@ -86,8 +81,7 @@ void guard_check(void)
                      g->pages + i - g->data, g->name, g->size);
 }
 
-void guard_release(void)
-{
+void guard_release(void) {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     while (guarded_list) {
         struct guarded *g = guarded_list;
@@ -107,61 +101,44 @@ void *__real_realloc(void *memory, size_t size);
 void *__real_aligned_alloc(size_t alignment, size_t size);
 int __real_posix_memalign(void **memory, size_t alignment, size_t size);
 
-static int allocation_refused(void)
-{
+static int allocation_refused(void) {
     __atomic_add_fetch(&allocation_count, 1, __ATOMIC_RELAXED);
     return __atomic_load_n(&allocation_fails, __ATOMIC_RELAXED);
 }
 
 void *__wrap_malloc(size_t size);
-void *__wrap_malloc(size_t size)
-{
-    return allocation_refused() ? NULL : __real_malloc(size);
-}
+void *__wrap_malloc(size_t size) { return allocation_refused() ? NULL : __real_malloc(size); }
 
 void *__wrap_calloc(size_t count, size_t size);
-void *__wrap_calloc(size_t count, size_t size)
-{
-    return allocation_refused() ? NULL : __real_calloc(count, size);
-}
+void *__wrap_calloc(size_t count, size_t size) { return allocation_refused() ? NULL : __real_calloc(count, size); }
 
 void *__wrap_realloc(void *memory, size_t size);
-void *__wrap_realloc(void *memory, size_t size)
-{
-    return allocation_refused() ? NULL : __real_realloc(memory, size);
-}
+void *__wrap_realloc(void *memory, size_t size) { return allocation_refused() ? NULL : __real_realloc(memory, size); }
 
 void *__wrap_aligned_alloc(size_t alignment, size_t size);
-void *__wrap_aligned_alloc(size_t alignment, size_t size)
-{
+void *__wrap_aligned_alloc(size_t alignment, size_t size) {
     return allocation_refused() ? NULL : __real_aligned_alloc(alignment, size);
 }
 
 int __wrap_posix_memalign(void **memory, size_t alignment, size_t size);
-int __wrap_posix_memalign(void **memory, size_t alignment, size_t size)
-{
+int __wrap_posix_memalign(void **memory, size_t alignment, size_t size) {
     return allocation_refused() ? ENOMEM : __real_posix_memalign(memory, alignment, size);
 }
 
 /* --------------------------------------------------------------------------------------------------- random numbers */
 
-uint64_t random_bits(struct rng *rng)
-{
+uint64_t random_bits(struct rng *rng) {
     uint64_t z = rng->state += 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
 }
 
-int64_t random_between(struct rng *rng, int64_t low, int64_t high)
-{
+int64_t random_between(struct rng *rng, int64_t low, int64_t high) {
     return low + (int64_t)(random_bits(rng) % (uint64_t)(high - low + 1));
 }
 
-double random_signed(struct rng *rng)
-{
-    return (double)(int64_t)random_bits(rng) * 0x1p-63;
-}
+double random_signed(struct rng *rng) { return (double)(int64_t)random_bits(rng) * 0x1p-63; }
 
 /* ------------------------------------------------------------------------------------------------------- the runner */
 
@@ -172,16 +149,14 @@ struct report {
 };
 static struct report *report;
 
-void context(const char *format, ...)
-{
+void context(const char *format, ...) {
     va_list list;
     va_start(list, format);
     vsnprintf(report->context, sizeof report->context, format, list);
     va_end(list);
 }
 
-void fail(const char *file, int line, const char *format, ...)
-{
+void fail(const char *file, int line, const char *format, ...) {
     va_list list;
     const char *name = strrchr(file, '/');
     size_t used = (size_t)snprintf(report->message, sizeof report->message, "%s:%d: ", name ? name + 1 : file, line);
@@ -191,15 +166,13 @@ void fail(const char *file, int line, const char *format, ...)
     _exit(EXIT_FAILED);
 }
 
-void skip(const char *reason)
-{
+void skip(const char *reason) {
     snprintf(report->message, sizeof report->message, "%s", reason);
     _exit(EXIT_SKIPPED);
 }
 
 /* Says which buffer a faulting address lies next to, then lets the signal take its course. */
-static void on_fault(int number, siginfo_t *info, void *machine)
-{
+static void on_fault(int number, siginfo_t *info, void *machine) {
     const uint8_t *address = info->si_addr;
     const struct guarded *nearest = NULL;
     ptrdiff_t distance = 0;
@@ -219,36 +192,32 @@ static void on_fault(int number, siginfo_t *info, void *machine)
     signal(number, SIG_DFL);
 }
 
-static void catch_faults(void)
-{
+static void catch_faults(void) {
     const int numbers[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO};
     if (SANITIZED) /* has a report of its own, with a stack */
         return;
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+    for (size_t i = 0; i < COUNT(numbers); i++)
         sigaction(numbers[i], &action, NULL);
 }
 
 static struct test *tests, **tests_end = &tests;
 
-void test_register(struct test *test)
-{
+void test_register(struct test *test) {
     *tests_end = test;
     tests_end = &test->next;
 }
 
 static int counts[3]; /* passed, failed, skipped */
 
-static void conclude(int outcome, const char *name, const char *detail)
-{
+static void conclude(int outcome, const char *name, const char *detail) {
     static const char *const words[] = {"pass", "FAIL", "skip"};
     counts[outcome]++;
     printf("%s %s%s%s\n", words[outcome], name, *detail ? ": " : "", detail);
     fflush(stdout);
 }
 
-static void run_test(const struct test *test, const char *name)
-{
+static void run_test(const struct test *test, const char *name) {
     int status = 0;
     memset(report, 0, sizeof *report);
     pid_t child = fork();
@@ -282,8 +251,7 @@ static void run_test(const struct test *test, const char *name)
 }
 
 /* usage: program [effort in percent [part of a test's name]] */
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     const char *wanted = argc > 2 ? argv[2] : "";
     if (argc > 1)
         test_effort = atoi(argv[1]);

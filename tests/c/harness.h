@@ -14,6 +14,8 @@
 
 #include "fastattn.h"
 
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
+
 struct test {
     const char *name;
     void (*run)(void);
@@ -23,13 +25,12 @@ struct test {
 
 void test_register(struct test *test);
 
-#define TEST_DEFINE(function, isas)                                                        \
-    static void function(void);                                                            \
-    __attribute__((constructor)) static void register_##function(void)                     \
-    {                                                                                      \
-        static struct test test = {#function, function, isas, NULL};                       \
-        test_register(&test);                                                              \
-    }                                                                                      \
+#define TEST_DEFINE(function, isas)                                      \
+    static void function(void);                                          \
+    __attribute__((constructor)) static void register_##function(void) { \
+        static struct test test = {#function, function, isas, NULL};     \
+        test_register(&test);                                            \
+    }                                                                    \
     static void function(void)
 
 /* TEST runs once. TEST_EACH_ISA runs once for every instruction set that is available, which is then in test_isa. */
@@ -45,15 +46,16 @@ __attribute__((format(printf, 1, 2))) void context(const char *format, ...);
 __attribute__((noreturn, format(printf, 3, 4))) void fail(const char *file, int line, const char *format, ...);
 __attribute__((noreturn)) void skip(const char *reason);
 
-#define CHECK(condition, ...)                     \
-    do {                                          \
-        if (!(condition))                         \
+#define CHECK(condition, ...)                      \
+    do {                                           \
+        if (!(condition))                          \
             fail(__FILE__, __LINE__, __VA_ARGS__); \
     } while (0)
-#define CHECK_STATUS(expression, expected)                                                                   \
-    do {                                                                                                     \
-        fastattn_status status_ = (expression);                                                              \
-        CHECK(status_ == (expected), "%s: status %d, not %s (%d)", #expression, (int)status_, #expected, (int)(expected)); \
+#define CHECK_STATUS(expression, expected)                                                               \
+    do {                                                                                                 \
+        fastattn_status status_ = (expression);                                                          \
+        CHECK(status_ == (expected), "%s: status %d, not %s (%d)", #expression, (int)status_, #expected, \
+              (int)(expected));                                                                          \
     } while (0)
 
 /* Random numbers: splitmix64, the same on every machine. */

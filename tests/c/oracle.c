@@ -6,24 +6,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-size_t dtype_size(fastattn_dtype dtype)
-{
+size_t dtype_size(fastattn_dtype dtype) {
     static const size_t sizes[] = {4, 2, 2, 8, 1};
     return sizes[dtype];
 }
 
-static double half_to_double(uint16_t bits)
-{
+static double half_to_double(uint16_t bits) {
     int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double magnitude = exponent == 31 ? (fraction ? (double)NAN : INFINITY)
+    double magnitude = exponent == 31  ? (fraction ? (double)NAN : INFINITY)
                        : exponent == 0 ? ldexp(fraction, -24)
                                        : ldexp(1024 + fraction, exponent - 25);
     return bits >> 15 ? -magnitude : magnitude;
 }
 
 /* To nearest even. */
-static uint16_t double_to_half(double value)
-{
+static uint16_t double_to_half(double value) {
     uint16_t sign = signbit(value) ? 0x8000 : 0;
     double magnitude = fabs(value);
     if (isnan(value))
@@ -35,8 +32,7 @@ static uint16_t double_to_half(double value)
     return sign | (uint16_t)(((exponent + 14) << 10) + (int)nearbyint(ldexp(magnitude, 10 - exponent)));
 }
 
-double load(fastattn_dtype dtype, const void *address)
-{
+double load(fastattn_dtype dtype, const void *address) {
     union {
         uint8_t byte;
         uint16_t half;
@@ -60,8 +56,7 @@ double load(fastattn_dtype dtype, const void *address)
     }
 }
 
-void store(fastattn_dtype dtype, void *address, double value)
-{
+void store(fastattn_dtype dtype, void *address, double value) {
     union {
         uint8_t byte;
         uint16_t half;
@@ -88,14 +83,14 @@ void store(fastattn_dtype dtype, void *address, double value)
     memcpy(address, &x, dtype_size(dtype));
 }
 
-void *element(const void *base, const int64_t strides[3], fastattn_dtype dtype, int64_t i0, int64_t i1, int64_t i2, int64_t i3)
-{
-    return (char *)(uintptr_t)base + i0 * strides[0] + i1 * strides[1] + i2 * strides[2] + i3 * (int64_t)dtype_size(dtype);
+void *element(const void *base, const int64_t strides[3], fastattn_dtype dtype, int64_t i0, int64_t i1, int64_t i2,
+              int64_t i3) {
+    return (char *)(uintptr_t)base + i0 * strides[0] + i1 * strides[1] + i2 * strides[2] +
+           i3 * (int64_t)dtype_size(dtype);
 }
 
 /* Is row i's key j listed by the block mask? */
-static int block_visible(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, int64_t j)
-{
+static int block_visible(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, int64_t j) {
     const fastattn_block_mask *m = a->block_mask;
     int64_t row = b * m->batch_stride + h * m->head_stride + i / m->block_size;
     for (int64_t n = m->indptr[row]; n < m->indptr[row + 1]; n++) {
@@ -110,8 +105,7 @@ static int block_visible(const fastattn_attention_args *a, int64_t b, int64_t h,
     return 0;
 }
 
-struct rounding oracle_rounding(const fastattn_attention_args *a)
-{
+struct rounding oracle_rounding(const fastattn_attention_args *a) {
     struct rounding rounding = {FLT_EPSILON / 2, FLT_EPSILON / 2};
     fastattn_plan_info info = {.size = sizeof info};
     CHECK_STATUS(fastattn_explain(a, &info), FASTATTN_OK);
@@ -127,8 +121,7 @@ struct rounding oracle_rounding(const fastattn_attention_args *a)
 }
 
 void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, struct rounding rounding,
-                struct oracle_row *result)
-{
+                struct oracle_row *result) {
     const int64_t h_kv = h / (a->num_heads / a->num_kv_heads);
     const int64_t length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
     const int64_t offset = a->query_offset ? a->query_offset[b] : length - a->q_len;
@@ -171,7 +164,8 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
         magnitude += fabs(bias);
         if (a->alibi_slopes) {
             double distance = p > j ? (double)(p - j) : (double)(j - p);
-            double slope = *(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] + h * a->alibi_strides[1]);
+            double slope =
+                *(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] + h * a->alibi_strides[1]);
             score -= slope * distance;
             magnitude += fabs(slope * distance);
         }
@@ -219,9 +213,11 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
         result->lse_tolerance = unsure / sum + accumulation + rounding.weight + 2 * FLT_EPSILON * fabs(result->lse);
         for (int64_t d = 0; d < a->v_head_dim; d++) {
             double out = fabs(result->out[d]);
-            result->out_tolerance[d] += out * unsure / sum + (a->q_dtype == FASTATTN_FLOAT16    ? out * 0x1p-11 + 0x1p-25
-                                                              : a->q_dtype == FASTATTN_BFLOAT16 ? out * 0x1p-8
-                                                                                                : out * 0x1p-24) + FLT_MIN;
+            result->out_tolerance[d] += out * unsure / sum +
+                                        (a->q_dtype == FASTATTN_FLOAT16    ? out * 0x1p-11 + 0x1p-25
+                                         : a->q_dtype == FASTATTN_BFLOAT16 ? out * 0x1p-8
+                                                                           : out * 0x1p-24) +
+                                        FLT_MIN;
         }
     }
     free(s);

@@ -9,12 +9,12 @@ enum { BLANK_BYTE = 0x5A, GAP_BYTE = 0xFF /* a NaN in every float type */ };
 
 /* Allocates an array of the given shape, sets its strides and returns the address of its first element. An output has a
  * block, which receives the allocation. */
-static void *array_alloc(const char *name, const int64_t shape[4], fastattn_dtype dtype, enum layout layout, int64_t strides[4],
-                         enum guard_side side, struct block *output)
-{
+static void *array_alloc(const char *name, const int64_t shape[4], fastattn_dtype dtype, enum layout layout,
+                         int64_t strides[4], enum guard_side side, struct block *output) {
     static const int c_order[4] = {0, 1, 2, 3}, swapped[4] = {0, 2, 1, 3}, transposed[4] = {0, 1, 3, 2};
     const int *order = layout == SWAPPED ? swapped : layout == TRANSPOSED ? transposed : c_order;
-    const int64_t item = (int64_t)dtype_size(dtype), gap = layout == PADDED || layout == NEGATIVE || layout == BACKWARDS ? 3 : 0;
+    const int64_t item = (int64_t)dtype_size(dtype),
+                  gap = layout == PADDED || layout == NEGATIVE || layout == BACKWARDS ? 3 : 0;
     const int same[4] = {layout == SAME_BATCH || layout == SAME_PLANE, layout == SAME_HEAD || layout == SAME_PLANE,
                          layout == SAME_ROW, layout == SAME_COLUMN};
     const int negative = layout == NEGATIVE ? 3 : layout == BACKWARDS ? 4 : 0;
@@ -36,14 +36,10 @@ static void *array_alloc(const char *name, const int64_t shape[4], fastattn_dtyp
     return empty ? start : start - lowest;
 }
 
-static double uniform(struct rng *rng)
-{
-    return (random_signed(rng) + 1) / 2;
-}
+static double uniform(struct rng *rng) { return (random_signed(rng) + 1) / 2; }
 
 static void fill(void *base, const int64_t shape[4], const int64_t strides[4], fastattn_dtype dtype, double amplitude,
-                 struct rng *rng)
-{
+                 struct rng *rng) {
     for (int64_t b = 0; b < shape[0]; b++)
         for (int64_t h = 0; h < shape[1]; h++)
             for (int64_t i = 0; i < shape[2]; i++)
@@ -51,10 +47,9 @@ static void fill(void *base, const int64_t shape[4], const int64_t strides[4], f
                     store(dtype, element(base, strides, dtype, b, h, i, j), amplitude * random_signed(rng));
 }
 
-static void build_mask(struct problem *problem, const struct spec *spec, struct rng *rng, enum guard_side side)
-{
-    static const fastattn_dtype dtypes[] = {FASTATTN_BOOL, FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32,
-                                            FASTATTN_FLOAT64};
+static void build_mask(struct problem *problem, const struct spec *spec, struct rng *rng, enum guard_side side) {
+    static const fastattn_dtype dtypes[] = {FASTATTN_BOOL,     FASTATTN_BOOL,    FASTATTN_FLOAT16,
+                                            FASTATTN_BFLOAT16, FASTATTN_FLOAT32, FASTATTN_FLOAT64};
     fastattn_attention_args *a = &problem->args;
     const int64_t shape[4] = {a->batch, a->num_heads, a->q_len, a->kv_len};
     a->mask_dtype = dtypes[spec->mask];
@@ -72,8 +67,7 @@ static void build_mask(struct problem *problem, const struct spec *spec, struct 
                 }
 }
 
-static void build_blocks(struct problem *problem, const struct spec *spec, struct rng *rng, enum guard_side side)
-{
+static void build_blocks(struct problem *problem, const struct spec *spec, struct rng *rng, enum guard_side side) {
     const fastattn_attention_args *a = &problem->args;
     fastattn_block_mask *m = &problem->blocks;
     const int64_t rows = (a->q_len + spec->block_size - 1) / spec->block_size;
@@ -104,7 +98,8 @@ static void build_blocks(struct problem *problem, const struct spec *spec, struc
     if (spec->blocks_partial) {
         m->partial = problem->partial = guard_input("partial", (size_t)count * 4, 4, side);
         memcpy(problem->partial, partial, (size_t)count * 4);
-        m->element_bits = problem->element_bits = guard_input("element_bits", (size_t)(m->num_element_masks * mask_bytes), 1, side);
+        m->element_bits = problem->element_bits =
+            guard_input("element_bits", (size_t)(m->num_element_masks * mask_bytes), 1, side);
         for (int64_t n = 0; n < m->num_element_masks * mask_bytes; n++)
             problem->element_bits[n] = (uint8_t)random_bits(rng);
     }
@@ -113,8 +108,7 @@ static void build_blocks(struct problem *problem, const struct spec *spec, struc
     problem->args.block_mask = m;
 }
 
-void problem_build(struct problem *problem, const struct spec *spec, uint64_t seed, enum guard_side side)
-{
+void problem_build(struct problem *problem, const struct spec *spec, uint64_t seed, enum guard_side side) {
     struct rng rng = {seed};
     int64_t strides[4];
     *problem = (struct problem){.args = {.size = sizeof problem->args}};
@@ -159,15 +153,15 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
     memcpy(a->out_strides, strides, sizeof a->out_strides);
     if (!spec->no_lse) {
         const int64_t lse_shape[4] = {a->batch, a->num_heads, a->q_len, 1};
-        a->lse = array_alloc("lse", lse_shape, FASTATTN_FLOAT32, spec->out_layout, strides, side,
-                             &problem->lse);
+        a->lse = array_alloc("lse", lse_shape, FASTATTN_FLOAT32, spec->out_layout, strides, side, &problem->lse);
         memcpy(a->lse_strides, strides, sizeof a->lse_strides);
     }
 
     if (spec->offset != OFFSET_DEFAULT) {
         a->query_offset = problem->query_offset = guard_input("query_offset", (size_t)a->batch * 8, 8, side);
         for (int64_t b = 0; b < a->batch; b++)
-            problem->query_offset[b] = spec->offset == OFFSET_ZERO ? 0 : random_between(&rng, -a->q_len / 2 - 1, a->kv_len);
+            problem->query_offset[b] =
+                spec->offset == OFFSET_ZERO ? 0 : random_between(&rng, -a->q_len / 2 - 1, a->kv_len);
     }
     if (spec->lengths == LENGTHS_RANDOM) {
         a->kv_lengths = problem->kv_lengths = guard_input("kv_lengths", (size_t)a->batch * 8, 8, side);
@@ -188,7 +182,8 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
         build_mask(problem, spec, &rng, side);
     if (spec->alibi != ALIBI_NONE) {
         const int64_t batches = spec->alibi == ALIBI_ALL ? a->batch : 1;
-        a->alibi_slopes = problem->alibi_slopes = guard_input("alibi_slopes", (size_t)(batches * a->num_heads) * 4, 4, side);
+        a->alibi_slopes = problem->alibi_slopes =
+            guard_input("alibi_slopes", (size_t)(batches * a->num_heads) * 4, 4, side);
         a->alibi_strides[0] = batches > 1 ? a->num_heads * 4 : 0;
         a->alibi_strides[1] = 4;
         for (int64_t n = 0; n < batches * a->num_heads; n++)
@@ -204,49 +199,43 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
     problem_blank(problem);
 }
 
-void *mask_element(const struct problem *problem, int64_t b, int64_t h, int64_t i, int64_t j)
-{
+void *mask_element(const struct problem *problem, int64_t b, int64_t h, int64_t i, int64_t j) {
     const int64_t *strides = problem->args.mask_strides;
     return (char *)problem->mask + b * strides[0] + h * strides[1] + i * strides[2] + j * strides[3];
 }
 
-void problem_seal(struct problem *problem, enum guard_side side)
-{
+void problem_seal(struct problem *problem, enum guard_side side) {
     const fastattn_attention_args *a = &problem->args;
     problem->workspace_size = fastattn_workspace_size(a);
     problem->workspace = guard_output("workspace", problem->workspace_size, 64, side);
     guard_seal();
 }
 
-void problem_blank(const struct problem *problem)
-{
+void problem_blank(const struct problem *problem) {
     memset(problem->out.memory, BLANK_BYTE, problem->out.size);
     if (problem->lse.memory)
         memset(problem->lse.memory, BLANK_BYTE, problem->lse.size);
 }
 
-static void check_blank(const char *name, const uint8_t *memory, size_t size, const uint8_t *owned)
-{
+static void check_blank(const char *name, const uint8_t *memory, size_t size, const uint8_t *owned) {
     for (size_t n = 0; n < size; n++)
         CHECK((owned && owned[n]) || memory[n] == BLANK_BYTE, "byte %zu of %s was written", n, name);
 }
 
-void problem_untouched(const struct problem *problem)
-{
+void problem_untouched(const struct problem *problem) {
     check_blank("out", problem->out.memory, problem->out.size, NULL);
     if (problem->lse.memory)
         check_blank("lse", problem->lse.memory, problem->lse.size, NULL);
 }
 
-static void compare(const char *what, double got, double wanted, double tolerance, int64_t b, int64_t h, int64_t i, int64_t d)
-{
+static void compare(const char *what, double got, double wanted, double tolerance, int64_t b, int64_t h, int64_t i,
+                    int64_t d) {
     int right = isnan(wanted) ? isnan(got) : isinf(wanted) ? got == wanted : fabs(got - wanted) <= tolerance;
-    CHECK(right, "%s[%lld,%lld,%lld,%lld] is %.9g, should be %.9g within %.2g", what, (long long)b, (long long)h, (long long)i,
-          (long long)d, got, wanted, tolerance);
+    CHECK(right, "%s[%lld,%lld,%lld,%lld] is %.9g, should be %.9g within %.2g", what, (long long)b, (long long)h,
+          (long long)i, (long long)d, got, wanted, tolerance);
 }
 
-void problem_verify(const struct problem *problem, double slack)
-{
+void problem_verify(const struct problem *problem, double slack) {
     const fastattn_attention_args *a = &problem->args;
     const size_t item = dtype_size(a->q_dtype);
     const struct rounding rounding = oracle_rounding(a);
@@ -283,15 +272,13 @@ void problem_verify(const struct problem *problem, double slack)
     free(lse_owned);
 }
 
-void problem_check(struct problem *problem, enum guard_side side)
-{
+void problem_check(struct problem *problem, enum guard_side side) {
     problem_seal(problem, side);
     CHECK_STATUS(fastattn_attention(&problem->args, problem->workspace, problem->workspace_size), FASTATTN_OK);
     problem_verify(problem, 1);
 }
 
-uint8_t *problem_snapshot(const struct problem *problem)
-{
+uint8_t *problem_snapshot(const struct problem *problem) {
     uint8_t *copy = malloc(problem->out.size + problem->lse.size + 1);
     CHECK(copy != NULL, "out of memory");
     memcpy(copy, problem->out.memory, problem->out.size);
@@ -300,26 +287,24 @@ uint8_t *problem_snapshot(const struct problem *problem)
     return copy;
 }
 
-int problem_equals(const struct problem *problem, const uint8_t *snapshot)
-{
+int problem_equals(const struct problem *problem, const uint8_t *snapshot) {
     return memcmp(snapshot, problem->out.memory, problem->out.size) == 0 &&
            (!problem->lse.memory || memcmp(snapshot + problem->out.size, problem->lse.memory, problem->lse.size) == 0);
 }
 
-void spec_context(const struct spec *s, uint64_t seed)
-{
-    context("%s seed %llu: B%lld H%lld/%lld L%lld/%lld D%lld/%lld dtype %d/%d layout %d %d %d %d prec %d cap %g causal %d "
-            "window %d:%lld,%lld offset %d lengths %d mask %d/%d alibi %d sinks %d blocks %lld/%d/%d/%d threads %d",
-            s->name ? s->name : "case", (unsigned long long)seed, (long long)s->batch, (long long)s->heads,
-            (long long)s->kv_heads, (long long)s->q_len, (long long)s->kv_len, (long long)s->head_dim, (long long)s->v_head_dim,
-            s->q_dtype, s->kv_dtype, s->q_layout, s->k_layout, s->v_layout, s->out_layout, s->precision, (double)s->softcap,
-            s->causal, s->windowed, (long long)s->window_left, (long long)s->window_right, s->offset, s->lengths, s->mask,
-            s->mask_layout, s->alibi, s->sinks, (long long)s->block_size, s->blocks_partial, s->blocks_by_batch,
-            s->blocks_by_head, s->num_threads);
+void spec_context(const struct spec *s, uint64_t seed) {
+    context(
+        "%s seed %llu: B%lld H%lld/%lld L%lld/%lld D%lld/%lld dtype %d/%d layout %d %d %d %d prec %d cap %g causal %d "
+        "window %d:%lld,%lld offset %d lengths %d mask %d/%d alibi %d sinks %d blocks %lld/%d/%d/%d threads %d",
+        s->name ? s->name : "case", (unsigned long long)seed, (long long)s->batch, (long long)s->heads,
+        (long long)s->kv_heads, (long long)s->q_len, (long long)s->kv_len, (long long)s->head_dim,
+        (long long)s->v_head_dim, s->q_dtype, s->kv_dtype, s->q_layout, s->k_layout, s->v_layout, s->out_layout,
+        s->precision, (double)s->softcap, s->causal, s->windowed, (long long)s->window_left, (long long)s->window_right,
+        s->offset, s->lengths, s->mask, s->mask_layout, s->alibi, s->sinks, (long long)s->block_size, s->blocks_partial,
+        s->blocks_by_batch, s->blocks_by_head, s->num_threads);
 }
 
-void spec_check(const struct spec *spec, uint64_t seed)
-{
+void spec_check(const struct spec *spec, uint64_t seed) {
     struct problem problem;
     spec_context(spec, seed);
     problem_build(&problem, spec, seed, GUARD_BEHIND);
@@ -336,15 +321,17 @@ void spec_check(const struct spec *spec, uint64_t seed)
     free(bits);
 }
 
-struct spec spec_random(struct rng *rng)
-{
-    static const int lengths[] = {1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 96, 100, 127, 129};
+struct spec spec_random(struct rng *rng) {
+    static const int lengths[] = {1,  1,  2,  3,  4,  5,  7,  8,  9,  15,  16,  17,
+                                  23, 31, 32, 33, 47, 63, 64, 65, 96, 100, 127, 129};
     static const int dims[] = {1, 2, 3, 4, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 80, 96, 128};
     static const int blocks[] = {16, 17, 20, 24, 32, 48};
-    static const fastattn_dtype pairs[][2] = {{FASTATTN_FLOAT32, FASTATTN_FLOAT32},   {FASTATTN_FLOAT16, FASTATTN_FLOAT16},
-                                              {FASTATTN_BFLOAT16, FASTATTN_BFLOAT16}, {FASTATTN_FLOAT32, FASTATTN_FLOAT16},
+    static const fastattn_dtype pairs[][2] = {{FASTATTN_FLOAT32, FASTATTN_FLOAT32},
+                                              {FASTATTN_FLOAT16, FASTATTN_FLOAT16},
+                                              {FASTATTN_BFLOAT16, FASTATTN_BFLOAT16},
+                                              {FASTATTN_FLOAT32, FASTATTN_FLOAT16},
                                               {FASTATTN_FLOAT32, FASTATTN_BFLOAT16}};
-#define PICK(array) array[random_between(rng, 0, (int64_t)(sizeof array / sizeof array[0]) - 1)]
+#define PICK(array) array[random_between(rng, 0, (int64_t)COUNT(array) - 1)]
 #define ONE_IN(n) (random_between(rng, 1, n) == 1)
     struct spec s = {.name = "random"};
     const fastattn_dtype *pair = PICK(pairs);

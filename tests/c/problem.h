@@ -1,7 +1,7 @@
 /* A call of fastattn_attention with all its buffers, and what it ought to compute.
  *
- * A spec describes a call in a few words; problem_build gives it guarded buffers full of seeded random numbers. The numbers
- * depend on the spec and the seed alone, never on where the buffers lie.
+ * A spec describes a call in a few words; problem_build gives it guarded buffers full of seeded random numbers. The
+ * numbers depend on the spec and the seed alone, never on where the buffers lie.
  */
 #ifndef TEST_PROBLEM_H
 #define TEST_PROBLEM_H
@@ -10,24 +10,25 @@
 
 /* How the four axes of an array lie in memory. */
 enum layout {
-    PACKED,        /* C order */
-    SWAPPED,       /* (batch, row, head, last) in memory */
-    PADDED,        /* three elements between rows */
-    NEGATIVE,      /* padded, and backwards on the first three axes */
-    SAME_BATCH,    /* stride 0 on the first axis */
-    SAME_HEAD,     /* stride 0 on the second axis */
-    SAME_ROW,      /* stride 0 on the third axis */
+    PACKED,     /* C order */
+    SWAPPED,    /* (batch, row, head, last) in memory */
+    PADDED,     /* three elements between rows */
+    NEGATIVE,   /* padded, and backwards on the first three axes */
+    SAME_BATCH, /* stride 0 on the first axis */
+    SAME_HEAD,  /* stride 0 on the second axis */
+    SAME_ROW,   /* stride 0 on the third axis */
     LAST_VECTOR_LAYOUT = SAME_ROW,
-    SAME_PLANE,    /* for masks: stride 0 on the first two axes */
-    TRANSPOSED,    /* for masks: the third axis is the contiguous one */
-    BACKWARDS,     /* for masks: negative on all axes */
-    SAME_COLUMN,   /* for masks: stride 0 on the last axis */
+    SAME_PLANE,  /* for masks: stride 0 on the first two axes */
+    TRANSPOSED,  /* for masks: the third axis is the contiguous one */
+    BACKWARDS,   /* for masks: negative on all axes */
+    SAME_COLUMN, /* for masks: stride 0 on the last axis */
     LAST_LAYOUT = SAME_COLUMN
 };
 
 struct spec {
     const char *name;
-    int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, v_head_dim; /* 0: 1 of the first three, v_head_dim as head_dim */
+    int64_t batch, heads, kv_heads, q_len, kv_len, head_dim,
+        v_head_dim; /* 0: 1 of the first three, v_head_dim as head_dim */
     fastattn_dtype q_dtype, kv_dtype;
     enum layout q_layout, k_layout, v_layout, out_layout;
     double amplitude; /* of q and k; 0: 1 */
@@ -76,7 +77,8 @@ void problem_seal(struct problem *problem, enum guard_side side);
 void problem_blank(const struct problem *problem);
 void problem_untouched(const struct problem *problem);
 
-/* Compares the outputs with the oracle, and every byte between their rows with the pattern. slack multiplies the tolerance. */
+/* Compares the outputs with the oracle, and every byte between their rows with the pattern. slack multiplies the
+ * tolerance. */
 void problem_verify(const struct problem *problem, double slack);
 
 /* Seals, blanks, runs and verifies. */
@@ -113,7 +115,8 @@ double load(fastattn_dtype dtype, const void *address);
 void store(fastattn_dtype dtype, void *address, double value);
 
 /* The address of an element of a strided array whose last axis is contiguous. */
-void *element(const void *base, const int64_t strides[3], fastattn_dtype dtype, int64_t i0, int64_t i1, int64_t i2, int64_t i3);
+void *element(const void *base, const int64_t strides[3], fastattn_dtype dtype, int64_t i0, int64_t i1, int64_t i2,
+              int64_t i3);
 void *mask_element(const struct problem *problem, int64_t b, int64_t h, int64_t i, int64_t j);
 
 #endif

@@ -1,12 +1,10 @@
-/* The whole operation against the oracle: every option, many shapes. Each case runs twice, with its buffers flush against
- * an inaccessible page behind and before, its inputs read-only and its workspace exactly as large as asked for. */
+/* The whole operation against the oracle: every option, many shapes. Each case runs twice, with its buffers flush
+ * against an inaccessible page behind and before, its inputs read-only and its workspace exactly as large as asked for.
+ */
 #include "problem.h"
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
 /* Row counts around tile heights, key counts around panel widths, head sizes around vectors. */
-TEST_EACH_ISA(attention_shapes)
-{
+TEST_EACH_ISA(attention_shapes) {
     static const int64_t rows[] = {1, 2, 5, 6, 7, 8, 13, 16, 33};
     static const int64_t keys[] = {1, 3, 8, 15, 16, 17, 31, 64, 65, 129};
     static const int64_t dims[] = {1, 2, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65};
@@ -22,38 +20,47 @@ TEST_EACH_ISA(attention_shapes)
         }
 }
 
-TEST_EACH_ISA(attention_options)
-{
+TEST_EACH_ISA(attention_options) {
     static const struct spec specs[] = {
         {.name = "plain", .batch = 2, .heads = 3, .kv_heads = 3, .q_len = 37, .kv_len = 53, .head_dim = 24},
         {.name = "causal", .heads = 2, .kv_heads = 2, .q_len = 150, .kv_len = 150, .head_dim = 32, .causal = 1},
         {.name = "causal, more queries", .q_len = 70, .kv_len = 40, .head_dim = 16, .causal = 1},
         {.name = "causal, more keys", .q_len = 40, .kv_len = 333, .head_dim = 16, .causal = 1},
         {.name = "causal, top left", .q_len = 40, .kv_len = 170, .head_dim = 16, .causal = 1, .offset = OFFSET_ZERO},
-        {.name = "offsets", .batch = 5, .q_len = 33, .kv_len = 90, .head_dim = 16, .causal = 1, .offset = OFFSET_RANDOM},
-        {.name = "window", .q_len = 100, .kv_len = 300, .head_dim = 16, .windowed = 1, .window_left = 20, .window_right = 5},
-        {.name = "window left", .q_len = 100, .kv_len = 300, .head_dim = 16, .windowed = 1, .window_left = 7, .window_right = -1},
-        {.name = "window right", .q_len = 100, .kv_len = 100, .head_dim = 16, .windowed = 1, .window_left = -1, .window_right = 0},
-        {.name = "window, causal", .q_len = 200, .kv_len = 200, .head_dim = 16, .causal = 1, .windowed = 1, .window_left = 31,
-         .window_right = 31},
+        {.name = "offsets", .batch = 5, .q_len = 33, .kv_len = 90, .head_dim = 16, .causal = 1,
+         .offset = OFFSET_RANDOM},
+        {.name = "window", .q_len = 100, .kv_len = 300, .head_dim = 16, .windowed = 1, .window_left = 20,
+         .window_right = 5},
+        {.name = "window left", .q_len = 100, .kv_len = 300, .head_dim = 16, .windowed = 1, .window_left = 7,
+         .window_right = -1},
+        {.name = "window right", .q_len = 100, .kv_len = 100, .head_dim = 16, .windowed = 1, .window_left = -1,
+         .window_right = 0},
+        {.name = "window, causal", .q_len = 200, .kv_len = 200, .head_dim = 16, .causal = 1, .windowed = 1,
+         .window_left = 31, .window_right = 31},
         {.name = "window of the key itself", .q_len = 50, .kv_len = 50, .head_dim = 16, .windowed = 1},
-        {.name = "lengths", .batch = 6, .heads = 2, .q_len = 9, .kv_len = 140, .head_dim = 16, .lengths = LENGTHS_RANDOM},
-        {.name = "lengths, causal", .batch = 6, .q_len = 9, .kv_len = 140, .head_dim = 16, .lengths = LENGTHS_RANDOM, .causal = 1},
-        {.name = "lengths and offsets", .batch = 6, .q_len = 50, .kv_len = 60, .head_dim = 16, .lengths = LENGTHS_RANDOM,
-         .offset = OFFSET_RANDOM, .causal = 1, .windowed = 1, .window_left = 20, .window_right = -1},
+        {.name = "lengths", .batch = 6, .heads = 2, .q_len = 9, .kv_len = 140, .head_dim = 16,
+         .lengths = LENGTHS_RANDOM},
+        {.name = "lengths, causal", .batch = 6, .q_len = 9, .kv_len = 140, .head_dim = 16, .lengths = LENGTHS_RANDOM,
+         .causal = 1},
+        {.name = "lengths and offsets", .batch = 6, .q_len = 50, .kv_len = 60, .head_dim = 16,
+         .lengths = LENGTHS_RANDOM, .offset = OFFSET_RANDOM, .causal = 1, .windowed = 1, .window_left = 20,
+         .window_right = -1},
         {.name = "softcap", .q_len = 20, .kv_len = 70, .head_dim = 32, .amplitude = 6, .softcap = 5},
         {.name = "softcap, small scores", .q_len = 20, .kv_len = 70, .head_dim = 32, .amplitude = 0.05, .softcap = 30},
-        {.name = "alibi", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 90, .head_dim = 16, .alibi = ALIBI_HEADS},
-        {.name = "alibi by batch", .batch = 3, .heads = 2, .q_len = 20, .kv_len = 50, .head_dim = 16, .alibi = ALIBI_ALL,
-         .causal = 1, .offset = OFFSET_RANDOM},
+        {.name = "alibi", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 90, .head_dim = 16,
+         .alibi = ALIBI_HEADS},
+        {.name = "alibi by batch", .batch = 3, .heads = 2, .q_len = 20, .kv_len = 50, .head_dim = 16,
+         .alibi = ALIBI_ALL, .causal = 1, .offset = OFFSET_RANDOM},
         {.name = "sinks", .heads = 4, .kv_heads = 2, .q_len = 20, .kv_len = 50, .head_dim = 16, .sinks = 1},
         {.name = "sinks, empty rows", .heads = 2, .q_len = 60, .kv_len = 30, .head_dim = 16, .sinks = 1, .causal = 1},
-        {.name = "grouped heads", .batch = 2, .heads = 12, .kv_heads = 3, .q_len = 7, .kv_len = 80, .head_dim = 32, .causal = 1},
+        {.name = "grouped heads", .batch = 2, .heads = 12, .kv_heads = 3, .q_len = 7, .kv_len = 80, .head_dim = 32,
+         .causal = 1},
         {.name = "one kv head", .heads = 7, .kv_heads = 1, .q_len = 5, .kv_len = 66, .head_dim = 32},
         {.name = "wide values", .q_len = 20, .kv_len = 40, .head_dim = 8, .v_head_dim = 200},
         {.name = "narrow values", .q_len = 20, .kv_len = 40, .head_dim = 200, .v_head_dim = 3},
         {.name = "large heads", .q_len = 9, .kv_len = 70, .head_dim = 576, .v_head_dim = 512},
-        {.name = "float16", .q_len = 40, .kv_len = 90, .head_dim = 33, .q_dtype = FASTATTN_FLOAT16, .kv_dtype = FASTATTN_FLOAT16},
+        {.name = "float16", .q_len = 40, .kv_len = 90, .head_dim = 33, .q_dtype = FASTATTN_FLOAT16,
+         .kv_dtype = FASTATTN_FLOAT16},
         {.name = "bfloat16", .q_len = 40, .kv_len = 90, .head_dim = 33, .q_dtype = FASTATTN_BFLOAT16,
          .kv_dtype = FASTATTN_BFLOAT16},
         {.name = "float32 over float16", .q_len = 40, .kv_len = 90, .head_dim = 33, .kv_dtype = FASTATTN_FLOAT16},
@@ -63,33 +70,34 @@ TEST_EACH_ISA(attention_options)
         {.name = "precision medium, float16", .q_len = 20, .kv_len = 60, .head_dim = 32,
          .precision = FASTATTN_PRECISION_MEDIUM, .q_dtype = FASTATTN_FLOAT16, .kv_dtype = FASTATTN_FLOAT16},
         {.name = "peaked", .q_len = 20, .kv_len = 200, .head_dim = 64, .amplitude = 12},
-        {.name = "everything", .batch = 2, .heads = 6, .kv_heads = 2, .q_len = 45, .kv_len = 100, .head_dim = 40, .v_head_dim = 24,
-         .q_layout = SWAPPED, .k_layout = NEGATIVE, .v_layout = PADDED, .out_layout = SWAPPED, .causal = 1, .windowed = 1,
-         .window_left = 60, .window_right = 3, .offset = OFFSET_RANDOM, .lengths = LENGTHS_RANDOM, .softcap = 4,
-         .mask = MASK_FLOAT32, .mask_layout = SAME_PLANE, .hidden = 0.2, .alibi = ALIBI_ALL, .sinks = 1, .block_size = 16,
-         .blocks_partial = 1, .blocks_by_head = 1, .blocks_density = 0.8, .num_threads = 2},
+        {.name = "everything", .batch = 2, .heads = 6, .kv_heads = 2, .q_len = 45, .kv_len = 100, .head_dim = 40,
+         .v_head_dim = 24, .q_layout = SWAPPED, .k_layout = NEGATIVE, .v_layout = PADDED, .out_layout = SWAPPED,
+         .causal = 1, .windowed = 1, .window_left = 60, .window_right = 3, .offset = OFFSET_RANDOM,
+         .lengths = LENGTHS_RANDOM, .softcap = 4, .mask = MASK_FLOAT32, .mask_layout = SAME_PLANE, .hidden = 0.2,
+         .alibi = ALIBI_ALL, .sinks = 1, .block_size = 16, .blocks_partial = 1, .blocks_by_head = 1,
+         .blocks_density = 0.8, .num_threads = 2},
     };
     for (size_t n = 0; n < COUNT(specs); n++)
         spec_check(&specs[n], n);
 }
 
-TEST_EACH_ISA(attention_layouts)
-{
+TEST_EACH_ISA(attention_layouts) {
     for (int layout = PACKED; layout <= LAST_VECTOR_LAYOUT; layout++)
         for (int array = 0; array < 4; array++) {
-            struct spec spec = {.name = "layout", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 11, .kv_len = 35, .head_dim = 20};
-            *(enum layout *[]){&spec.q_layout, &spec.k_layout, &spec.v_layout, &spec.out_layout}[array] = (enum layout)layout;
+            struct spec spec = {.name = "layout", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 11, .kv_len = 35,
+                                .head_dim = 20};
+            *(enum layout *[]){&spec.q_layout, &spec.k_layout, &spec.v_layout, &spec.out_layout}[array] =
+                (enum layout)layout;
             if (spec.out_layout <= NEGATIVE) /* rows of the output are distinct */
                 spec_check(&spec, 0);
         }
 }
 
-TEST_EACH_ISA(attention_masks)
-{
+TEST_EACH_ISA(attention_masks) {
     for (int mask = MASK_BOOL; mask <= MASK_FLOAT64; mask++)
         for (int layout = PACKED; layout <= LAST_LAYOUT; layout++) {
-            struct spec spec = {.name = "mask", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 19, .kv_len = 83, .head_dim = 16,
-                                .mask = mask, .mask_layout = (enum layout)layout, .hidden = 0.4};
+            struct spec spec = {.name = "mask", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 19, .kv_len = 83,
+                                .head_dim = 16, .mask = mask, .mask_layout = (enum layout)layout, .hidden = 0.4};
             spec_check(&spec, 0);
             spec.hidden = 0.97; /* whole tiles masked, some rows empty */
             spec.causal = 1;
@@ -97,32 +105,32 @@ TEST_EACH_ISA(attention_masks)
         }
 }
 
-TEST_EACH_ISA(attention_block_masks)
-{
+TEST_EACH_ISA(attention_block_masks) {
     static const int64_t sizes[] = {1, 7, 16, 17, 20, 32, 48, 64, 100, 128, 256};
     for (size_t n = 0; n < COUNT(sizes); n++)
         for (int kind = 0; kind < 8; kind++) {
             struct spec spec = {.name = "blocks", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 70, .kv_len = 150,
                                 .head_dim = 16, .block_size = sizes[n], .blocks_density = kind < 4 ? 0.5 : 0.15,
-                                .blocks_partial = kind & 1, .blocks_by_head = kind >> 1 & 1, .blocks_by_batch = kind >> 2 & 1,
-                                .causal = kind == 3, .lengths = kind == 5 ? LENGTHS_RANDOM : LENGTHS_FULL,
+                                .blocks_partial = kind & 1, .blocks_by_head = kind >> 1 & 1,
+                                .blocks_by_batch = kind >> 2 & 1, .causal = kind == 3,
+                                .lengths = kind == 5 ? LENGTHS_RANDOM : LENGTHS_FULL,
                                 .mask = kind == 6 ? MASK_BOOL : MASK_NONE, .hidden = 0.3};
             spec_check(&spec, n * 8 + (uint64_t)kind);
         }
 }
 
 /* Long key sequences: many steps of the loop, splits, and the running maximum of grouped decoding. */
-TEST_EACH_ISA(attention_long)
-{
+TEST_EACH_ISA(attention_long) {
     static const struct spec specs[] = {
         {.name = "decode", .q_len = 1, .kv_len = 5000, .head_dim = 16},
         {.name = "grouped decode", .batch = 2, .heads = 8, .kv_heads = 2, .q_len = 1, .kv_len = 2500, .head_dim = 16,
          .lengths = LENGTHS_RANDOM, .num_threads = 2},
-        {.name = "grouped decode, bfloat16", .heads = 4, .kv_heads = 1, .q_len = 3, .kv_len = 3001, .head_dim = 24, .causal = 1,
-         .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16, .num_threads = 3},
+        {.name = "grouped decode, bfloat16", .heads = 4, .kv_heads = 1, .q_len = 3, .kv_len = 3001, .head_dim = 24,
+         .causal = 1, .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16, .num_threads = 3},
         {.name = "decode, sinks", .heads = 2, .kv_heads = 1, .q_len = 1, .kv_len = 4100, .head_dim = 8, .sinks = 1,
          .mask = MASK_FLOAT16, .hidden = 0.99, .num_threads = 2},
-        {.name = "decode, window", .q_len = 1, .kv_len = 6000, .head_dim = 8, .windowed = 1, .window_left = 50, .window_right = -1},
+        {.name = "decode, window", .q_len = 1, .kv_len = 6000, .head_dim = 8, .windowed = 1, .window_left = 50,
+         .window_right = -1},
         {.name = "prefill", .q_len = 300, .kv_len = 700, .head_dim = 8, .causal = 1, .num_threads = 2},
         {.name = "long blocks", .q_len = 2, .kv_len = 4000, .head_dim = 8, .block_size = 64, .blocks_partial = 1,
          .blocks_density = 0.3},
@@ -131,8 +139,7 @@ TEST_EACH_ISA(attention_long)
         spec_check(&specs[n], n);
 }
 
-TEST_EACH_ISA(attention_random)
-{
+TEST_EACH_ISA(attention_random) {
     struct rng rng = {2024};
     for (int n = 0; n < 4 * test_effort; n++) {
         uint64_t seed = random_bits(&rng);

@@ -5,37 +5,35 @@
 #include <math.h>
 #include <string.h>
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
 enum { ANY_ERROR = -1 }; /* where the header does not say which */
 
-static const struct spec valid = {.name = "valid", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50, .head_dim = 16,
-                                  .offset = OFFSET_ZERO, .lengths = LENGTHS_RANDOM, .mask = MASK_BOOL, .hidden = 0.3, .sinks = 1,
-                                  .alibi = ALIBI_ALL, .block_size = 16, .blocks_density = 1, .blocks_partial = 1,
-                                  .blocks_by_head = 1, .blocks_by_batch = 1, .num_threads = 2};
+static const struct spec valid = {.name = "valid", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50,
+                                  .head_dim = 16, .offset = OFFSET_ZERO, .lengths = LENGTHS_RANDOM, .mask = MASK_BOOL,
+                                  .hidden = 0.3, .sinks = 1, .alibi = ALIBI_ALL, .block_size = 16, .blocks_density = 1,
+                                  .blocks_partial = 1, .blocks_by_head = 1, .blocks_by_batch = 1, .num_threads = 2};
 static struct problem p;
 
-static void build_valid(void)
-{
+static void build_valid(void) {
     problem_build(&p, &valid, 7, GUARD_BEHIND);
     p.workspace_size = fastattn_workspace_size(&p.args);
     p.workspace = guard_output("workspace", p.workspace_size, 64, GUARD_BEHIND);
 }
 
 /* Every function that takes the arguments refuses them, and none touches the outputs. */
-static void check_refused(int expected)
-{
+static void check_refused(int expected) {
     fastattn_plan_info info = {.size = sizeof info};
-    const int results[] = {(int)fastattn_explain(&p.args, &info), (int)fastattn_attention(&p.args, p.workspace, p.workspace_size),
+    const int results[] = {(int)fastattn_explain(&p.args, &info),
+                           (int)fastattn_attention(&p.args, p.workspace, p.workspace_size),
                            (int)fastattn_attention(&p.args, NULL, 0)};
     guard_seal();
     for (size_t n = 0; n < COUNT(results); n++)
-        CHECK(expected == ANY_ERROR ? results[n] != FASTATTN_OK : results[n] == expected, "%s returned %d, should be %d",
-              n ? "fastattn_attention" : "fastattn_explain", results[n], expected);
+        CHECK(expected == ANY_ERROR ? results[n] != FASTATTN_OK : results[n] == expected,
+              "%s returned %d, should be %d", n ? "fastattn_attention" : "fastattn_explain", results[n], expected);
     CHECK(fastattn_workspace_size(&p.args) == 0, "invalid arguments have a workspace");
     for (int phase = 0; phase < 2; phase++) {
         CHECK(fastattn_attention_items(&p.args, phase) <= 0, "invalid arguments have items");
-        CHECK(fastattn_attention_run(&p.args, phase, 0, 0, p.workspace, p.workspace_size) != FASTATTN_OK, "an item ran");
+        CHECK(fastattn_attention_run(&p.args, phase, 0, 0, p.workspace, p.workspace_size) != FASTATTN_OK,
+              "an item ran");
     }
     problem_untouched(&p);
     guard_check();
@@ -44,8 +42,7 @@ static void check_refused(int expected)
 
 #define REFUSED(expected, spoil) (context("%s", #spoil), build_valid(), (void)(spoil), check_refused(expected))
 
-TEST(errors_arguments)
-{
+TEST(errors_arguments) {
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = 0);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size -= 8);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size += 8);
@@ -78,8 +75,7 @@ TEST(errors_arguments)
     problem_untouched(&p);
 }
 
-TEST(errors_shapes)
-{
+TEST(errors_shapes) {
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.batch = -1);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_heads = -4);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = -2);
@@ -98,8 +94,7 @@ TEST(errors_shapes)
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.window_right = INT64_MIN);
 }
 
-TEST(errors_dtypes)
-{
+TEST(errors_dtypes) {
     REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_FLOAT64);
     REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = FASTATTN_BOOL);
     REFUSED(FASTATTN_ERROR_DTYPE, p.args.q_dtype = (fastattn_dtype)5);
@@ -112,8 +107,7 @@ TEST(errors_dtypes)
     REFUSED(FASTATTN_ERROR_DTYPE, p.args.mask_dtype = (fastattn_dtype)-7);
 }
 
-TEST(errors_scales)
-{
+TEST(errors_scales) {
     REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = NAN);
     REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = INFINITY);
     REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = -INFINITY);
@@ -126,8 +120,7 @@ TEST(errors_scales)
     REFUSED(FASTATTN_ERROR_SCALE, p.sinks[2] = -INFINITY);
 }
 
-TEST(errors_lengths)
-{
+TEST(errors_lengths) {
     REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[0] = -1);
     REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[1] = 51);
     REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_lengths[1] = INT64_MAX);
@@ -135,8 +128,7 @@ TEST(errors_lengths)
 }
 
 /* Every list of the valid mask has the key blocks 0, 1, 2, 3; there are 24 rows of them. */
-TEST(errors_block_masks)
-{
+TEST(errors_block_masks) {
     REFUSED(ANY_ERROR, p.blocks.size = 0);
     REFUSED(ANY_ERROR, p.blocks.size += 8);
     REFUSED(ANY_ERROR, p.blocks.indptr = NULL);
@@ -162,14 +154,15 @@ TEST(errors_block_masks)
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[0] = INT64_MIN);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[5] = 3); /* decreases */
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] = 0);
-    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] += 1); /* more than there are key blocks: refused before it is read */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK,
+            p.indptr[24] += 1); /* more than there are key blocks: refused before it is read */
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[24] = INT64_MAX);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indptr[1] = INT64_C(1) << 40);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[0] = -1);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[3] = 4);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[95] = INT32_MAX);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[95] = INT32_MIN);
-    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[9] = 0);                     /* repeated: 0, 0, 2, 3 */
+    REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.indices[9] = 0);                      /* repeated: 0, 0, 2, 3 */
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, (p.indices[9] = 2, p.indices[10] = 1)); /* unsorted: 0, 2, 1, 3 */
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[0] = (int32_t)p.blocks.num_element_masks);
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.partial[95] = INT32_MAX);
@@ -179,8 +172,7 @@ TEST(errors_block_masks)
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_element_masks = -1);
 }
 
-TEST(errors_isas)
-{
+TEST(errors_isas) {
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)6);
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)-1);
     for (int isa = FASTATTN_ISA_PORTABLE; isa <= FASTATTN_ISA_NEON; isa++)
@@ -188,15 +180,13 @@ TEST(errors_isas)
             REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)isa);
 }
 
-static void check_workspace_refused(void *workspace, size_t size)
-{
+static void check_workspace_refused(void *workspace, size_t size) {
     CHECK_STATUS(fastattn_attention(&p.args, workspace, size), FASTATTN_ERROR_WORKSPACE);
     CHECK_STATUS(fastattn_attention_run(&p.args, 0, 0, 0, workspace, size), FASTATTN_ERROR_WORKSPACE);
     problem_untouched(&p);
 }
 
-TEST(errors_workspaces)
-{
+TEST(errors_workspaces) {
     build_valid();
     guard_seal();
     CHECK(p.workspace_size > 0, "no workspace for a call with queries");
@@ -213,8 +203,7 @@ TEST(errors_workspaces)
     guard_check();
 }
 
-TEST(errors_items)
-{
+TEST(errors_items) {
     build_valid();
     guard_seal();
     const int64_t items = fastattn_attention_items(&p.args, 0), merges = fastattn_attention_items(&p.args, 1);
@@ -222,12 +211,13 @@ TEST(errors_items)
         int phase;
         int64_t item;
         int worker;
-    } wrong[] = {{0, -1, 0},    {0, items, 0}, {0, INT64_MAX, 0}, {0, INT64_MIN, 0}, {1, merges, 0}, {1, -1, 0}, {2, 0, 0},
-                 {-1, 0, 0},    {0, 0, -1},    {0, 0, 2},         {0, 0, INT32_MAX}, {0, 0, INT32_MIN}};
+    } wrong[] = {{0, -1, 0}, {0, items, 0}, {0, INT64_MAX, 0}, {0, INT64_MIN, 0}, {1, merges, 0},    {1, -1, 0},
+                 {2, 0, 0},  {-1, 0, 0},    {0, 0, -1},        {0, 0, 2},         {0, 0, INT32_MAX}, {0, 0, INT32_MIN}};
     for (size_t n = 0; n < COUNT(wrong); n++) {
         context("phase %d item %lld worker %d", wrong[n].phase, (long long)wrong[n].item, wrong[n].worker);
-        CHECK(fastattn_attention_run(&p.args, wrong[n].phase, wrong[n].item, wrong[n].worker, p.workspace, p.workspace_size) !=
-                  FASTATTN_OK, "it ran");
+        CHECK(fastattn_attention_run(&p.args, wrong[n].phase, wrong[n].item, wrong[n].worker, p.workspace,
+                                     p.workspace_size) != FASTATTN_OK,
+              "it ran");
     }
     CHECK(fastattn_attention_items(&p.args, 2) <= 0 && fastattn_attention_items(&p.args, -1) <= 0, "a phase too many");
     problem_untouched(&p);
@@ -235,10 +225,9 @@ TEST(errors_items)
 }
 
 /* Sizes whose products do not fit in 64 bits. A call is refused, or wants so much memory that it cannot have it. */
-TEST(errors_overflows)
-{
-    static const int64_t huge[] = {INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 47, INT64_C(1) << 58, INT64_C(1) << 61,
-                                   INT64_C(1) << 62, INT64_MAX - 63, INT64_MAX};
+TEST(errors_overflows) {
+    static const int64_t huge[] = {INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 47, INT64_C(1) << 58,
+                                   INT64_C(1) << 61, INT64_C(1) << 62, INT64_MAX - 63,   INT64_MAX};
     for (int which = 0; which < 31; which++)
         for (size_t n = 0; n < COUNT(huge); n++) {
             build_valid();
@@ -247,7 +236,8 @@ TEST(errors_overflows)
             p.args.block_mask = NULL;
             p.args.sinks = NULL;
             p.args.kv_lengths = p.args.query_offset = NULL;
-            int64_t *const axes[] = {&p.args.head_dim, &p.args.v_head_dim, &p.args.kv_len, &p.args.q_len, &p.args.batch};
+            int64_t *const axes[] = {&p.args.head_dim, &p.args.v_head_dim, &p.args.kv_len, &p.args.q_len,
+                                     &p.args.batch};
             context("axes %d are %lld", which + 1, (long long)huge[n]);
             for (size_t axis = 0; axis < COUNT(axes); axis++)
                 if ((which + 1) >> axis & 1)
@@ -255,10 +245,13 @@ TEST(errors_overflows)
             guard_seal();
             const size_t needed = fastattn_workspace_size(&p.args);
             const int64_t items = fastattn_attention_items(&p.args, 0);
-            const fastattn_status status = fastattn_attention(&p.args, p.workspace, needed > p.workspace_size ? p.workspace_size : 0);
+            const fastattn_status status =
+                fastattn_attention(&p.args, p.workspace, needed > p.workspace_size ? p.workspace_size : 0);
             CHECK(status == (needed ? FASTATTN_ERROR_WORKSPACE : FASTATTN_ERROR_SHAPE) ||
-                      (!needed && status == FASTATTN_ERROR_MEMORY), "status %d, workspace %zu", (int)status, needed);
-            CHECK(needed ? items > 0 && items <= INT64_MAX / 2 : items <= 0, "%lld items, workspace %zu", (long long)items, needed);
+                      (!needed && status == FASTATTN_ERROR_MEMORY),
+                  "status %d, workspace %zu", (int)status, needed);
+            CHECK(needed ? items > 0 && items <= INT64_MAX / 2 : items <= 0, "%lld items, workspace %zu",
+                  (long long)items, needed);
             if (*axes[0] == huge[n] || *axes[1] == huge[n]) /* one row exceeds any memory */
                 CHECK(needed == 0 || needed > (size_t)huge[n], "%zu bytes of workspace", needed);
             problem_untouched(&p);
@@ -268,8 +261,7 @@ TEST(errors_overflows)
 }
 
 /* An empty result needs no memory, whatever the other sizes. */
-TEST(errors_overflows_of_nothing)
-{
+TEST(errors_overflows_of_nothing) {
     build_valid();
     p.args.mask = NULL;
     p.args.block_mask = NULL;
@@ -283,8 +275,7 @@ TEST(errors_overflows_of_nothing)
     problem_untouched(&p);
 }
 
-TEST(errors_no_memory)
-{
+TEST(errors_no_memory) {
     build_valid();
     guard_seal();
     allocation_fails = 1;
@@ -296,8 +287,7 @@ TEST(errors_no_memory)
     problem_verify(&p, 1);
 }
 
-TEST(errors_merge_states)
-{
+TEST(errors_merge_states) {
     float part[6] = {0}, lse[2] = {0}, out[6] = {42, 42, 42, 42, 42, 42}, out_lse[2] = {42, 42};
     const void *outs[] = {part, part}, *null_outs[] = {part, NULL};
     const float *lses[] = {lse, lse}, *null_lses[] = {NULL, lse};
@@ -319,13 +309,13 @@ TEST(errors_merge_states)
         {"out", fastattn_merge_states(2, outs, lses, 2, 3, f32, NULL, out_lse), FASTATTN_ERROR_ARGUMENT},
     };
     for (size_t n = 0; n < COUNT(calls); n++)
-        CHECK(calls[n].got == calls[n].expected, "%s: status %d, not %d", calls[n].name, (int)calls[n].got, (int)calls[n].expected);
+        CHECK(calls[n].got == calls[n].expected, "%s: status %d, not %d", calls[n].name, (int)calls[n].got,
+              (int)calls[n].expected);
     for (int n = 0; n < 6; n++)
         CHECK(out[n] == 42 && out_lse[n / 3] == 42, "an output was written");
 }
 
-TEST(errors_have_sentences)
-{
+TEST(errors_have_sentences) {
     for (int status = -2; status < 20; status++) {
         const char *sentence = fastattn_status_string((fastattn_status)status);
         CHECK(sentence && strlen(sentence) > 1, "status %d", status);

@@ -4,17 +4,15 @@
 #include <stdio.h>
 #include <string.h>
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
-TEST(info_names)
-{
+TEST(info_names) {
     static const char *const names[] = {"portable", "avx2", "avx512", "amx", "neon"};
     int major, minor, patch, end = 0;
     for (int isa = 0; isa < 5; isa++)
         CHECK(!strcmp(fastattn_isa_name((fastattn_isa)(isa + FASTATTN_ISA_PORTABLE)), names[isa]), "isa %d", isa);
     CHECK(!fastattn_isa_name((fastattn_isa)6) && !fastattn_isa_name((fastattn_isa)-1), "a name for what is none");
     CHECK(fastattn_isa_available(FASTATTN_ISA_PORTABLE) == 1, "portable code is not available");
-    CHECK(!fastattn_isa_available((fastattn_isa)6) && !fastattn_isa_available((fastattn_isa)-1), "what is none is available");
+    CHECK(!fastattn_isa_available((fastattn_isa)6) && !fastattn_isa_available((fastattn_isa)-1),
+          "what is none is available");
     CHECK(sscanf(fastattn_version(), "%d.%d.%d%n", &major, &minor, &patch, &end) == 3 && !fastattn_version()[end],
           "version %s", fastattn_version());
 #ifdef _OPENMP
@@ -24,16 +22,15 @@ TEST(info_names)
 #endif
 }
 
-TEST_EACH_ISA(info_describes_the_call)
-{
+TEST_EACH_ISA(info_describes_the_call) {
     static const struct {
         struct spec spec;
         double least, most; /* of the visible fraction */
     } calls[] = {
         {{.name = "plain", .q_len = 100, .kv_len = 100, .head_dim = 16}, 1, 1},
         {{.name = "causal", .heads = 2, .q_len = 4000, .kv_len = 4000, .head_dim = 16, .causal = 1}, 0.5, 0.65},
-        {{.name = "window", .q_len = 4000, .kv_len = 4000, .head_dim = 16, .windowed = 1, .window_left = 10, .window_right = 10}, 0.005,
-         0.35},
+        {{.name = "window", .q_len = 4000, .kv_len = 4000, .head_dim = 16, .windowed = 1, .window_left = 10,
+          .window_right = 10}, 0.005, 0.35},
         {{.name = "empty blocks", .q_len = 100, .kv_len = 100, .head_dim = 16, .block_size = 32}, 0, 0},
         {{.name = "decode", .heads = 4, .q_len = 1, .kv_len = 9000, .head_dim = 16, .num_threads = 3}, 1, 1},
     };
@@ -44,11 +41,13 @@ TEST_EACH_ISA(info_describes_the_call)
         problem_build(&problem, &calls[n].spec, n, GUARD_BEHIND);
         guard_seal();
         CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_OK);
-        CHECK(fastattn_isa_available(info.isa) && (info.isa == test_isa || info.isa < test_isa), "isa %d", (int)info.isa);
+        CHECK(fastattn_isa_available(info.isa) && (info.isa == test_isa || info.isa < test_isa), "isa %d",
+              (int)info.isa);
         CHECK(info.kernel && strlen(info.kernel) > 0, "no name of a kernel");
         CHECK(info.tile_rows > 0 && info.tile_keys > 0 && info.splits > 0, "tile %lld x %lld, %lld splits",
               (long long)info.tile_rows, (long long)info.tile_keys, (long long)info.splits);
-        CHECK(info.work_items == fastattn_attention_items(&problem.args, 0), "%lld work items", (long long)info.work_items);
+        CHECK(info.work_items == fastattn_attention_items(&problem.args, 0), "%lld work items",
+              (long long)info.work_items);
         CHECK(info.num_threads >= 1 && info.num_threads <= 3, "%d threads", info.num_threads);
         CHECK(info.workspace == fastattn_workspace_size(&problem.args), "workspace of %zu", info.workspace);
         CHECK(info.visible_fraction >= calls[n].least && info.visible_fraction <= calls[n].most, "visible fraction %g",
@@ -59,15 +58,16 @@ TEST_EACH_ISA(info_describes_the_call)
 }
 
 /* The workspace is tiles, not keys: it does not grow with the square of the length, nor with the batch. */
-TEST_EACH_ISA(info_workspace_is_small)
-{
+TEST_EACH_ISA(info_workspace_is_small) {
     struct problem problem;
     const struct spec spec = {.name = "long", .heads = 8, .kv_heads = 8, .q_len = 2, .kv_len = 3, .head_dim = 128};
     problem_build(&problem, &spec, 0, GUARD_BEHIND);
     problem.args.q_len = 256;
     problem.args.kv_len = 131072; /* only asked about, never computed */
     problem.args.num_threads = 2;
-    CHECK(fastattn_workspace_size(&problem.args) < (size_t)64 << 20, "%zu bytes", fastattn_workspace_size(&problem.args));
+    CHECK(fastattn_workspace_size(&problem.args) < (size_t)64 << 20, "%zu bytes",
+          fastattn_workspace_size(&problem.args));
     problem.args.q_len = 131072;
-    CHECK(fastattn_workspace_size(&problem.args) < (size_t)64 << 20, "%zu bytes", fastattn_workspace_size(&problem.args));
+    CHECK(fastattn_workspace_size(&problem.args) < (size_t)64 << 20, "%zu bytes",
+          fastattn_workspace_size(&problem.args));
 }

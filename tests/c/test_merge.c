@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
 enum { MOST_PARTS = 9 };
 
 static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
@@ -18,9 +16,8 @@ struct merge {
     float *lses[MOST_PARTS], *lse;
 };
 
-static void merge_build(struct merge *m, int64_t parts, int64_t rows, int64_t columns, fastattn_dtype dtype, struct rng *rng,
-                        enum guard_side side)
-{
+static void merge_build(struct merge *m, int64_t parts, int64_t rows, int64_t columns, fastattn_dtype dtype,
+                        struct rng *rng, enum guard_side side) {
     const size_t item = dtype_size(dtype);
     *m = (struct merge){.parts = parts, .rows = rows, .columns = columns, .dtype = dtype};
     for (int64_t n = 0; n < parts; n++) {
@@ -35,8 +32,7 @@ static void merge_build(struct merge *m, int64_t parts, int64_t rows, int64_t co
     m->lse = guard_output("lse", (size_t)rows * 4, 4, side);
 }
 
-static void merge_run(const struct merge *m)
-{
+static void merge_run(const struct merge *m) {
     const void *outs[MOST_PARTS];
     const float *lses[MOST_PARTS];
     for (int64_t n = 0; n < m->parts; n++) {
@@ -44,17 +40,16 @@ static void merge_run(const struct merge *m)
         lses[n] = m->lses[n];
     }
     guard_seal();
-    CHECK_STATUS(fastattn_merge_states(m->parts, outs, lses, m->rows, m->columns, m->dtype, m->out, m->lse), FASTATTN_OK);
+    CHECK_STATUS(fastattn_merge_states(m->parts, outs, lses, m->rows, m->columns, m->dtype, m->out, m->lse),
+                 FASTATTN_OK);
     guard_check();
 }
 
-static double out_at(const struct merge *m, const void *out, int64_t row, int64_t column)
-{
+static double out_at(const struct merge *m, const void *out, int64_t row, int64_t column) {
     return load(m->dtype, (const char *)out + (row * m->columns + column) * (int64_t)dtype_size(m->dtype));
 }
 
-static void merge_verify(const struct merge *m)
-{
+static void merge_verify(const struct merge *m) {
     const double half_ulp = m->dtype == FASTATTN_FLOAT16 ? 0x1p-11 : m->dtype == FASTATTN_BFLOAT16 ? 0x1p-8 : 0x1p-24;
     for (int64_t i = 0; i < m->rows; i++) {
         double maximum = -(double)INFINITY, sum = 0;
@@ -64,8 +59,8 @@ static void merge_verify(const struct merge *m)
             if (!isinf(m->lses[n][i]))
                 sum += exp(m->lses[n][i] - maximum);
         const double lse = sum > 0 ? maximum + log(sum) : -(double)INFINITY;
-        CHECK(sum > 0 ? fabs(m->lse[i] - lse) <= 1e-6 * (1 + fabs(lse)) : m->lse[i] == -INFINITY, "lse[%lld] is %g, should be %g",
-              (long long)i, (double)m->lse[i], lse);
+        CHECK(sum > 0 ? fabs(m->lse[i] - lse) <= 1e-6 * (1 + fabs(lse)) : m->lse[i] == -INFINITY,
+              "lse[%lld] is %g, should be %g", (long long)i, (double)m->lse[i], lse);
         for (int64_t d = 0; d < m->columns; d++) {
             double out = 0, spread = 0;
             for (int64_t n = 0; n < m->parts; n++)
@@ -81,8 +76,7 @@ static void merge_verify(const struct merge *m)
     }
 }
 
-TEST(merge_follows_the_formula)
-{
+TEST(merge_follows_the_formula) {
     static const int64_t columns[] = {0, 1, 3, 8, 15, 16, 17, 64, 100};
     struct rng rng = {1};
     for (int64_t parts = 1; parts <= MOST_PARTS; parts++)
@@ -90,7 +84,8 @@ TEST(merge_follows_the_formula)
             for (size_t t = 0; t < COUNT(dtypes); t++)
                 for (int side = 0; side < 2; side++) {
                     struct merge m;
-                    context("%lld parts, %lld columns, dtype %d", (long long)parts, (long long)columns[c], (int)dtypes[t]);
+                    context("%lld parts, %lld columns, dtype %d", (long long)parts, (long long)columns[c],
+                            (int)dtypes[t]);
                     merge_build(&m, parts, (int64_t)c, columns[c], dtypes[t], &rng, (enum guard_side)side);
                     merge_run(&m);
                     merge_verify(&m);
@@ -99,8 +94,7 @@ TEST(merge_follows_the_formula)
 }
 
 /* Parts with lse = -inf contribute nothing, whatever their out holds. */
-TEST(merge_ignores_empty_parts)
-{
+TEST(merge_ignores_empty_parts) {
     struct rng rng = {2};
     for (int pattern = 0; pattern < 16; pattern++)
         for (size_t t = 0; t < COUNT(dtypes); t++) {
@@ -111,7 +105,8 @@ TEST(merge_ignores_empty_parts)
                 if (pattern >> n & 1) {
                     m.lses[n][1] = -INFINITY; /* the middle row only */
                     for (int64_t d = 0; d < m.columns; d++)
-                        store(m.dtype, (char *)m.outs[n] + (m.columns + d) * (int64_t)dtype_size(m.dtype), n & 1 ? (double)NAN : (double)INFINITY);
+                        store(m.dtype, (char *)m.outs[n] + (m.columns + d) * (int64_t)dtype_size(m.dtype),
+                              n & 1 ? (double)NAN : (double)INFINITY);
                 }
             merge_run(&m);
             merge_verify(&m);
@@ -123,8 +118,7 @@ TEST(merge_ignores_empty_parts)
 }
 
 /* The only part that is not empty is copied, to the bit. */
-TEST(merge_of_one_part_is_exact)
-{
+TEST(merge_of_one_part_is_exact) {
     struct rng rng = {3};
     for (size_t t = 0; t < COUNT(dtypes); t++)
         for (int64_t live = 0; live < 3; live++) {
@@ -140,8 +134,7 @@ TEST(merge_of_one_part_is_exact)
         }
 }
 
-TEST(merge_survives_extreme_states)
-{
+TEST(merge_survives_extreme_states) {
     static const float extremes[] = {-3e38f, -1e30f, -1e4f, 0, 1e4f, 1e30f, 3e38f};
     struct rng rng = {4};
     for (size_t a = 0; a < COUNT(extremes); a++)
@@ -157,8 +150,7 @@ TEST(merge_survives_extreme_states)
         }
 }
 
-TEST(merge_carries_nan)
-{
+TEST(merge_carries_nan) {
     struct rng rng = {5};
     struct merge m;
     merge_build(&m, 3, 3, 5, FASTATTN_FLOAT32, &rng, GUARD_BEHIND);
@@ -171,10 +163,10 @@ TEST(merge_carries_nan)
 }
 
 /* Attention over three pieces of the keys, merged, is attention over all of them. */
-TEST_EACH_ISA(merge_of_attention_is_attention)
-{
+TEST_EACH_ISA(merge_of_attention_is_attention) {
     static const int64_t bounds[] = {0, 17, 18, 60};
-    const struct spec spec = {.name = "whole", .q_len = 12, .kv_len = 60, .head_dim = 24, .offset = OFFSET_ZERO, .causal = 1};
+    const struct spec spec = {.name = "whole", .q_len = 12, .kv_len = 60, .head_dim = 24, .offset = OFFSET_ZERO,
+                              .causal = 1};
     struct problem problem;
     struct rng rng = {6};
     struct merge m;

@@ -9,14 +9,12 @@
 
 #include "ukernel/ukernel.h"
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
-static const int64_t edges[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
+static const int64_t edges[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,  13,  15,
+                                16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
 static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
 static struct rng rng;
 
-static const fa_ukernel *table(void)
-{
+static const fa_ukernel *table(void) {
     const fa_ukernel *uk = fastattn_ukernel_select(test_isa);
     CHECK(uk != NULL, "no table");
     rng.state = 1;
@@ -30,8 +28,7 @@ static const struct columns {
 
 enum { UNTOUCHED = 12345 };
 
-static float *random_floats(const char *name, int64_t count, double amplitude)
-{
+static float *random_floats(const char *name, int64_t count, double amplitude) {
     float *x = guard_input(name, (size_t)count * 4, 4, GUARD_BEHIND);
     for (int64_t n = 0; n < count; n++)
         x[n] = (float)(amplitude * random_signed(&rng));
@@ -39,54 +36,50 @@ static float *random_floats(const char *name, int64_t count, double amplitude)
 }
 
 /* A panel is aligned and its size is a multiple of the alignment, so that it lies flush at both of its ends. */
-static float *panel(const char *name, int64_t rows, int ld)
-{
+static float *panel(const char *name, int64_t rows, int ld) {
     float *x = guard_output(name, (size_t)(rows * ld) * 4, 64, GUARD_BEHIND);
     for (int64_t n = 0; n < rows * ld; n++)
         x[n] = UNTOUCHED;
     return x;
 }
 
-static float *random_panel(const char *name, int64_t rows, int ld, double amplitude)
-{
+static float *random_panel(const char *name, int64_t rows, int ld, double amplitude) {
     float *x = panel(name, rows, ld);
     for (int64_t n = 0; n < rows * ld; n++)
         x[n] = (float)(amplitude * random_signed(&rng));
     return x;
 }
 
-static void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance)
-{
-    CHECK(isnan(wanted) ? isnan(got) : got == wanted || fabs(got - wanted) <= tolerance, "%s[%lld][%lld] is %.9g, should be %.9g",
-          what, (long long)row, (long long)column, got, wanted);
+static void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance) {
+    CHECK(isnan(wanted) ? isnan(got) : got == wanted || fabs(got - wanted) <= tolerance,
+          "%s[%lld][%lld] is %.9g, should be %.9g", what, (long long)row, (long long)column, got, wanted);
 }
 
 /* Nothing outside of the columns was written. */
-static void check_outside(const char *what, const float *x, int64_t rows, struct columns c)
-{
+static void check_outside(const char *what, const float *x, int64_t rows, struct columns c) {
     for (int64_t n = 0; n < rows; n++)
         for (int i = 0; i < c.ld; i++)
-            CHECK((i >= c.first && i < c.first + c.rows) || x[n * c.ld + i] == UNTOUCHED, "%s[%lld][%d] was written", what,
-                  (long long)n, i);
+            CHECK((i >= c.first && i < c.first + c.rows) || x[n * c.ld + i] == UNTOUCHED, "%s[%lld][%d] was written",
+                  what, (long long)n, i);
     guard_check();
     guard_release();
 }
 
 /* Row pointers into an array of `rows` rows of `count` elements with a gap between them; the last rows may repeat. */
 static char *random_rows(const void *rows_of[FA_PANEL_ROWS], int rows, int distinct, int64_t count, int64_t stride,
-                         fastattn_dtype dtype)
-{
-    char *x = guard_input("rows", (size_t)((distinct - 1) * stride + count * (int64_t)dtype_size(dtype)), dtype_size(dtype), GUARD_BEHIND);
+                         fastattn_dtype dtype) {
+    char *x = guard_input("rows", (size_t)((distinct - 1) * stride + count * (int64_t)dtype_size(dtype)),
+                          dtype_size(dtype), GUARD_BEHIND);
     for (int r = 0; r < rows; r++)
         rows_of[r] = x + (r < distinct ? r : distinct - 1) * stride;
     for (int r = 0; r < distinct; r++)
         for (int64_t d = 0; d < count; d++)
-            store(dtype, x + r * stride + d * (int64_t)dtype_size(dtype), dtype == FASTATTN_BOOL ? 1 : 3 * random_signed(&rng));
+            store(dtype, x + r * stride + d * (int64_t)dtype_size(dtype),
+                  dtype == FASTATTN_BOOL ? 1 : 3 * random_signed(&rng));
     return x;
 }
 
-TEST_EACH_ISA(slot_pack)
-{
+TEST_EACH_ISA(slot_pack) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(columns) * COUNT(dtypes); n++) {
@@ -109,8 +102,7 @@ TEST_EACH_ISA(slot_pack)
         }
 }
 
-TEST_EACH_ISA(slot_widen)
-{
+TEST_EACH_ISA(slot_widen) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 1; n < COUNT(dtypes); n++)
@@ -132,14 +124,14 @@ TEST_EACH_ISA(slot_widen)
 }
 
 /* Every bit pattern of a 16-bit float, there and back. Only a NaN may come back as another NaN. */
-TEST_EACH_ISA(slot_widen_and_unpack_all_halves)
-{
+TEST_EACH_ISA(slot_widen_and_unpack_all_halves) {
     enum { ROWS = 16, COLUMNS = 4096 };
     const fa_ukernel *uk = table();
     for (size_t n = 1; n < COUNT(dtypes); n++) {
         uint16_t *from = guard_input("from", ROWS * COLUMNS * 2, 2, GUARD_BEHIND);
         uint16_t *back = guard_output("back", ROWS * COLUMNS * 2, 2, GUARD_BEHIND);
-        float *to = guard_output("to", ROWS * COLUMNS * 4, 64, GUARD_BEHIND), *o = panel("o", COLUMNS, ROWS), factor[ROWS];
+        float *to = guard_output("to", ROWS * COLUMNS * 4, 64, GUARD_BEHIND), *o = panel("o", COLUMNS, ROWS),
+              factor[ROWS];
         void *rows_of[ROWS];
         for (int x = 0; x < ROWS * COLUMNS; x++)
             from[x] = (uint16_t)x;
@@ -161,15 +153,14 @@ TEST_EACH_ISA(slot_widen_and_unpack_all_halves)
     }
 }
 
-TEST_EACH_ISA(slot_qk)
-{
+TEST_EACH_ISA(slot_qk) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const int64_t head_dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
         const int64_t stride = e % 4 == 1 ? -head_dim - 1 : e % 4 == 2 ? 0 : head_dim + (int64_t)(e % 3);
         const struct columns c = columns[e % COUNT(columns)];
-        context("qk %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)head_dim, (long long)stride,
-                c.first, c.first + c.rows, c.ld);
+        context("qk %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)head_dim,
+                (long long)stride, c.first, c.first + c.rows, c.ld);
         const float *q = random_panel("q", head_dim, c.ld, 1);
         const float *k = random_floats("k", head_dim + (keys - 1) * llabs((long long)stride), 1);
         float *s = panel("s", keys, c.ld);
@@ -191,16 +182,15 @@ TEST_EACH_ISA(slot_qk)
     }
 }
 
-TEST_EACH_ISA(slot_pv)
-{
+TEST_EACH_ISA(slot_pv) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const int64_t dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
         const int64_t stride = e % 4 == 1 ? -dim - 1 : e % 4 == 2 ? 0 : dim + (int64_t)(e % 3);
         const struct columns c = columns[e % COUNT(columns)];
         float before[130 * FA_PANEL_ROWS];
-        context("pv %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)dim, (long long)stride, c.first,
-                c.first + c.rows, c.ld);
+        context("pv %lld x %lld, stride %lld, columns %d to %d of %d", (long long)keys, (long long)dim,
+                (long long)stride, c.first, c.first + c.rows, c.ld);
         const float *p = random_panel("p", keys, c.ld, 1), *alpha = random_panel("alpha", 1, c.ld, 1);
         const float *v = random_floats("v", dim + (keys - 1) * llabs((long long)stride), 1);
         float *o = panel("o", dim, c.ld);
@@ -226,9 +216,9 @@ TEST_EACH_ISA(slot_pv)
     }
 }
 
-TEST_EACH_ISA(slot_mask)
-{
-    static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32, FASTATTN_FLOAT64};
+TEST_EACH_ISA(slot_mask) {
+    static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32,
+                                           FASTATTN_FLOAT64};
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(kinds) * 12; n++) {
@@ -249,7 +239,10 @@ TEST_EACH_ISA(slot_mask)
                 for (int64_t j = 0; j < keys; j++) {
                     int hide = hidden == 1 ? random_between(&rng, 0, 1) : hidden == 2 || (hidden == 3 && (r || j));
                     void *at = (char *)(uintptr_t)rows_of[r] + j * step * item;
-                    store(dtype, at, dtype == FASTATTN_BOOL ? (hide ? 0 : 7) : hide ? -(double)INFINITY : (double)(float)random_signed(&rng));
+                    store(dtype, at,
+                          dtype == FASTATTN_BOOL ? (hide ? 0 : 7)
+                          : hide                 ? -(double)INFINITY
+                                                 : (double)(float)random_signed(&rng));
                     shows |= !hide;
                     hides |= hide != 0;
                 }
@@ -269,16 +262,17 @@ TEST_EACH_ISA(slot_mask)
         }
 }
 
-TEST_EACH_ISA(slot_scores)
-{
+TEST_EACH_ISA(slot_scores) {
     const fa_ukernel *uk = table();
     for (unsigned kind = 0; kind < 16; kind++) /* every combination of rules */
         for (size_t e = 0; e < COUNT(edges); e++) {
             const struct columns c = columns[(e + kind) % COUNT(columns)];
             const int64_t keys = edges[e], first = (int64_t)(e % 3) * 5;
-            context("scores by rules %u, %lld keys, columns %d to %d of %d", kind, (long long)keys, c.first, c.first + c.rows, c.ld);
+            context("scores by rules %u, %lld keys, columns %d to %d of %d", kind, (long long)keys, c.first,
+                    c.first + c.rows, c.ld);
             float *slopes = random_panel("slopes", 1, c.ld, 1), *offset = panel("offset", 1, c.ld);
-            float *begin = panel("begin", 1, c.ld), *end = panel("end", 1, c.ld), *bias = random_panel("bias", keys, c.ld, 3);
+            float *begin = panel("begin", 1, c.ld), *end = panel("end", 1, c.ld),
+                  *bias = random_panel("bias", keys, c.ld, 3);
             float *s = panel("s", keys, c.ld), *seen = panel("seen", 1, c.ld), before[130 * FA_PANEL_ROWS];
             for (int r = c.first; r < c.first + c.rows; r++) {
                 offset[r] = (float)random_between(&rng, -20, 200);
@@ -292,9 +286,13 @@ TEST_EACH_ISA(slot_scores)
                 }
             }
             memcpy(before, s, (size_t)(keys * c.ld) * 4);
-            const fa_score_rules rules = {.scale = 0.7f, .softcap = kind & 1 ? 5 : 0, .slopes = kind & 2 ? slopes + c.first : NULL,
-                                          .offset = kind & 2 ? offset + c.first : NULL, .begin = kind & 4 ? begin + c.first : NULL,
-                                          .end = kind & 4 ? end + c.first : NULL, .bias = kind & 8 ? bias + c.first : NULL};
+            const fa_score_rules rules = {.scale = 0.7f,
+                                          .softcap = kind & 1 ? 5 : 0,
+                                          .slopes = kind & 2 ? slopes + c.first : NULL,
+                                          .offset = kind & 2 ? offset + c.first : NULL,
+                                          .begin = kind & 4 ? begin + c.first : NULL,
+                                          .end = kind & 4 ? end + c.first : NULL,
+                                          .bias = kind & 8 ? bias + c.first : NULL};
             uk->scores(s + c.first, c.ld, c.rows, first, keys, &rules, seen + c.first);
             for (int r = c.first; r < c.first + c.rows; r++) {
                 int visible = r % 3 == 0;
@@ -317,8 +315,7 @@ TEST_EACH_ISA(slot_scores)
         }
 }
 
-TEST_EACH_ISA(slot_softmax)
-{
+TEST_EACH_ISA(slot_softmax) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const struct columns c = columns[e % COUNT(columns)];
@@ -326,12 +323,14 @@ TEST_EACH_ISA(slot_softmax)
         const float unit = e % 2 ? 1.4426950f : 0.18f;
         float old_s[130 * FA_PANEL_ROWS], old_m[FA_PANEL_ROWS], old_l[FA_PANEL_ROWS];
         context("softmax of %lld keys, columns %d to %d of %d", (long long)keys, c.first, c.first + c.rows, c.ld);
-        float *s = panel("s", keys, c.ld), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld), *alpha = panel("alpha", 1, c.ld);
+        float *s = panel("s", keys, c.ld), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld),
+              *alpha = panel("alpha", 1, c.ld);
         for (int r = c.first; r < c.first + c.rows; r++) {
             m[r] = r % 3 == 0 ? -INFINITY : (float)(10 * random_signed(&rng));
             l[r] = r % 3 == 0 ? 0 : (float)(2 + random_signed(&rng));
             for (int64_t j = 0; j < keys; j++)
-                s[j * c.ld + r] = r % 6 == 0 || random_between(&rng, 0, 4) == 0 ? -INFINITY : (float)(12 * random_signed(&rng));
+                s[j * c.ld + r] =
+                    r % 6 == 0 || random_between(&rng, 0, 4) == 0 ? -INFINITY : (float)(12 * random_signed(&rng));
         }
         if (keys > 2 && c.rows > 1)
             s[2 * c.ld + c.first + 1] = NAN; /* in one row, which it takes whole */
@@ -366,8 +365,7 @@ TEST_EACH_ISA(slot_softmax)
     }
 }
 
-TEST_EACH_ISA(slot_finite)
-{
+TEST_EACH_ISA(slot_finite) {
     static const float poisons[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN};
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
@@ -388,8 +386,7 @@ TEST_EACH_ISA(slot_finite)
         }
 }
 
-TEST_EACH_ISA(slot_unpack)
-{
+TEST_EACH_ISA(slot_unpack) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(dtypes) * 9; n++) {

@@ -1,5 +1,5 @@
-/* The same bits whoever computes: any number of threads, the caller's own threads, several callers at once, a batch entry
- * alone; and an environment left as it was found. */
+/* The same bits whoever computes: any number of threads, the caller's own threads, several callers at once, a batch
+ * entry alone; and an environment left as it was found. */
 #include "problem.h"
 
 #include <fenv.h>
@@ -7,22 +7,21 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
 static const struct spec specs[] = {
-    {.name = "prefill", .batch = 2, .heads = 3, .kv_heads = 3, .q_len = 130, .kv_len = 200, .head_dim = 24, .causal = 1},
-    {.name = "grouped", .heads = 8, .kv_heads = 2, .q_len = 33, .kv_len = 150, .head_dim = 16, .mask = MASK_BOOL, .hidden = 0.3},
+    {.name = "prefill", .batch = 2, .heads = 3, .kv_heads = 3, .q_len = 130, .kv_len = 200, .head_dim = 24,
+     .causal = 1},
+    {.name = "grouped", .heads = 8, .kv_heads = 2, .q_len = 33, .kv_len = 150, .head_dim = 16, .mask = MASK_BOOL,
+     .hidden = 0.3},
     {.name = "decode", .batch = 3, .heads = 8, .kv_heads = 2, .q_len = 1, .kv_len = 5000, .head_dim = 16, .sinks = 1,
      .lengths = LENGTHS_RANDOM},
     {.name = "decode, bfloat16", .heads = 4, .q_len = 2, .kv_len = 9000, .head_dim = 8, .q_dtype = FASTATTN_BFLOAT16,
      .kv_dtype = FASTATTN_BFLOAT16},
-    {.name = "blocks", .batch = 2, .heads = 2, .q_len = 300, .kv_len = 300, .head_dim = 8, .block_size = 32, .blocks_partial = 1,
-     .blocks_by_head = 1, .blocks_density = 0.4},
+    {.name = "blocks", .batch = 2, .heads = 2, .q_len = 300, .kv_len = 300, .head_dim = 8, .block_size = 32,
+     .blocks_partial = 1, .blocks_by_head = 1, .blocks_density = 0.4},
 };
 
 /* The outputs of a call by the calling thread alone. */
-static uint8_t *reference(struct problem *problem)
-{
+static uint8_t *reference(struct problem *problem) {
     problem->args.num_threads = 1;
     CHECK_STATUS(fastattn_attention(&problem->args, NULL, 0), FASTATTN_OK);
     uint8_t *bits = problem_snapshot(problem);
@@ -30,8 +29,7 @@ static uint8_t *reference(struct problem *problem)
     return bits;
 }
 
-TEST_EACH_ISA(threads_do_not_change_results)
-{
+TEST_EACH_ISA(threads_do_not_change_results) {
     static const int threads[] = {0, 1, 2, 3, 7, 64, -1};
     for (size_t n = 0; n < COUNT(specs); n++) {
         struct problem problem;
@@ -44,7 +42,8 @@ TEST_EACH_ISA(threads_do_not_change_results)
                 problem_blank(&problem);
                 if (owned)
                     problem_seal(&problem, GUARD_BEHIND);
-                CHECK_STATUS(fastattn_attention(&problem.args, owned ? problem.workspace : NULL, owned ? problem.workspace_size : 0),
+                CHECK_STATUS(fastattn_attention(&problem.args, owned ? problem.workspace : NULL,
+                                                owned ? problem.workspace_size : 0),
                              FASTATTN_OK);
                 CHECK(problem_equals(&problem, bits), "other bits than with one thread");
             }
@@ -67,18 +66,17 @@ struct worker {
     pthread_t thread;
 };
 
-static void *work(void *argument)
-{
+static void *work(void *argument) {
     const struct worker *worker = argument;
     struct queue *q = worker->queue;
     for (int64_t n; (n = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->count;)
-        CHECK_STATUS(fastattn_attention_run(&q->problem->args, q->phase, q->order[n], worker->number, q->problem->workspace,
-                                            q->problem->workspace_size), FASTATTN_OK);
+        CHECK_STATUS(fastattn_attention_run(&q->problem->args, q->phase, q->order[n], worker->number,
+                                            q->problem->workspace, q->problem->workspace_size),
+                     FASTATTN_OK);
     return NULL;
 }
 
-static void run_items(const struct problem *problem, struct rng *rng)
-{
+static void run_items(const struct problem *problem, struct rng *rng) {
     struct worker workers[8];
     for (int phase = 0; phase < 2; phase++) {
         const int64_t count = fastattn_attention_items(&problem->args, phase);
@@ -100,8 +98,7 @@ static void run_items(const struct problem *problem, struct rng *rng)
     }
 }
 
-TEST_EACH_ISA(threads_of_the_caller)
-{
+TEST_EACH_ISA(threads_of_the_caller) {
     struct rng rng = {5};
     for (size_t n = 0; n < COUNT(specs); n++)
         for (int threads = 1; threads < 8; threads += 2) {
@@ -125,8 +122,7 @@ struct caller {
     pthread_t thread;
 };
 
-static void *call_often(void *argument)
-{
+static void *call_often(void *argument) {
     struct caller *caller = argument;
     for (int round = 0; round < 5; round++) {
         problem_blank(&caller->problem);
@@ -137,8 +133,7 @@ static void *call_often(void *argument)
     return NULL;
 }
 
-TEST_EACH_ISA(threads_calling_at_once)
-{
+TEST_EACH_ISA(threads_calling_at_once) {
     struct caller callers[COUNT(specs)];
     for (size_t n = 0; n < COUNT(specs); n++) {
         problem_build(&callers[n].problem, &specs[n], n, GUARD_BEHIND);
@@ -155,13 +150,14 @@ TEST_EACH_ISA(threads_calling_at_once)
 }
 
 /* Entry b of a batch, called as a batch of one. */
-TEST_EACH_ISA(batch_entry_alone)
-{
+TEST_EACH_ISA(batch_entry_alone) {
     static const struct spec batches[] = {
         {.name = "plain", .batch = 4, .heads = 2, .kv_heads = 2, .q_len = 40, .kv_len = 90, .head_dim = 16},
-        {.name = "lengths", .batch = 4, .heads = 4, .kv_heads = 2, .q_len = 5, .kv_len = 300, .head_dim = 16, .causal = 1,
-         .lengths = LENGTHS_RANDOM, .offset = OFFSET_RANDOM, .alibi = ALIBI_ALL, .mask = MASK_FLOAT16, .hidden = 0.2},
-        {.name = "decode", .batch = 5, .heads = 4, .kv_heads = 1, .q_len = 1, .kv_len = 4000, .head_dim = 8, .lengths = LENGTHS_RANDOM},
+        {.name = "lengths", .batch = 4, .heads = 4, .kv_heads = 2, .q_len = 5, .kv_len = 300, .head_dim = 16,
+         .causal = 1, .lengths = LENGTHS_RANDOM, .offset = OFFSET_RANDOM, .alibi = ALIBI_ALL, .mask = MASK_FLOAT16,
+         .hidden = 0.2},
+        {.name = "decode", .batch = 5, .heads = 4, .kv_heads = 1, .q_len = 1, .kv_len = 4000, .head_dim = 8,
+         .lengths = LENGTHS_RANDOM},
         {.name = "decode, short", .batch = 32, .heads = 2, .q_len = 1, .kv_len = 2000, .head_dim = 8},
     };
     for (size_t n = 0; n < COUNT(batches); n++) {
@@ -194,8 +190,7 @@ TEST_EACH_ISA(batch_entry_alone)
     }
 }
 
-TEST_EACH_ISA(workspace_is_all_the_memory)
-{
+TEST_EACH_ISA(workspace_is_all_the_memory) {
     for (size_t n = 0; n < COUNT(specs); n++) {
         struct problem problem;
         context("%s", specs[n].name);
@@ -211,8 +206,7 @@ TEST_EACH_ISA(workspace_is_all_the_memory)
 }
 
 /* The register of rounding, flushing and traps, and with x86 of the sticky flags. */
-static uint64_t environment(void)
-{
+static uint64_t environment(void) {
 #if defined(__x86_64__)
     uint32_t mxcsr;
     __asm__ volatile("stmxcsr %0" : "=m"(mxcsr));
@@ -226,8 +220,7 @@ static uint64_t environment(void)
 #endif
 }
 
-static void set_environment(uint64_t bits)
-{
+static void set_environment(uint64_t bits) {
 #if defined(__x86_64__)
     uint32_t mxcsr = (uint32_t)bits;
     __asm__ volatile("ldmxcsr %0" : : "m"(mxcsr));
@@ -239,8 +232,7 @@ static void set_environment(uint64_t bits)
 }
 
 /* A caller may round and flush as it likes: it finds its settings again, and the same results. */
-TEST_EACH_ISA(environment_is_left_as_found)
-{
+TEST_EACH_ISA(environment_is_left_as_found) {
 #if defined(__x86_64__)
     /* FTZ, DAZ, down, up, to zero; the flags of an inexact result and of a division by zero */
     static const uint64_t changes[] = {0, 0x8000, 0x8040, 0x2000, 0x4000, 0x6000, 0xE040, 0x0020, 0x0004};
@@ -260,11 +252,13 @@ TEST_EACH_ISA(environment_is_left_as_found)
         problem_seal(&problem, GUARD_BEHIND);
         for (size_t c = 0; c < COUNT(changes); c++)
             for (int threads = 1; threads < 3; threads++) {
-                context("%s, %d threads, environment changed by %#llx", specs[n].name, threads, (unsigned long long)changes[c]);
+                context("%s, %d threads, environment changed by %#llx", specs[n].name, threads,
+                        (unsigned long long)changes[c]);
                 problem_blank(&problem);
                 problem.args.num_threads = threads;
                 set_environment(usual | changes[c]);
-                const fastattn_status status = fastattn_attention(&problem.args, problem.workspace, problem.workspace_size);
+                const fastattn_status status =
+                    fastattn_attention(&problem.args, problem.workspace, problem.workspace_size);
                 const uint64_t after = environment();
                 set_environment(usual);
                 CHECK_STATUS(status, FASTATTN_OK);
