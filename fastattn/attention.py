@@ -196,11 +196,11 @@ def attention_mass(q, k, segments, *, num_segments=None, **keywords):
     shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
     if segments.shape not in shapes:
         raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
-    largest = int(segments.max(initial=-1))
+    smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
     if num_segments is None:
-        num_segments = largest + 1
-    if segments.size and (int(segments.min()) < -1 or largest >= num_segments):
-        raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {int(segments.min())} to {largest}")
+        num_segments = max(largest, -1) + 1
+    if smallest < -1 or largest >= num_segments:
+        raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
 
     # The mass is attention over indicator values: one (Lk, num_segments) table, seen by all heads through strides of 0.
     one_hot = (segments[..., None] == np.arange(num_segments)).astype(k.dtype)

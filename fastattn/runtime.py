@@ -328,6 +328,8 @@ def _initialize():
     try:
         native = _load("native")
     except ImportError as error:
+        if isa is not None:
+            raise ValueError(f"FASTATTN_ISA limits the native backend, which is not here; got {isa!r}") from error
         if wanted is None:
             wanted = "numpy" if "numba" in _state.missing else "numba"
             warnings.warn(f"fastattn: {error}; using the {wanted} backend, which is slower", BackendWarning, stacklevel=3)

@@ -5,7 +5,7 @@
 #include <math.h>
 
 /* Sizes are bounded so that no product in the plan overflows 63 bits: rows of a panel sequence, tiles, work items. */
-static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 31,
+static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 40,
                      most_items = (int64_t)1 << 56;
 
 static int product_exceeds(int64_t a, int64_t b, int64_t most) { return b != 0 && a > most / b; }
@@ -72,7 +72,7 @@ static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const fastattn_block_mask *m = a->block_mask;
     if (!m) return FASTATTN_OK;
     if (m->size != sizeof *m) return FASTATTN_ERROR_ARGUMENT;
-    if (m->block_size < 1 || m->block_size > most_length || m->num_rows < 0 || m->batch_stride < 0 ||
+    if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 ||
         m->head_stride < 0 || !m->indptr || m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
         return FASTATTN_ERROR_BLOCK_MASK;
     const int64_t rows = fa_ceil_div(a->q_len, m->block_size);

@@ -52,7 +52,7 @@ extern "C" {
 typedef enum fastattn_status {
     FASTATTN_OK = 0,
     FASTATTN_ERROR_ARGUMENT = 1,     /* a null or misaligned pointer, or an unknown struct size or enum */
-    FASTATTN_ERROR_SHAPE = 2,        /* a size that is negative or too large (2**20 for head_dim, 2**31 for
+    FASTATTN_ERROR_SHAPE = 2,        /* a size that is negative or too large (2**20 for head_dim, 2**40 for
                                         lengths), or num_heads is no multiple of num_kv_heads */
     FASTATTN_ERROR_DTYPE = 3,        /* an unknown dtype, or a combination that is not supported */
     FASTATTN_ERROR_SCALE = 4,        /* scale, softcap or a sink that is not finite, or a negative softcap */
