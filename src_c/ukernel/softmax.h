@@ -33,9 +33,8 @@ FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, 
     }
     /* The difference first: it is exact where it matters, and a product of large scores could overflow. The sum is
      * formed in runs, for its error grows with their length. */
-    enum { RUN = 16 };
     for (int64_t j = 0; j < keys;) {
-        const int64_t end = keys - j < RUN ? keys : j + RUN;
+        const int64_t end = keys - j < FA_SUM_RUN ? keys : j + FA_SUM_RUN;
         simd_f run[4];
         FA_UNROLL for (int v = 0; v < vectors; v++) run[v] = simd_set1(0.0f);
         for (; j < end; j++)

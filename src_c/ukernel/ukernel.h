@@ -23,8 +23,10 @@
 #include "fastattn.h"
 
 enum {
-    FA_PANEL_ROWS = 64, /* rows of a panel, at most */
-    FA_ROW_STEP = 16    /* every ISA's vectors divide it */
+    FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
+    FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
+    FA_MOST_BLOCK_KEYS = 256, /* of any table's block_keys */
+    FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
 /* What is done to the scores of a block, besides multiplying. Pointers marked [ld] are indexed by the row of the panel. */
@@ -74,6 +76,7 @@ typedef struct fa_ukernel {
 
     /* The online softmax, in units of 2**c:  m' = max(m, max s),  alpha = 2**(c*(m - m')),
      * s = 2**(c*(s - m')),  l = l * alpha + sum s. A row that has seen only -inf keeps m = -inf and gets s = 0.
+     * The sum is formed in runs of FA_SUM_RUN keys.
      * Powers below 2**-100 are 0, so that no subnormal number slows the products. */
     void (*softmax)(float *s, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
 
