@@ -1,4 +1,5 @@
 /* What the library says of itself and of a call. */
+#include "ints.h"
 #include "keyblocks.h"
 
 #include <stdlib.h>
@@ -39,14 +40,17 @@ const char *fastattn_isa_name(fastattn_isa isa) {
 
 int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(isa) != NULL; }
 
-/* (row, key) pairs of the blocks that the loop would visit, as counted by its own iterator. */
+/* (row, key) pairs of the blocks that the loop would visit, as told by its own iterator. */
 static double visited_pairs(const fa_call *call, char *memory) {
     double pairs = 0;
     for (int64_t item = 0; item < call->items; item++) {
         const fa_panel panel = fastattn_panel_of(call, item, memory);
         fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
         fa_key_block block;
-        while (fastattn_next_key_block(&blocks, &block)) pairs += (double)block.keys * panel.rows;
+        if (!blocks.mask)
+            pairs += (double)fa_max(blocks.end - blocks.next, 0) * panel.rows;
+        else
+            while (fastattn_next_key_block(&blocks, &block)) pairs += (double)block.keys * panel.rows;
     }
     return pairs;
 }

@@ -157,7 +157,7 @@ typedef struct fastattn_attention_args {
     int causal;                      /* non-zero: j <= i + query_offset */
     int64_t window_left;             /* -1: unbounded */
     int64_t window_right;            /* -1: unbounded */
-    const int64_t *query_offset;     /* (batch), or null: kv_length - q_len */
+    const int64_t *query_offset;     /* (batch), or null: kv_length - q_len; cut to +-2**60, as the window is */
     const int64_t *kv_lengths;       /* (batch), or null: kv_len */
 
     const void *mask;                /* (batch, num_heads, q_len, kv_len), or null */
