@@ -88,8 +88,8 @@ TEST(errors_shapes) {
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = 8);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.head_dim = (1 << 20) + 1);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.v_head_dim = (1 << 20) + 1);
-    REFUSED(FASTATTN_ERROR_SHAPE, p.args.q_len = (INT64_C(1) << 31) + 1);
-    REFUSED(FASTATTN_ERROR_SHAPE, p.args.kv_len = (INT64_C(1) << 31) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.q_len = (INT64_C(1) << 40) + 1);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.kv_len = (INT64_C(1) << 40) + 1);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.window_left = -2);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.window_right = INT64_MIN);
 }
