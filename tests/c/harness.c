@@ -250,9 +250,9 @@ static void run_test(const struct test *test, const char *name) {
         conclude(1, name, detail);
 }
 
-/* usage: program [effort in percent [part of a test's name]] */
+/* usage: program [effort in percent [part of a test's name [an instruction set, which then has to be available]]] */
 int main(int argc, char **argv) {
-    const char *wanted = argc > 2 ? argv[2] : "";
+    const char *wanted = argc > 2 ? argv[2] : "", *wanted_isa = argc > 3 ? argv[3] : "";
     if (argc > 1)
         test_effort = atoi(argv[1]);
     report = mmap(NULL, sizeof *report, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -269,11 +269,13 @@ int main(int argc, char **argv) {
         for (int isa = FASTATTN_ISA_PORTABLE; fastattn_isa_name((fastattn_isa)isa); isa++) {
             char name[128];
             test_isa = (fastattn_isa)isa;
+            if (*wanted_isa && strcmp(wanted_isa, fastattn_isa_name(test_isa)))
+                continue;
             snprintf(name, sizeof name, "%s[%s]", test->name, fastattn_isa_name(test_isa));
             if (fastattn_isa_available(test_isa))
                 run_test(test, name);
             else
-                conclude(2, name, "not available");
+                conclude(*wanted_isa ? 1 : 2, name, "not available");
         }
     }
     printf("%d passed, %d failed, %d skipped\n", counts[0], counts[1], counts[2]);

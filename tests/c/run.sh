@@ -2,10 +2,12 @@
 # Builds the C library from src_c/sources.txt with a plain compiler, and tests it without Python.
 #
 #   tests/c/run.sh [--cc COMPILER] [--sanitize address,undefined | thread] [--no-openmp]
-#                  [--emulate 'qemu-x86_64 -cpu Nehalem' | aarch64] [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME]
+#                  [--emulate 'qemu-x86_64 -cpu Nehalem' | aarch64 | amx]
+#                  [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME]
 #
 # One line per test, and the line "N passed, N failed, N skipped" at the end; the exit status is 1 when a test failed.
-# With the thread sanitizer only the tests of threads run, without emulation and sanitizers also checks of the objects.
+# With the thread sanitizer only the tests of threads run, without sanitizers also checks of the objects. With "amx" the
+# tests of that instruction set run, on any x86-64 with AVX-512: what the processor lacks of it tests/amx/emulator.c does.
 # What an option needs and the system lacks is installed with apt-get where that is possible.
 set -eu
 
@@ -18,7 +20,7 @@ while [ $# -gt 0 ]; do
         --emulate) emulate=$2; shift 2 ;;
         --effort) effort=$2; shift 2 ;;
         --only) only=$2; shift 2 ;;
-        *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
 
@@ -33,11 +35,13 @@ source=$here/../../src_c
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-tools='' static='' run=$emulate
+tools='' static='' run=$emulate isa='' isa_tests=''
 if [ "$emulate" = aarch64 ]; then
     need qemu-aarch64 qemu-user
     need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
     tools=aarch64-linux-gnu- cc=aarch64-linux-gnu-gcc static=-static run=qemu-aarch64
+elif [ "$emulate" = amx ]; then
+    isa=amx isa_tests=amx/test_emulator.c run="env LD_PRELOAD=$build/emulator.so"
 elif [ -n "$emulate" ]; then
     need "${emulate%% *}" qemu-user
 fi
@@ -56,28 +60,31 @@ fi
 : "${effort:=$([ -n "$run$sanitize" ] && echo 10 || echo 100)}"
 
 # ---------------------------------------------------------------------------------------------------- build and run
-flags="-std=c11 -O2 -Wall -Wextra -Werror $openmp $sanitize"
+flags="-std=c11 -O2 -Wall -Wextra -Werror $openmp $sanitize ${isa:+-DFASTATTN_ASSUME_AMX}"
 library=$(sed 's/#.*//' "$source/sources.txt")
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../../fastattn/__init__.py")
-tests=$(cd "$here" && ls ./*.c)
+tests="$isa_tests $(cd "$here/.." && ls c/*.c)"
+object() { # of a source's path
+    echo "$(echo "${1%.c}" | tr / -).o"
+}
 mkdir "$build/library" "$build/tests"
 includes="-I'$source/include' -I'$source'"
 {
     for file in $library; do
-        object=$(echo "${file%.c}" | tr / -).o
         echo "$cc $flags -fPIC -fvisibility=hidden -DFASTATTN_VERSION='\"$version\"' $includes" \
-            "-c '$source/$file' -o $build/library/$object"
+            "-c '$source/$file' -o $build/library/$(object "$file")"
     done
     for file in $tests; do
-        echo "$cc $flags $includes -c '$here/$file' -o $build/tests/${file%.c}.o"
+        echo "$cc $flags $includes -c '$here/../$file' -o $build/tests/$(object "$file")"
     done
+    [ -z "$isa" ] || echo "$cc $flags -fPIC -shared '$here/../$isa/emulator.c' -ldl -o $build/emulator.so"
 } | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}' || exit 1
 wrap='-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=aligned_alloc,--wrap=posix_memalign'
 $cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm -lpthread -o "$build/test"
 
 # A huge request is an error to report, not a reason to end the program.
 export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS-}"
-$run "$build/test" "$effort" "$only" | tee "$build/log" | sed '$d'
+$run "$build/test" "$effort" "$only" "$isa" | tee "$build/log" | sed '$d'
 
 # ---------------------------------------------------------------------------------------------- the objects themselves
 outcome() { # pass, FAIL or skip, the name, and what was found
