@@ -10,6 +10,7 @@
  *     out = o / l
  *
  * (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.) */
+#include "../simd/storage.h"
 #include "ints.h"
 #include "keyblocks.h"
 #include "state.h"
@@ -25,30 +26,46 @@ typedef struct fa_work {
     fa_panel panel;
     fa_state state;
     float *q, *s, *bias, *shown, *k, *v, *finite_v;
+    int few;                        /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
+    int64_t q_pitch, o_pitch;       /* of them then */
+    float *o_rows;
     struct { int64_t from, to; } keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
 } fa_work;
 
-/* The keys of a block in float32, and what the rules say of them. */
+/* Rows of k or v, a block or a part of one. */
+typedef struct fa_matrix {
+    const char *at;
+    int64_t stride; /* in bytes */
+    fastattn_dtype dtype;
+} fa_matrix;
+
+static fa_matrix rows_from(fa_matrix m, int64_t row) {
+    m.at += row * m.stride;
+    return m;
+}
+
+/* A block of keys and values, and what the rules say of them. */
 typedef struct fa_operands {
-    const float *k, *v;
-    int64_t k_stride, v_stride; /* in floats */
+    fa_matrix k, v;
     fa_score_rules rules;
     int ruled;   /* the rules change or hide some score */
     int careful; /* some row must not be touched by some value that is not finite */
 } fa_operands;
 
-/* Rows of k or v from `first` on, in float32: the caller's own, or widened into `room`. */
-static const float *block_rows(const fa_call *call, const void *base, const int64_t strides[3], const fa_panel *panel,
-                               const fa_key_block *block, int64_t dim, float *room, int64_t *stride) {
-    const char *at =
-        (const char *)base + panel->batch * strides[0] + panel->kv_head * strides[1] + block->first * strides[2];
-    if (call->args->kv_dtype == FASTATTN_FLOAT32) {
-        *stride = strides[2] / (int64_t)sizeof(float);
-        return (const float *)at;
-    }
-    call->uk->widen(room, at, strides[2], block->keys, dim, call->args->kv_dtype);
-    *stride = dim;
-    return room;
+/* The caller's rows of k or v from `first` on. */
+static fa_matrix stored_rows(const fa_call *call, const void *base, const int64_t strides[3], const fa_panel *panel,
+                             int64_t first) {
+    const fa_matrix m = {(const char *)base + panel->batch * strides[0] + panel->kv_head * strides[1], strides[2],
+                         call->args->kv_dtype};
+    return rows_from(m, first);
+}
+
+/* The same rows in float32, widened into `room` unless they are. */
+static fa_matrix widened(const fa_call *call, fa_matrix m, int64_t keys, int64_t dim, float *room) {
+    if (m.dtype == FASTATTN_FLOAT32) return m;
+    call->uk->widen(room, m.at, m.stride, keys, dim, m.dtype);
+    const fa_matrix wide = {(const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
+    return wide;
 }
 
 /* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
@@ -151,7 +168,7 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
     return rules;
 }
 
-static fa_score_rules rules_from(const fa_score_rules *rules, int row, int64_t key, int ld) {
+static fa_score_rules rules_at(const fa_score_rules *rules, int row, int64_t key, int ld) {
     fa_score_rules moved = *rules;
     if (rules->slopes) moved.slopes += row, moved.offset += row;
     if (rules->end) moved.begin += row, moved.end += row;
@@ -159,53 +176,80 @@ static fa_score_rules rules_from(const fa_score_rules *rules, int row, int64_t k
     return moved;
 }
 
-/* o = o * alpha + v p where v holds NaN or infinities and some row does not see some key: 0 * NaN must not reach such a
- * row. What is finite goes through pv as ever, so that no other row's bits change; the rest is added to the rows that
- * see it. */
-static void careful_pv(fa_work *w, const fa_operands *x, const fa_score_rules *rules, int row, int rows, int64_t from,
-                       int64_t keys) {
+/* s = k q, for `rows` rows from `row` on. */
+static void multiply_keys(fa_work *w, fa_matrix k, int row, int rows, int64_t keys) {
+    const int64_t dim = w->call->args->head_dim;
+    float *s = w->s + row;
     const int ld = w->call->rows.ld;
+    if (w->few)
+        w->call->uk->qk_few(s, ld, w->q, w->q_pitch, w->panel.rows, k.at, k.stride, keys, dim, k.dtype);
+    else
+        w->call->uk->qk(s, w->q + row, ld, rows, (const float *)(const void *)k.at, k.stride / (int64_t)sizeof(float), keys,
+                        dim);
+}
+
+/* o = o alpha + v p, likewise. */
+static void add_values(fa_work *w, fa_matrix v, int row, int rows, int64_t keys) {
     const int64_t dim = w->state.v_head_dim;
-    float *o = w->state.o + row, unused[FA_PANEL_ROWS] = {0};
+    const float *alpha = w->panel.alpha + row, *p = w->s + row;
+    const int ld = w->call->rows.ld;
+    if (w->few)
+        w->call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, v.at, v.stride, keys, dim, v.dtype);
+    else
+        w->call->uk->pv(w->state.o + row, alpha, p, ld, rows, (const float *)(const void *)v.at,
+                        v.stride / (int64_t)sizeof(float), keys, dim);
+}
+
+/* The same where v (in float32) holds NaN or infinities and some row does not see some key: 0 * NaN must not reach such a
+ * row. What is finite goes through the product as ever, so that no other row's bits change; the rest is added to the rows
+ * that see it. */
+static void add_values_carefully(fa_work *w, fa_matrix v, const fa_score_rules *rules, int row, int rows, int64_t from,
+                                 int64_t keys) {
+    const int ld = w->call->rows.ld, real = (int)fa_min(rows, w->panel.rows - row);
+    const int64_t dim = w->state.v_head_dim;
+    float unused[FA_PANEL_ROWS] = {0};
     /* The rules applied to zeros: -inf exactly where hidden. */
     for (int64_t j = 0; j < keys; j++)
         for (int r = 0; r < rows; r++) w->shown[j * ld + r] = 0.0f;
     w->call->uk->scores(w->shown, ld, rows, from, keys, rules, unused);
 
-    for (int64_t j = 0; j < keys; j++)
+    for (int64_t j = 0; j < keys; j++) {
+        const float *values = (const float *)(const void *)rows_from(v, j).at;
+        for (int64_t d = 0; d < dim; d++) w->finite_v[j * dim + d] = isfinite(values[d]) ? values[d] : 0.0f;
+    }
+    const fa_matrix finite = {(const char *)w->finite_v, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
+    add_values(w, finite, row, rows, keys);
+    for (int64_t j = 0; j < keys; j++) {
+        const float *values = (const float *)(const void *)rows_from(v, j).at;
         for (int64_t d = 0; d < dim; d++) {
-            const float v = x->v[(from + j) * x->v_stride + d];
-            w->finite_v[j * dim + d] = isfinite(v) ? v : 0.0f;
+            if (isfinite(values[d])) continue;
+            for (int r = 0; r < real; r++) {
+                float *o = w->few ? w->o_rows + r * w->o_pitch + d : w->state.o + d * ld + row + r;
+                if (w->shown[j * ld + r] != -INFINITY) *o += w->s[j * ld + row + r] * values[d];
+            }
         }
-    w->call->uk->pv(o, w->panel.alpha + row, w->s + row, ld, rows, w->finite_v, dim, keys, dim);
-    for (int64_t j = 0; j < keys; j++)
-        for (int64_t d = 0; d < dim; d++) {
-            const float v = x->v[(from + j) * x->v_stride + d];
-            if (isfinite(v)) continue;
-            for (int r = 0; r < rows; r++)
-                if (w->shown[j * ld + r] != -INFINITY) o[d * ld + r] += w->s[j * ld + row + r] * v;
-        }
+    }
 }
 
 /* One step of the loop, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
 static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
-    const fa_ukernel *uk = call->uk;
     const int ld = call->rows.ld;
-    const fa_score_rules rules = rules_from(&x->rules, row, from, ld);
+    const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
+    const fa_matrix v = rows_from(x->v, from);
     fa_state *t = &w->state;
-    float *s = w->s + row, *alpha = w->panel.alpha + row;
+    float *s = w->s + row;
 
-    uk->qk(s, w->q + row, ld, rows, x->k + from * x->k_stride, x->k_stride, keys, call->args->head_dim);
+    multiply_keys(w, rows_from(x->k, from), row, rows, keys);
     if (x->ruled)
-        uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
+        call->uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
     else
         for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
-    uk->softmax(s, ld, rows, keys, call->exponent, t->m + row, t->l + row, alpha);
+    call->uk->softmax(s, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
     if (x->careful)
-        careful_pv(w, x, &rules, row, rows, from, keys);
+        add_values_carefully(w, v, &rules, row, rows, from, keys);
     else
-        uk->pv(t->o + row, alpha, s, ld, rows, x->v + from * x->v_stride, x->v_stride, keys, t->v_head_dim);
+        add_values(w, v, row, rows, keys);
 }
 
 /* The steps of a block. At an edge, where it saves a quarter of the work or more, every FA_ROW_STEP rows take just the
@@ -234,34 +278,63 @@ static void steps(fa_work *w, const fa_operands *x, const fa_key_block *block) {
     }
 }
 
-/* With few rows the loop waits for memory, and the columns in which pv walks through V hide from the hardware what comes
- * next: ask for this block's values, and for as many keys after it. (What is widened is read in order anyway.) */
-static void fetch_ahead(const fa_call *call, const fa_panel *p, const fa_key_block *block) {
-    const fastattn_attention_args *a = call->args;
-    const int64_t after = block->first + block->keys, itemsize = sizeof(float);
-    const char *k = (const char *)a->k + p->batch * a->k_strides[0] + p->kv_head * a->k_strides[1];
-    const char *v = (const char *)a->v + p->batch * a->v_strides[0] + p->kv_head * a->v_strides[1];
-    call->uk->fetch(v + block->first * a->v_strides[2], a->v_strides[2], block->keys, a->v_head_dim * itemsize);
-    call->uk->fetch(k + after * a->k_strides[2], a->k_strides[2], fa_min(block->keys, p->end_key - after),
-                    a->head_dim * itemsize);
+/* With one vector of rows the loop waits for memory, and the columns in which pv walks through V hide from the hardware what
+ * comes next: ask for this block's values, and for as many keys after it. (What is widened is read in order anyway, and the
+ * products of few rows look ahead themselves.) */
+static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key_block *block) {
+    const fastattn_attention_args *a = w->call->args;
+    if (w->few || w->panel.padded > FA_ROW_STEP || a->kv_dtype != FASTATTN_FLOAT32) return;
+    const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
+    w->call->uk->fetch(v.at, v.stride, block->keys, a->v_head_dim * size);
+    w->call->uk->fetch(rows_from(k, block->keys).at, k.stride, fa_min(block->keys, after), a->head_dim * size);
 }
 
 static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
-    const fa_panel *p = &w->panel;
     const unsigned found = block_bias(w, block);
     if (!(found & FA_MASK_SHOWS)) return;
-    if (p->padded == FA_ROW_STEP && a->kv_dtype == FASTATTN_FLOAT32) fetch_ahead(call, p, block);
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
     fa_operands x;
-    x.k = block_rows(call, a->k, a->k_strides, p, block, a->head_dim, w->k, &x.k_stride);
-    x.v = block_rows(call, a->v, a->v_strides, p, block, a->v_head_dim, w->v, &x.v_stride);
+    x.k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
+    x.v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
     x.rules = block_rules(w, block, biased);
     x.ruled = call->natural || block->partial || biased;
     x.careful = (block->partial || found & FA_MASK_HIDES) &&
-                !call->uk->finite(x.v, x.v_stride, block->keys, a->v_head_dim);
+                !call->uk->finite(x.v.at, x.v.stride, block->keys, a->v_head_dim, x.v.dtype);
+    fetch_ahead(w, x.k, x.v, block);
+    if (!w->few) x.k = widened(call, x.k, block->keys, a->head_dim, w->k);
+    if (!w->few || x.careful) x.v = widened(call, x.v, block->keys, a->v_head_dim, w->v);
     steps(w, &x, block);
+}
+
+/* The queries, as the products want them. */
+static void load_queries(fa_work *w) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fa_panel *p = &w->panel;
+    fastattn_panel_queries(call, p);
+    if (!w->few) {
+        call->uk->pack(w->q, call->rows.ld, p->rows_of, p->padded, a->head_dim, a->q_dtype, call->sign);
+        return;
+    }
+    memset(w->q, 0, (size_t)(p->rows * w->q_pitch) * sizeof(float));
+    memset(w->o_rows, 0, (size_t)(p->rows * w->o_pitch) * sizeof(float));
+    memset(w->s, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* the columns that qk_few leaves alone */
+    for (int r = 0; r < p->rows; r++) {
+        float *q = w->q + r * w->q_pitch;
+        call->uk->widen(q, p->rows_of[r], 0, 1, a->head_dim, a->q_dtype);
+        for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
+    }
+}
+
+/* o in the orientation of a state. */
+static void settle(fa_work *w) {
+    if (!w->few) return;
+    for (int r = 0; r < w->panel.padded; r++)
+        w->panel.rows_of[r] = w->o_rows + fa_min(r, w->panel.rows - 1) * w->o_pitch;
+    w->call->uk->pack(w->state.o, (int)w->state.ld, w->panel.rows_of, w->panel.padded, w->state.v_head_dim,
+                      FASTATTN_FLOAT32, 1.0f);
 }
 
 /* Everything that the caller will see of a panel. */
@@ -310,16 +383,20 @@ static void run_item(const void *context, int64_t item, int worker) {
                  .shown = (float *)(scratch + at->shown),
                  .k = (float *)(scratch + at->k),
                  .v = (float *)(scratch + at->v),
-                 .finite_v = (float *)(scratch + at->finite_v)};
+                 .finite_v = (float *)(scratch + at->finite_v),
+                 .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
+                 .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
+                 .o_rows = (float *)(scratch + at->o_rows)};
+    w.few = w.panel.rows <= FA_FEW_ROWS;
     w.state = call->splits > 1 ? partial_state(job, item)
                                : fastattn_state_at(scratch + at->o, call->rows.ld, a->v_head_dim);
     fastattn_state_clear(&w.state);
-    fastattn_panel_queries(call, &w.panel);
-    call->uk->pack(w.q, call->rows.ld, w.panel.rows_of, w.panel.padded, a->head_dim, a->q_dtype, call->sign);
+    load_queries(&w);
 
     fa_key_blocks blocks = fastattn_key_blocks(call, &w.panel);
     fa_key_block block;
     while (fastattn_next_key_block(&blocks, &block)) run_block(&w, &block);
+    settle(&w);
     if (call->splits == 1) finish(call, &w.panel, &w.state);
 }
 

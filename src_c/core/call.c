@@ -60,7 +60,8 @@ static fastattn_status plan_memory(fa_call *call) {
     const int64_t ld = call->rows.ld, keys = call->block_keys;
     fa_scratch *m = &call->scratch;
     size_t bytes = 0;
-    m->q = take(&bytes, a->head_dim * ld, sizeof(float));
+    const int64_t few = FA_FEW_ROWS * fa_round_up(a->head_dim, FA_ROW_STEP);
+    m->q = take(&bytes, fa_max(a->head_dim * ld, few), sizeof(float));
     m->s = take(&bytes, keys * ld, sizeof(float));
     m->bias = take(&bytes, keys * ld, sizeof(float));
     m->shown = take(&bytes, keys * ld, sizeof(float));
@@ -69,6 +70,7 @@ static fastattn_status plan_memory(fa_call *call) {
     m->v = take(&bytes, widened * a->v_head_dim, sizeof(float));
     m->finite_v = take(&bytes, keys * a->v_head_dim, sizeof(float));
     m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
+    m->o_rows = take(&bytes, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
     m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->bytes = bytes;
     call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;

@@ -23,7 +23,7 @@ typedef struct fa_rows {
 
 /* Scratch of one worker, as offsets in bytes from its beginning. */
 typedef struct fa_scratch {
-    size_t q, s, bias, shown, k, v, finite_v, o, rows; /* rows: the vectors of one float a row, and the row pointers */
+    size_t q, s, bias, shown, k, v, finite_v, o, o_rows, rows; /* rows: the vectors of one float a row, and the row pointers */
     size_t bytes;
 } fa_scratch;
 

@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include "../simd/storage.h"
 #include "ints.h"
 
 #include <math.h>
@@ -34,17 +35,13 @@ static int misaligned(const void *p, const int64_t *strides, int count, int64_t 
     return (bits & (size - 1)) != 0;
 }
 
-static int64_t size_of(fastattn_dtype dtype) {
-    return dtype == FASTATTN_BOOL ? 1 : dtype == FASTATTN_FLOAT64 ? 8 : dtype == FASTATTN_FLOAT32 ? 4 : 2;
-}
-
 static fastattn_status check_pointers(const fastattn_attention_args *a) {
-    if (misaligned(a->q, a->q_strides, 3, size_of(a->q_dtype)) ||
-        misaligned(a->k, a->k_strides, 3, size_of(a->kv_dtype)) ||
-        misaligned(a->v, a->v_strides, 3, size_of(a->kv_dtype)) ||
-        misaligned(a->out, a->out_strides, 3, size_of(a->q_dtype)) ||
+    if (misaligned(a->q, a->q_strides, 3, fa_size_of(a->q_dtype)) ||
+        misaligned(a->k, a->k_strides, 3, fa_size_of(a->kv_dtype)) ||
+        misaligned(a->v, a->v_strides, 3, fa_size_of(a->kv_dtype)) ||
+        misaligned(a->out, a->out_strides, 3, fa_size_of(a->q_dtype)) ||
         (a->lse && misaligned(a->lse, a->lse_strides, 3, 4)) ||
-        (a->mask && misaligned(a->mask, a->mask_strides, 4, size_of(a->mask_dtype))) ||
+        (a->mask && misaligned(a->mask, a->mask_strides, 4, fa_size_of(a->mask_dtype))) ||
         (a->alibi_slopes && misaligned(a->alibi_slopes, a->alibi_strides, 2, 4)))
         return FASTATTN_ERROR_ARGUMENT;
     int64_t queries = a->batch * a->num_heads * a->q_len;

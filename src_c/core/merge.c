@@ -3,7 +3,7 @@
 #include "state.h"
 #include "threads.h"
 
-#include "../simd/half.h"
+#include "../simd/storage.h"
 #include "fastattn.h"
 
 #include <math.h>
@@ -19,25 +19,10 @@ typedef struct fa_merge {
     fa_state sum, part;
 } fa_merge;
 
-static float element(const void *array, int64_t at, fastattn_dtype dtype) {
-    switch (dtype) {
-    case FASTATTN_FLOAT16: return fa_from_f16(((const uint16_t *)array)[at]);
-    case FASTATTN_BFLOAT16: return fa_from_bf16(((const uint16_t *)array)[at]);
-    default: return ((const float *)array)[at];
-    }
-}
-
-static void put(void *array, int64_t at, float x, fastattn_dtype dtype) {
-    switch (dtype) {
-    case FASTATTN_FLOAT16: ((uint16_t *)array)[at] = fa_to_f16(x); break;
-    case FASTATTN_BFLOAT16: ((uint16_t *)array)[at] = fa_to_bf16(x); break;
-    default: ((float *)array)[at] = x;
-    }
-}
-
 static void merge_row(const void *context, int64_t row, int worker) {
     const fa_merge *x = context;
     const float log2_e = 1.44269504088896341f;
+    const int64_t size = fa_size_of(x->dtype);
     fa_state sum = x->sum, part = x->part;
     (void)worker;
     fastattn_state_clear(&sum);
@@ -46,11 +31,13 @@ static void merge_row(const void *context, int64_t row, int worker) {
         if (lse == -INFINITY) continue;
         *part.m = lse;
         *part.l = *part.seen = 1.0f;
-        for (int64_t d = 0; d < x->v_head_dim; d++) part.o[d] = element(x->outs[n], row * x->v_head_dim + d, x->dtype);
+        for (int64_t d = 0; d < x->v_head_dim; d++)
+            part.o[d] = fa_get((const char *)x->outs[n] + (row * x->v_head_dim + d) * size, x->dtype);
         fastattn_state_merge(&sum, &part, log2_e);
     }
     const float factor = fastattn_state_finish(&sum, 0, 1.0, NULL, &x->lse[row]);
-    for (int64_t d = 0; d < x->v_head_dim; d++) put(x->out, row * x->v_head_dim + d, sum.o[d] * factor, x->dtype);
+    for (int64_t d = 0; d < x->v_head_dim; d++)
+        fa_put((char *)x->out + (row * x->v_head_dim + d) * size, sum.o[d] * factor, x->dtype);
 }
 
 fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,

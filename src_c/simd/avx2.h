@@ -13,7 +13,7 @@
 typedef __m256 simd_f;
 typedef __m256 simd_m;
 
-static inline void simd_fetch(const char *p) { _mm_prefetch(p, _MM_HINT_T0); }
+#define simd_fetch(p) _mm_prefetch((p), _MM_HINT_T1)
 static inline simd_f simd_set1(float x) { return _mm256_set1_ps(x); }
 static inline simd_f simd_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void simd_store(float *p, simd_f a) { _mm256_storeu_ps(p, a); }
@@ -75,6 +75,16 @@ static inline void simd_transpose(simd_f v[8]) {
         v[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
         v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
+}
+static inline simd_f simd_sum_lanes(const simd_f v[8]) {
+    __m256 a[4], b[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm256_add_ps(_mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 8
+    for (int i = 0; i < 2; i++)
+        b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    return _mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
 }
 
 #endif

@@ -13,7 +13,7 @@
 typedef __m512 simd_f;
 typedef __mmask16 simd_m;
 
-static inline void simd_fetch(const char *p) { _mm_prefetch(p, _MM_HINT_T0); }
+#define simd_fetch(p) _mm_prefetch((p), _MM_HINT_T1)
 static inline simd_f simd_set1(float x) { return _mm512_set1_ps(x); }
 static inline simd_f simd_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void simd_store(float *p, simd_f a) { _mm512_storeu_ps(p, a); }
@@ -75,6 +75,19 @@ static inline void simd_transpose(simd_f v[16]) {
         v[i + 8] = _mm512_shuffle_f32x4(low0, high0, 0xdd);
         v[i + 12] = _mm512_shuffle_f32x4(low1, high1, 0xdd);
     }
+}
+/* Sums of neighbours, which are interleaved with those of the next vector; likewise with quarters. */
+static inline simd_f simd_sum_lanes(const simd_f v[16]) {
+    __m512 a[8], b[4];
+#pragma GCC unroll 16
+    for (int i = 0; i < 8; i++)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++)
+        b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
 #endif

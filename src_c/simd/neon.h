@@ -14,7 +14,7 @@
 typedef float32x4_t simd_f;
 typedef uint32x4_t simd_m;
 
-static inline void simd_fetch(const char *p) { __builtin_prefetch(p); }
+#define simd_fetch(p) __builtin_prefetch((p), 0, 2)
 static inline simd_f simd_set1(float x) { return vdupq_n_f32(x); }
 static inline simd_f simd_load(const float *p) { return vld1q_f32(p); }
 static inline void simd_store(float *p, simd_f a) { vst1q_f32(p, a); }
@@ -59,6 +59,9 @@ static inline void simd_transpose(simd_f v[4]) {
     v[1] = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
     v[2] = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
     v[3] = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
+}
+static inline simd_f simd_sum_lanes(const simd_f v[4]) {
+    return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
 }
 
 #endif

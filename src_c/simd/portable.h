@@ -16,8 +16,8 @@ typedef struct simd_m { int lane[4]; } simd_m;
 
 #define SIMD_EACH(i) for (int i = 0; i < 4; i++)
 
-/* Asks for the cache line at p, to be read soon. */
-static inline void simd_fetch(const char *p) { (void)p; }
+/* Asks the second-level cache for the line at p, to be read soon. (A macro: gcc drops calls of functions that only prefetch.) */
+#define simd_fetch(p) ((void)(p))
 static inline simd_f simd_set1(float x) { return (simd_f){{x, x, x, x}}; }
 static inline simd_f simd_load(const float *p) { simd_f r; memcpy(&r, p, sizeof r); return r; }
 static inline void simd_store(float *p, simd_f a) { memcpy(p, &a, sizeof a); }
@@ -55,6 +55,12 @@ static inline void simd_transpose(simd_f v[4]) {
         v[i].lane[j] = v[j].lane[i];
         v[j].lane[i] = x;
     }
+}
+/* Lane i is the sum of the lanes of v[i], for SIMD_LANES vectors. */
+static inline simd_f simd_sum_lanes(const simd_f v[4]) {
+    simd_f r;
+    SIMD_EACH(i) r.lane[i] = (v[i].lane[0] + v[i].lane[1]) + (v[i].lane[2] + v[i].lane[3]);
+    return r;
 }
 
 #undef SIMD_EACH

@@ -1,9 +1,5 @@
 /* Template: rows of memory to panels of lanes and back, and changes of storage type. A new storage type is a line in
- * element_size, load_full, and (for outputs) store_full. */
-
-FA_INLINE int64_t element_size(fastattn_dtype dtype) {
-    return dtype == FASTATTN_BOOL ? 1 : dtype == FASTATTN_FLOAT32 ? 4 : dtype == FASTATTN_FLOAT64 ? 8 : 2;
-}
+ * fa_size_of, load_full, and (for outputs) store_full. */
 
 FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
     switch (dtype) {
@@ -25,8 +21,9 @@ FA_INLINE void store_full(void *to, simd_f x, fastattn_dtype dtype) {
 /* The first n <= SIMD_LANES elements; the other lanes are 0. */
 FA_INLINE simd_f load_as(const void *from, int64_t n, fastattn_dtype dtype) {
     if (n >= SIMD_LANES) return load_full(from, dtype);
-    float part[SIMD_LANES] = {0.0f};
-    memcpy(part, from, (size_t)(n * element_size(dtype)));
+    float part[SIMD_LANES];
+    memset(part, 0, sizeof part); /* as bytes: part is read as another type */
+    memcpy(part, from, (size_t)(n * fa_size_of(dtype)));
     return load_full(part, dtype);
 }
 
@@ -37,7 +34,7 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
     }
     float part[SIMD_LANES];
     store_full(part, x, dtype);
-    memcpy(to, part, (size_t)(n * element_size(dtype)));
+    memcpy(to, part, (size_t)(n * fa_size_of(dtype)));
 }
 
 /* Calls f(..., dtype) with the storage type as a constant, so that no loop asks for it. */
@@ -53,7 +50,7 @@ FA_INLINE void pack_square(float *q, int ld, const void *const *rows_of, int64_t
                            fastattn_dtype dtype) {
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        square[i] = load_as((const char *)rows_of[i] + d * element_size(dtype), n, dtype);
+        square[i] = load_as((const char *)rows_of[i] + d * fa_size_of(dtype), n, dtype);
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
         if (i < n) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
@@ -66,7 +63,7 @@ FA_INLINE void unpack_square(void *const *rows_of, int lanes, const float *o, in
         square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : factor;
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        if (i < lanes) store_as((char *)rows_of[i] + d * element_size(dtype), square[i], n, dtype);
+        if (i < lanes) store_as((char *)rows_of[i] + d * fa_size_of(dtype), square[i], n, dtype);
 }
 
 FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, float sign,
@@ -102,9 +99,9 @@ FA_INLINE void widen_of(float *to, const void *from, int64_t stride, int64_t key
         const char *row = (const char *)from + j * stride;
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
-            simd_store(to + d, load_full(row + d * element_size(dtype), dtype));
+            simd_store(to + d, load_full(row + d * fa_size_of(dtype), dtype));
         if (d < head_dim)
-            store_as(to + d, load_as(row + d * element_size(dtype), head_dim - d, dtype), head_dim - d,
+            store_as(to + d, load_as(row + d * fa_size_of(dtype), head_dim - d, dtype), head_dim - d,
                      FASTATTN_FLOAT32);
     }
 }
@@ -129,17 +126,23 @@ static void fetch(const void *rows, int64_t stride, int64_t keys, int64_t bytes)
 }
 
 /* x * 0 is 0 for finite x, and NaN else. */
-static int finite(const float *v, int64_t stride, int64_t keys, int64_t v_head_dim) {
+FA_INLINE void finite_of(simd_f *sum, const char *v, int64_t stride, int64_t keys, int64_t v_head_dim,
+                         fastattn_dtype dtype) {
     const simd_f zero = simd_set1(0.0f);
-    simd_f sum[4] = {zero, zero, zero, zero};
     for (int64_t j = 0; j < keys; j++, v += stride) {
         int64_t d = 0;
         for (; d + 4 * SIMD_LANES <= v_head_dim; d += 4 * SIMD_LANES)
             FA_UNROLL for (int i = 0; i < 4; i++)
-                sum[i] = simd_fma(simd_load(v + d + i * SIMD_LANES), zero, sum[i]);
+                sum[i] = simd_fma(load_full(v + (d + i * SIMD_LANES) * fa_size_of(dtype), dtype), zero, sum[i]);
         for (; d < v_head_dim; d += SIMD_LANES)
-            sum[0] = simd_fma(load_as(v + d, v_head_dim - d, FASTATTN_FLOAT32), zero, sum[0]);
+            sum[0] = simd_fma(load_as(v + d * fa_size_of(dtype), v_head_dim - d, dtype), zero, sum[0]);
     }
+}
+
+static int finite(const void *v, int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+    const simd_f zero = simd_set1(0.0f);
+    simd_f sum[4] = {zero, zero, zero, zero};
+    FA_BY_STORAGE(dtype, finite_of, sum, (const char *)v, stride, keys, v_head_dim)
     const simd_f all = simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3]));
     return !simd_any(simd_not(simd_eq(all, zero)));
 }

@@ -62,14 +62,12 @@ static void scores(float *s, int ld, int rows, int64_t first, int64_t keys, cons
 FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
     switch (dtype) {
     case FASTATTN_BOOL: return *(const uint8_t *)at ? 0.0f : -INFINITY;
-    case FASTATTN_FLOAT16: return fa_from_f16(*(const uint16_t *)at);
-    case FASTATTN_BFLOAT16: return fa_from_bf16(*(const uint16_t *)at);
     case FASTATTN_FLOAT64: {
         /* A finite bias beyond float32 stays finite: only exact -inf hides. */
         const double x = *(const double *)at;
         return x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x > FLT_MAX && x <= DBL_MAX ? FLT_MAX : (float)x;
     }
-    default: return *(const float *)at;
+    default: return fa_get(at, dtype);
     }
 }
 
@@ -87,7 +85,7 @@ FA_INLINE void mask_store(float *to, simd_f bias, mask_census *seen) {
 
 FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
                            fastattn_dtype dtype) {
-    const int64_t itemsize = element_size(dtype);
+    const int64_t itemsize = fa_size_of(dtype);
     const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
     mask_census seen = {none, none};
     for (int row = 0; row < rows; row += SIMD_LANES) {

@@ -1,7 +1,7 @@
 /* The slots of ukernel.h for one instruction set. Include it once, after the instruction set's SIMD header and inside its
  * target region; FA_TABLE then defines the table. */
 #include "ukernel.h"
-#include "../simd/half.h"
+#include "../simd/storage.h"
 
 #include <float.h>
 #include <math.h>
@@ -25,7 +25,8 @@
 #include "softmax.h"
 #include "scores.h"
 #include "tile.h"
+#include "few.h"
 
-#define FA_TABLE(suffix, isa, keys)                                                                       \
-    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys, pack,   widen, fetch, qk, \
-                                                  mask,               scores, softmax, pv, finite, unpack};
+#define FA_TABLE(suffix, isa, keys)                                                                                   \
+    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys,    pack, widen, fetch,  qk,     mask, \
+                                                  scores,             softmax, pv,     qk_few, pv_few, finite, unpack};

@@ -13,6 +13,9 @@
  * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
  * L2 traffic at full speed, so keys may stream and only the panels must stay near.
  *
+ * A panel of FA_FEW_ROWS or less would leave most lanes empty. Its products (qk_few, pv_few) take the numbers of one key as
+ * lanes instead and Q and O row-major, while S, and with it everything between the products, stays as it is.
+ *
  * Every matrix of a panel has the leading dimension ld, the rows of the panel rounded up to FA_ROW_STEP; slots that
  * take `rows` work on so many columns, a multiple of FA_ROW_STEP, from the column that their pointers point at. Padding
  * columns repeat the last row. Panels are aligned to 64 bytes; K, V, masks and outputs to their element only. Edges
@@ -25,6 +28,7 @@
 enum {
     FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
+    FA_FEW_ROWS = 8,          /* up to here lanes are numbers of a key, and beyond, queries: half of FA_ROW_STEP */
     FA_MOST_BLOCK_KEYS = 256, /* of any table's block_keys */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
@@ -85,8 +89,16 @@ typedef struct fa_ukernel {
     void (*pv)(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
                int64_t keys, int64_t v_head_dim);
 
-    /* 1 when all of v is finite. */
-    int (*finite)(const float *v, int64_t stride, int64_t keys, int64_t v_head_dim);
+    /* The same products for at most FA_FEW_ROWS rows, from keys and values as they are stored; stride is in bytes. q and o
+     * are row-major here, in float32, with a pitch that is a multiple of FA_ROW_STEP; q is 0 beyond head_dim, o anything. Of
+     * s only the first `rows` columns are written. */
+    void (*qk_few)(float *s, int ld, const float *q, int64_t pitch, int rows, const void *k, int64_t stride, int64_t keys,
+                   int64_t head_dim, fastattn_dtype dtype);
+    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, const void *v,
+                   int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype);
+
+    /* 1 when all of v is finite. stride is in bytes. */
+    int (*finite)(const void *v, int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype);
 
     /* out[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows; columns up to a multiple of FA_ROW_STEP are
      * read. */

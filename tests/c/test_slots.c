@@ -216,6 +216,95 @@ TEST_EACH_ISA(slot_pv) {
     }
 }
 
+/* `keys` rows of a storage type, flush against a guard page, with NaN in the gaps; the first of them in the order of reading. */
+static const char *stored_rows(const char *name, int64_t keys, int64_t dim, int64_t stride, fastattn_dtype dtype) {
+    const int64_t item = (int64_t)dtype_size(dtype), span = (keys - 1) * llabs((long long)stride);
+    char *x = guard_input(name, (size_t)(span + dim * item), (size_t)item, GUARD_BEHIND);
+    memset(x, 0xFF, (size_t)(span + dim * item));
+    if (stride < 0)
+        x += span;
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t d = 0; d < dim; d++)
+            store(dtype, x + j * stride + d * item, random_signed(&rng));
+    return x;
+}
+
+/* Sizes and a stride in bytes for case e of the two products of few rows. */
+static int64_t few_case(size_t e, fastattn_dtype *dtype, int *rows, int64_t *dim, int64_t *keys) {
+    *dtype = dtypes[e % COUNT(dtypes)];
+    *rows = 1 + (int)(e % FA_FEW_ROWS);
+    *dim = edges[e / (2 * FA_FEW_ROWS)];
+    *keys = edges[e * 7 % COUNT(edges)];
+    const int64_t gap = (int64_t)(e % 3);
+    return (e % 4 == 1 ? -*dim - gap : e % 4 == 2 ? 0 : *dim + gap) * (int64_t)dtype_size(*dtype);
+}
+
+TEST_EACH_ISA(slot_qk_few) {
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges) * 2 * FA_FEW_ROWS; e++) {
+        fastattn_dtype dtype;
+        int rows;
+        int64_t head_dim, keys;
+        const int64_t stride = few_case(e, &dtype, &rows, &head_dim, &keys);
+        const int64_t pitch = (head_dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
+        const int ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
+        context("qk_few %d rows, %lld x %lld, stride %lld, dtype %d", rows, (long long)keys, (long long)head_dim,
+                (long long)stride, (int)dtype);
+        float *q = panel("q", rows, (int)pitch);
+        for (int r = 0; r < rows; r++)
+            for (int64_t d = 0; d < pitch; d++)
+                q[r * pitch + d] = d < head_dim ? (float)random_signed(&rng) : 0.0f;
+        const char *k = stored_rows("k", keys, head_dim, stride, dtype);
+        float *s = panel("s", keys, ld);
+        guard_seal();
+        uk->qk_few(s, ld, q, pitch, rows, k, stride, keys, head_dim, dtype);
+        for (int64_t j = 0; j < keys; j++)
+            for (int r = 0; r < rows; r++) {
+                double sum = 0, magnitude = 0;
+                for (int64_t d = 0; d < head_dim; d++) {
+                    double term = load(dtype, k + j * stride + d * (int64_t)dtype_size(dtype)) * (double)q[r * pitch + d];
+                    sum += term;
+                    magnitude += fabs(term);
+                }
+                check_close("s", j, r, s[j * ld + r], sum, FLT_EPSILON * (2 + sqrt((double)head_dim)) * magnitude);
+            }
+        check_outside("s", s, keys, (struct columns){ld, 0, rows});
+    }
+}
+
+TEST_EACH_ISA(slot_pv_few) {
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges) * 2 * FA_FEW_ROWS; e++) {
+        fastattn_dtype dtype;
+        int rows;
+        int64_t dim, keys;
+        const int64_t stride = few_case(e, &dtype, &rows, &dim, &keys);
+        const int64_t pitch = (dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
+        const int ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
+        float before[FA_FEW_ROWS * 144];
+        context("pv_few %d rows, %lld x %lld, stride %lld, dtype %d", rows, (long long)keys, (long long)dim,
+                (long long)stride, (int)dtype);
+        const float *p = random_panel("p", keys, ld, 1), *alpha = random_panel("alpha", 1, ld, 1);
+        const char *v = stored_rows("v", keys, dim, stride, dtype);
+        float *o = random_panel("o", rows, (int)pitch, 1);
+        memcpy(before, o, (size_t)(rows * pitch) * 4);
+        guard_seal();
+        uk->pv_few(o, pitch, alpha, p, ld, rows, v, stride, keys, dim, dtype);
+        for (int r = 0; r < rows; r++)
+            for (int64_t d = 0; d < dim; d++) {
+                double sum = (double)before[r * pitch + d] * alpha[r], magnitude = fabs(sum);
+                for (int64_t j = 0; j < keys; j++) {
+                    double term = load(dtype, v + j * stride + d * (int64_t)dtype_size(dtype)) * (double)p[j * ld + r];
+                    sum += term;
+                    magnitude += fabs(term);
+                }
+                check_close("o", r, d, o[r * pitch + d], sum, FLT_EPSILON * (2 + sqrt((double)keys)) * magnitude);
+            }
+        guard_check();
+        guard_release();
+    }
+}
+
 TEST_EACH_ISA(slot_mask) {
     static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32,
                                            FASTATTN_FLOAT64};
@@ -369,19 +458,18 @@ TEST_EACH_ISA(slot_finite) {
     static const float poisons[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN};
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
-        for (size_t n = 0; n < COUNT(poisons); n++) {
-            const int64_t dim = edges[e], keys = edges[e * 5 % COUNT(edges)], stride = n % 2 ? dim : -dim - 2;
-            context("finite %lld x %lld", (long long)keys, (long long)dim);
-            float *v = guard_output("v", (size_t)(dim + (keys - 1) * llabs((long long)stride)) * 4, 4, GUARD_BEHIND);
-            memset(v, 0xFF, (size_t)(dim + (keys - 1) * llabs((long long)stride)) * 4); /* NaN between the rows */
-            if (stride < 0)
-                v -= (keys - 1) * stride;
-            for (int64_t j = 0; j < keys; j++)
-                for (int64_t d = 0; d < dim; d++)
-                    v[j * stride + d] = (float)random_signed(&rng);
-            CHECK(uk->finite(v, stride, keys, dim) == 1, "finite numbers");
-            v[random_between(&rng, 0, keys - 1) * stride + random_between(&rng, 0, dim - 1)] = poisons[n];
-            CHECK(uk->finite(v, stride, keys, dim) == isfinite(poisons[n]), "with %g", (double)poisons[n]);
+        for (size_t n = 0; n < COUNT(poisons) * COUNT(dtypes); n++) {
+            const fastattn_dtype dtype = dtypes[n / COUNT(poisons)];
+            const int64_t item = (int64_t)dtype_size(dtype), dim = edges[e], keys = edges[e * 5 % COUNT(edges)];
+            const int64_t stride = (n % 2 ? dim : -dim - 2) * item;
+            context("finite %lld x %lld of dtype %d", (long long)keys, (long long)dim, (int)dtype);
+            const char *v = stored_rows("v", keys, dim, stride, dtype);
+            CHECK(uk->finite(v, stride, keys, dim, dtype) == 1, "finite numbers");
+            char *victim = (char *)(uintptr_t)v + random_between(&rng, 0, keys - 1) * stride +
+                           random_between(&rng, 0, dim - 1) * item;
+            store(dtype, victim, poisons[n % COUNT(poisons)]);
+            const double poison = load(dtype, victim);
+            CHECK(uk->finite(v, stride, keys, dim, dtype) == isfinite(poison), "with %g", poison);
             guard_release();
         }
 }

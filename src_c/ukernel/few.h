@@ -1,0 +1,121 @@
+/* Template: the two products for few rows, as in decoding. Queries as lanes would leave most lanes empty there, so the lanes
+ * are numbers of one key or value: what memory brings is read once, front to back, in its storage type, for all rows.
+ *
+ * A tile keeps FEW_SUMS accumulators: rows x keys of them for q.k, rows x vectors for p.v. */
+
+#define FEW_SUMS (SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8)
+
+/* What is asked of memory ahead of its use. The processor foresees rows that follow each other, up to the end of a page; rows
+ * that are apart, as those of one head in a (length, heads, head_dim) cache, it does not. Asking at the pace of the arithmetic
+ * leaves the requests in flight to the loads. */
+#define FEW_BYTES_AHEAD 8192
+
+FA_INLINE int64_t few_ahead(int64_t stride, int64_t row_bytes) {
+    return stride * (FEW_BYTES_AHEAD / (row_bytes + 1) + 1);
+}
+
+/* Vector i of a row, and a request for the same one `ahead`, once for every cache line. */
+FA_INLINE simd_f few_load(const char *row, int64_t i, int64_t ahead, fastattn_dtype dtype) {
+    const int64_t bytes = SIMD_LANES * fa_size_of(dtype);
+    if (i * bytes % 64 == 0) simd_fetch(row + i * bytes + ahead);
+    return load_full(row + i * bytes, dtype);
+}
+
+/* s[key][row] for `rows` rows (a constant that divides FEW_SUMS) and at most FEW_SUMS / rows keys. */
+FA_INLINE void few_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride, int keys,
+                          int64_t head_dim, int64_t ahead, fastattn_dtype dtype) {
+    const int tile_keys = FEW_SUMS / rows;
+    const char *key[FEW_SUMS];
+    simd_f sum[FEW_SUMS];
+    float dots[FEW_SUMS];
+    FA_UNROLL for (int j = 0; j < tile_keys; j++) key[j] = k + (j < keys ? j : keys - 1) * stride;
+    FA_UNROLL for (int i = 0; i < FEW_SUMS; i++) sum[i] = simd_set1(0.0f);
+    int64_t d = 0;
+    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
+        FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+            const simd_f x = few_load(key[j], d / SIMD_LANES, ahead, dtype);
+            FA_UNROLL for (int r = 0; r < rows; r++)
+                sum[j * rows + r] = simd_fma(x, simd_load(q + r * pitch + d), sum[j * rows + r]);
+        }
+    if (d < head_dim)
+        FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+            const simd_f x = load_as(key[j] + d * fa_size_of(dtype), head_dim - d, dtype);
+            FA_UNROLL for (int r = 0; r < rows; r++)
+                sum[j * rows + r] = simd_fma(x, simd_load(q + r * pitch + d), sum[j * rows + r]);
+        }
+    FA_UNROLL for (int i = 0; i < FEW_SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
+    for (int j = 0; j < keys; j++)
+        FA_UNROLL for (int r = 0; r < rows; r++) s[j * ld + r] = dots[j * rows + r];
+}
+
+/* o[row] = o[row] * alpha[row] + p v for `rows` rows and `vectors` vectors of v_head_dim (both constants); of the last vector
+ * `last` lanes are there. */
+FA_INLINE void few_values(int rows, int vectors, float *o, int64_t pitch, const float *alpha, const float *p, int ld,
+                          const char *v, int64_t stride, int64_t keys, int64_t last, int64_t ahead, fastattn_dtype dtype) {
+    simd_f sum[FEW_SUMS];
+    FA_UNROLL for (int i = 0; i < rows * vectors; i++) sum[i] = simd_set1(0.0f);
+    for (int64_t j = 0; j < keys; j++, v += stride, p += ld) {
+        simd_f x[FEW_SUMS];
+        FA_UNROLL for (int i = 0; i < vectors; i++) {
+            x[i] = last < SIMD_LANES && i == vectors - 1 ? load_as(v + i * SIMD_LANES * fa_size_of(dtype), last, dtype)
+                                                         : few_load(v, i, ahead, dtype);
+        }
+        FA_UNROLL for (int r = 0; r < rows; r++) {
+            const simd_f weight = simd_set1(p[r]);
+            FA_UNROLL for (int i = 0; i < vectors; i++) sum[r * vectors + i] = simd_fma(weight, x[i], sum[r * vectors + i]);
+        }
+    }
+    FA_UNROLL for (int r = 0; r < rows; r++)
+        FA_UNROLL for (int i = 0; i < vectors; i++) {
+            float *at = o + r * pitch + i * SIMD_LANES;
+            simd_store(at, simd_fma(simd_load(at), simd_set1(alpha[r]), sum[r * vectors + i]));
+        }
+}
+
+FA_INLINE void few_scores_of(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
+                             int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    const int tile_keys = FEW_SUMS / rows;
+    const int64_t ahead = few_ahead(stride, head_dim * fa_size_of(dtype));
+    for (int64_t j = 0; j < keys; j += tile_keys)
+        few_scores(rows, s + j * ld, ld, q, pitch, k + j * stride, stride, keys - j < tile_keys ? (int)(keys - j) : tile_keys,
+                   head_dim, ahead, dtype);
+}
+
+FA_INLINE void few_values_of(int rows, float *o, int64_t pitch, const float *alpha, const float *p, int ld, const char *v,
+                             int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+    const int vectors = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
+    const int64_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype));
+    int64_t d = 0;
+    for (; d + vectors * SIMD_LANES <= v_head_dim; d += vectors * SIMD_LANES)
+        few_values(rows, vectors, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys, SIMD_LANES, ahead,
+                   dtype);
+    for (; d < v_head_dim; d += SIMD_LANES)
+        few_values(rows, 1, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys,
+                   v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES, ahead, dtype);
+}
+
+/* Calls f(rows, ..., dtype) for the rows in groups of 4, 2 and 1, as constants, as is the storage type. */
+#define FEW_BY_ROWS(dtype, f, at, ...)                                         \
+    for (int row = 0; row < rows;) {                                           \
+        if (rows - row >= 4) {                                                 \
+            FA_BY_STORAGE(dtype, f, 4, at, __VA_ARGS__)                        \
+            row += 4;                                                          \
+        } else if (rows - row >= 2) {                                          \
+            FA_BY_STORAGE(dtype, f, 2, at, __VA_ARGS__)                        \
+            row += 2;                                                          \
+        } else {                                                               \
+            FA_BY_STORAGE(dtype, f, 1, at, __VA_ARGS__)                        \
+            row += 1;                                                          \
+        }                                                                      \
+    }
+
+static void qk_few(float *s, int ld, const float *q, int64_t pitch, int rows, const void *k, int64_t stride, int64_t keys,
+                   int64_t head_dim, fastattn_dtype dtype) {
+    FEW_BY_ROWS(dtype, few_scores_of, s + row, ld, q + row * pitch, pitch, (const char *)k, stride, keys, head_dim)
+}
+
+static void pv_few(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, const void *v,
+                   int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+    FEW_BY_ROWS(dtype, few_values_of, o + row * pitch, pitch, alpha + row, p + row, ld, (const char *)v, stride, keys,
+                v_head_dim)
+}
