@@ -23,30 +23,25 @@
 /* What a worker has at hand while it computes one item. */
 typedef struct fa_work {
     const fa_call *call;
+    const fa_products *products;
     fa_panel panel;
     fa_state state;
-    float *q, *s, *bias, *shown, *k, *v, *finite_v;
+    float *q, *s, *p, *bias, *shown, *k, *v;
+    char *finite_v;
     int few;                        /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
     int64_t q_pitch, o_pitch;       /* of them then */
     float *o_rows;
     struct { int64_t from, to; } keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
 } fa_work;
 
-/* Rows of k or v, a block or a part of one. */
-typedef struct fa_matrix {
-    const char *at;
-    int64_t stride; /* in bytes */
-    fastattn_dtype dtype;
-} fa_matrix;
-
 static fa_matrix rows_from(fa_matrix m, int64_t row) {
     m.at += row * m.stride;
     return m;
 }
 
-/* A block of keys and values, and what the rules say of them. */
+/* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
-    fa_matrix k, v;
+    fa_matrix stored_v, k, v;
     fa_score_rules rules;
     int ruled;   /* the rules change or hide some score */
     int careful; /* some row must not be touched by some value that is not finite */
@@ -58,14 +53,6 @@ static fa_matrix stored_rows(const fa_call *call, const void *base, const int64_
     const fa_matrix m = {(const char *)base + panel->batch * strides[0] + panel->kv_head * strides[1], strides[2],
                          call->args->kv_dtype};
     return rows_from(m, first);
-}
-
-/* The same rows in float32, widened into `room` unless they are. */
-static fa_matrix widened(const fa_call *call, fa_matrix m, int64_t keys, int64_t dim, float *room) {
-    if (m.dtype == FASTATTN_FLOAT32) return m;
-    call->uk->widen(room, m.at, m.stride, keys, dim, m.dtype);
-    const fa_matrix wide = {(const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
-    return wide;
 }
 
 /* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
@@ -176,80 +163,81 @@ static fa_score_rules rules_at(const fa_score_rules *rules, int row, int64_t key
     return moved;
 }
 
-/* s = k q, for `rows` rows from `row` on. */
-static void multiply_keys(fa_work *w, fa_matrix k, int row, int rows, int64_t keys) {
-    const int64_t dim = w->call->args->head_dim;
-    float *s = w->s + row;
-    const int ld = w->call->rows.ld;
+/* s = k q, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
+static void multiply_keys(fa_work *w, fa_matrix k, int row, int rows, int64_t from, int64_t keys) {
+    const fa_call *call = w->call;
+    const int64_t dim = call->args->head_dim;
+    const int ld = call->rows.ld;
     if (w->few)
-        w->call->uk->qk_few(s, ld, w->q, w->q_pitch, w->panel.rows, k.at, k.stride, keys, dim, k.dtype);
+        call->uk->qk_few(w->s + row, ld, w->q, w->q_pitch, w->panel.rows, rows_from(k, from), keys, dim);
     else
-        w->call->uk->qk(s, w->q + row, ld, rows, (const float *)(const void *)k.at, k.stride / (int64_t)sizeof(float), keys,
-                        dim);
+        w->products->qk(w->s + row, w->q + row, ld, rows, k, from, keys, dim);
 }
 
 /* o = o alpha + v p, likewise. */
-static void add_values(fa_work *w, fa_matrix v, int row, int rows, int64_t keys) {
+static void add_values(fa_work *w, fa_matrix v, int row, int rows, int64_t from, int64_t keys) {
+    const fa_call *call = w->call;
     const int64_t dim = w->state.v_head_dim;
-    const float *alpha = w->panel.alpha + row, *p = w->s + row;
-    const int ld = w->call->rows.ld;
+    const int ld = call->rows.ld;
+    const float *alpha = w->panel.alpha + row, *p = w->p + row;
     if (w->few)
-        w->call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, v.at, v.stride, keys, dim, v.dtype);
+        call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, rows_from(v, from), keys, dim);
     else
-        w->call->uk->pv(w->state.o + row, alpha, p, ld, rows, (const float *)(const void *)v.at,
-                        v.stride / (int64_t)sizeof(float), keys, dim);
+        w->products->pv(w->state.o + row, alpha, p, ld, rows, v, from, keys, dim);
 }
 
-/* The same where v (in float32) holds NaN or infinities and some row does not see some key: 0 * NaN must not reach such a
- * row. What is finite goes through the product as ever, so that no other row's bits change; the rest is added to the rows
- * that see it. */
-static void add_values_carefully(fa_work *w, fa_matrix v, const fa_score_rules *rules, int row, int rows, int64_t from,
-                                 int64_t keys) {
-    const int ld = w->call->rows.ld, real = (int)fa_min(rows, w->panel.rows - row);
-    const int64_t dim = w->state.v_head_dim;
+/* The values with 0 for NaN and infinities, in their storage type. */
+static fa_matrix finite_values(fa_work *w, fa_matrix v, int64_t keys) {
+    const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
+    const fa_matrix finite = {w->finite_v, dim * size, v.dtype};
+    for (int64_t j = 0; j < keys; j++) {
+        char *to = w->finite_v + j * finite.stride;
+        memcpy(to, rows_from(v, j).at, (size_t)finite.stride);
+        for (int64_t d = 0; d < dim; d++)
+            if (!isfinite(fa_get(to + d * size, v.dtype))) fa_put(to + d * size, 0.0f, v.dtype);
+    }
+    return finite;
+}
+
+/* o += v p for the values that are not finite, in the rows that see them: 0 * NaN must not reach the others. What is finite
+ * has gone through the product as ever, so that no other row's bits change. */
+static void add_non_finite(fa_work *w, fa_matrix v, const fa_score_rules *rules, int row, int rows, int64_t from,
+                           int64_t keys) {
+    const fa_call *call = w->call;
+    const int ld = call->rows.ld, real = (int)fa_min(rows, w->panel.rows - row);
+    const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
     float unused[FA_PANEL_ROWS] = {0};
     /* The rules applied to zeros: -inf exactly where hidden. */
     for (int64_t j = 0; j < keys; j++)
         for (int r = 0; r < rows; r++) w->shown[j * ld + r] = 0.0f;
-    w->call->uk->scores(w->shown, ld, rows, from, keys, rules, unused);
-
-    for (int64_t j = 0; j < keys; j++) {
-        const float *values = (const float *)(const void *)rows_from(v, j).at;
-        for (int64_t d = 0; d < dim; d++) w->finite_v[j * dim + d] = isfinite(values[d]) ? values[d] : 0.0f;
-    }
-    const fa_matrix finite = {(const char *)w->finite_v, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
-    add_values(w, finite, row, rows, keys);
-    for (int64_t j = 0; j < keys; j++) {
-        const float *values = (const float *)(const void *)rows_from(v, j).at;
+    call->uk->scores(w->shown, ld, rows, from, keys, rules, unused);
+    for (int64_t j = 0; j < keys; j++)
         for (int64_t d = 0; d < dim; d++) {
-            if (isfinite(values[d])) continue;
+            const float x = fa_get(rows_from(v, from + j).at + d * size, v.dtype);
+            if (isfinite(x)) continue;
             for (int r = 0; r < real; r++) {
                 float *o = w->few ? w->o_rows + r * w->o_pitch + d : w->state.o + d * ld + row + r;
-                if (w->shown[j * ld + r] != -INFINITY) *o += w->s[j * ld + row + r] * values[d];
+                if (w->shown[j * ld + r] != -INFINITY) *o += w->products->power(w->p, ld, row + r, j) * x;
             }
         }
-    }
 }
 
-/* One step of the loop, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
+/* One step of the loop. */
 static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const int ld = call->rows.ld;
     const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
-    const fa_matrix v = rows_from(x->v, from);
     fa_state *t = &w->state;
     float *s = w->s + row;
 
-    multiply_keys(w, rows_from(x->k, from), row, rows, keys);
+    multiply_keys(w, x->k, row, rows, from, keys);
     if (x->ruled)
         call->uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
     else
         for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
-    call->uk->softmax(s, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
-    if (x->careful)
-        add_values_carefully(w, v, &rules, row, rows, from, keys);
-    else
-        add_values(w, v, row, rows, keys);
+    w->products->softmax(s, w->p + row, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
+    add_values(w, x->v, row, rows, from, keys);
+    if (x->careful) add_non_finite(w, x->stored_v, &rules, row, rows, from, keys);
 }
 
 /* The steps of a block. At an edge, where it saves a quarter of the work or more, every FA_ROW_STEP rows take just the
@@ -285,8 +273,8 @@ static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key
     const fastattn_attention_args *a = w->call->args;
     if (w->few || w->panel.padded > FA_ROW_STEP || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
-    w->call->uk->fetch(v.at, v.stride, block->keys, a->v_head_dim * size);
-    w->call->uk->fetch(rows_from(k, block->keys).at, k.stride, fa_min(block->keys, after), a->head_dim * size);
+    w->call->uk->fetch(v, block->keys, a->v_head_dim * size);
+    w->call->uk->fetch(rows_from(k, block->keys), fa_min(block->keys, after), a->head_dim * size);
 }
 
 static void run_block(fa_work *w, const fa_key_block *block) {
@@ -295,16 +283,17 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     const unsigned found = block_bias(w, block);
     if (!(found & FA_MASK_SHOWS)) return;
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
-    fa_operands x;
-    x.k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
-    x.v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
-    x.rules = block_rules(w, block, biased);
+    const fa_matrix k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
+    const fa_matrix v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
+    fetch_ahead(w, k, v, block);
+    fa_operands x = {.stored_v = v, .k = k, .rules = block_rules(w, block, biased)};
     x.ruled = call->natural || block->partial || biased;
-    x.careful = (block->partial || found & FA_MASK_HIDES) &&
-                !call->uk->finite(x.v.at, x.v.stride, block->keys, a->v_head_dim, x.v.dtype);
-    fetch_ahead(w, x.k, x.v, block);
-    if (!w->few) x.k = widened(call, x.k, block->keys, a->head_dim, w->k);
-    if (!w->few || x.careful) x.v = widened(call, x.v, block->keys, a->v_head_dim, w->v);
+    x.careful = (block->partial || found & FA_MASK_HIDES) && !call->uk->finite(v, block->keys, a->v_head_dim);
+    x.v = x.careful ? finite_values(w, v, block->keys) : v;
+    if (!w->few) {
+        x.k = w->products->keys(w->k, x.k, block->keys, a->head_dim);
+        x.v = w->products->values(w->v, x.v, block->keys, a->v_head_dim);
+    }
     steps(w, &x, block);
 }
 
@@ -315,7 +304,7 @@ static void load_queries(fa_work *w) {
     fa_panel *p = &w->panel;
     fastattn_panel_queries(call, p);
     if (!w->few) {
-        call->uk->pack(w->q, call->rows.ld, p->rows_of, p->padded, a->head_dim, a->q_dtype, call->sign);
+        w->products->pack(w->q, call->rows.ld, p->rows_of, p->padded, a->head_dim, a->q_dtype, call->sign);
         return;
     }
     memset(w->q, 0, (size_t)(p->rows * w->q_pitch) * sizeof(float));
@@ -323,7 +312,8 @@ static void load_queries(fa_work *w) {
     memset(w->s, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* the columns that qk_few leaves alone */
     for (int r = 0; r < p->rows; r++) {
         float *q = w->q + r * w->q_pitch;
-        call->uk->widen(q, p->rows_of[r], 0, 1, a->head_dim, a->q_dtype);
+        const fa_matrix row = {p->rows_of[r], 0, a->q_dtype};
+        call->uk->widen(q, row, 1, a->head_dim);
         for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
     }
 }
@@ -333,7 +323,7 @@ static void settle(fa_work *w) {
     if (!w->few) return;
     for (int r = 0; r < w->panel.padded; r++)
         w->panel.rows_of[r] = w->o_rows + fa_min(r, w->panel.rows - 1) * w->o_pitch;
-    w->call->uk->pack(w->state.o, (int)w->state.ld, w->panel.rows_of, w->panel.padded, w->state.v_head_dim,
+    w->call->uk->products->pack(w->state.o, (int)w->state.ld, w->panel.rows_of, w->panel.padded, w->state.v_head_dim,
                       FASTATTN_FLOAT32, 1.0f);
 }
 
@@ -379,15 +369,19 @@ static void run_item(const void *context, int64_t item, int worker) {
                  .panel = fastattn_panel_of(call, item, scratch + at->rows),
                  .q = (float *)(scratch + at->q),
                  .s = (float *)(scratch + at->s),
+                 .p = (float *)(scratch + at->p),
                  .bias = (float *)(scratch + at->bias),
                  .shown = (float *)(scratch + at->shown),
                  .k = (float *)(scratch + at->k),
                  .v = (float *)(scratch + at->v),
-                 .finite_v = (float *)(scratch + at->finite_v),
+                 .finite_v = scratch + at->finite_v,
                  .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
                  .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
                  .o_rows = (float *)(scratch + at->o_rows)};
     w.few = w.panel.rows <= FA_FEW_ROWS;
+    w.products = w.few ? call->uk->products : call->products;
+    if (w.products->in_place) w.p = w.s;
+    if (w.products->enter) w.products->enter();
     w.state = call->splits > 1 ? partial_state(job, item)
                                : fastattn_state_at(scratch + at->o, call->rows.ld, a->v_head_dim);
     fastattn_state_clear(&w.state);
@@ -398,6 +392,7 @@ static void run_item(const void *context, int64_t item, int worker) {
     while (fastattn_next_key_block(&blocks, &block)) run_block(&w, &block);
     settle(&w);
     if (call->splits == 1) finish(call, &w.panel, &w.state);
+    if (w.products->leave) w.products->leave();
 }
 
 /* Phase 1: the parts of one panel become one. */

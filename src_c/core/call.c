@@ -1,6 +1,7 @@
 #include "call.h"
 
 #include "../cpu/fpenv.h"
+#include "../simd/storage.h"
 #include "check.h"
 #include "ints.h"
 #include "state.h"
@@ -60,15 +61,19 @@ static fastattn_status plan_memory(fa_call *call) {
     const int64_t ld = call->rows.ld, keys = call->block_keys;
     fa_scratch *m = &call->scratch;
     size_t bytes = 0;
-    const int64_t few = FA_FEW_ROWS * fa_round_up(a->head_dim, FA_ROW_STEP);
-    m->q = take(&bytes, fa_max(a->head_dim * ld, few), sizeof(float));
-    m->s = take(&bytes, keys * ld, sizeof(float));
+    /* Products may pad keys and the numbers of one to whole tiles, and values by half a tile more. */
+    const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(a->head_dim, FA_TILE);
+    const int64_t tiled_v_dim = fa_round_up(a->v_head_dim, FA_TILE);
+    const int in_place = call->products->in_place;
+    m->q = take(&bytes, tiled_dim * ld, sizeof(float));
+    m->s = take(&bytes, tiled_keys * ld, sizeof(float));
+    m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));
     m->bias = take(&bytes, keys * ld, sizeof(float));
     m->shown = take(&bytes, keys * ld, sizeof(float));
-    const int64_t widened = a->kv_dtype == FASTATTN_FLOAT32 ? 0 : keys;
-    m->k = take(&bytes, widened * a->head_dim, sizeof(float));
-    m->v = take(&bytes, widened * a->v_head_dim, sizeof(float));
-    m->finite_v = take(&bytes, keys * a->v_head_dim, sizeof(float));
+    const int64_t prepared = in_place && a->kv_dtype == FASTATTN_FLOAT32 ? 0 : tiled_keys + FA_TILE;
+    m->k = take(&bytes, prepared * tiled_dim, sizeof(float));
+    m->v = take(&bytes, prepared * tiled_v_dim, sizeof(float));
+    m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
     m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->o_rows = take(&bytes, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
     m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
@@ -89,6 +94,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
+    call->products = fastattn_products_select(args->isa, args->q_dtype, args->kv_dtype, args->precision);
     call->items = 0;
     call->workspace = 0;
     call->splits = 1;
@@ -105,7 +111,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
     call->rows = plan_rows(args);
-    call->block_keys = fa_min(call->uk->block_keys, args->kv_len > 0 ? args->kv_len : 1);
+    call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
     call->items = args->batch * call->rows.sequences * call->rows.panels * call->splits;
     call->threads = plan_threads(call);

@@ -23,13 +23,14 @@ typedef struct fa_rows {
 
 /* Scratch of one worker, as offsets in bytes from its beginning. */
 typedef struct fa_scratch {
-    size_t q, s, bias, shown, k, v, finite_v, o, o_rows, rows; /* rows: the vectors of one float a row, and the row pointers */
+    size_t q, s, p, bias, shown, k, v, finite_v, o, o_rows, rows; /* rows: the vectors of one float a row, and the row pointers */
     size_t bytes;
 } fa_scratch;
 
 typedef struct fa_call {
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
+    const fa_products *products;
     fa_rows rows;
     int64_t block_keys;    /* keys in one step */
     int64_t splits;        /* parts of the keys, each an item of work */

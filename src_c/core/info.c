@@ -68,8 +68,8 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
         free(memory);
     }
     const double pairs = (double)args->batch * (double)args->num_heads * (double)args->q_len * (double)args->kv_len;
-    info->isa = call.uk->isa;
-    info->kernel = call.uk->name;
+    info->isa = call.products->isa;
+    info->kernel = call.products->name;
     info->tile_rows = call.items > 0 ? call.rows.panel_rows : 0;
     info->tile_keys = call.block_keys;
     info->splits = call.splits;

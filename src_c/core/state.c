@@ -1,11 +1,17 @@
 #include "state.h"
 
+#include "../ukernel/ukernel.h"
+#include "ints.h"
+
 #include <math.h>
 #include <string.h>
 
 static size_t padded(int64_t floats) { return ((size_t)floats * sizeof(float) + 63) / 64 * 64; }
 
-size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim) { return 3 * padded(ld) + padded(ld * v_head_dim); }
+/* o has room for whole tiles. */
+size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim) {
+    return 3 * padded(ld) + padded(ld * fa_round_up(v_head_dim, FA_TILE));
+}
 
 fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim) {
     char *at = memory;

@@ -22,7 +22,7 @@ fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim);
 /* The state of no keys. */
 void fastattn_state_clear(fa_state *state);
 
-/* state becomes the state of both sets of keys; c as in fa_ukernel.softmax. */
+/* state becomes the state of both sets of keys; c as in fa_products.softmax. */
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);
 
 /* What row r's o must be multiplied by, and its lse. Scores times unit are logits; sink points to one more logit of the

@@ -109,13 +109,11 @@ FA_INLINE void few_values_of(int rows, float *o, int64_t pitch, const float *alp
         }                                                                      \
     }
 
-static void qk_few(float *s, int ld, const float *q, int64_t pitch, int rows, const void *k, int64_t stride, int64_t keys,
-                   int64_t head_dim, fastattn_dtype dtype) {
-    FEW_BY_ROWS(dtype, few_scores_of, s + row, ld, q + row * pitch, pitch, (const char *)k, stride, keys, head_dim)
+static void qk_few(float *s, int ld, const float *q, int64_t pitch, int rows, fa_matrix k, int64_t keys, int64_t head_dim) {
+    FEW_BY_ROWS(k.dtype, few_scores_of, s + row, ld, q + row * pitch, pitch, k.at, k.stride, keys, head_dim)
 }
 
-static void pv_few(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, const void *v,
-                   int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
-    FEW_BY_ROWS(dtype, few_values_of, o + row * pitch, pitch, alpha + row, p + row, ld, (const char *)v, stride, keys,
-                v_head_dim)
+static void pv_few(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t keys,
+                   int64_t v_head_dim) {
+    FEW_BY_ROWS(v.dtype, few_values_of, o + row * pitch, pitch, alpha + row, p + row, ld, v.at, v.stride, keys, v_head_dim)
 }

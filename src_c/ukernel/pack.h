@@ -116,13 +116,21 @@ static void unpack(void *const *rows_of, int count, const float *o, int ld, cons
     FA_BY_STORAGE(dtype, unpack_of, rows_of, count, o, ld, factor, v_head_dim)
 }
 
-static void widen(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
-    FA_BY_STORAGE(dtype, widen_of, to, from, stride, keys, head_dim)
+static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
+    FA_BY_STORAGE(from.dtype, widen_of, to, from.at, from.stride, keys, head_dim)
 }
 
-static void fetch(const void *rows, int64_t stride, int64_t keys, int64_t bytes) {
+/* Float32 is read where it lies. */
+static fa_matrix widened(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
+    if (stored.dtype == FASTATTN_FLOAT32) return stored;
+    widen(room, stored, keys, dim);
+    const fa_matrix wide = {(const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
+    return wide;
+}
+
+static void fetch(fa_matrix rows, int64_t keys, int64_t bytes) {
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)rows + j * stride + at);
+        for (int64_t at = 0; at < bytes; at += 64) simd_fetch(rows.at + j * rows.stride + at);
 }
 
 /* x * 0 is 0 for finite x, and NaN else. */
@@ -139,10 +147,10 @@ FA_INLINE void finite_of(simd_f *sum, const char *v, int64_t stride, int64_t key
     }
 }
 
-static int finite(const void *v, int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+static int finite(fa_matrix v, int64_t keys, int64_t v_head_dim) {
     const simd_f zero = simd_set1(0.0f);
     simd_f sum[4] = {zero, zero, zero, zero};
-    FA_BY_STORAGE(dtype, finite_of, sum, (const char *)v, stride, keys, v_head_dim)
+    FA_BY_STORAGE(v.dtype, finite_of, sum, v.at, v.stride, keys, v_head_dim)
     const simd_f all = simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3]));
     return !simd_any(simd_not(simd_eq(all, zero)));
 }

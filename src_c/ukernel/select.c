@@ -23,3 +23,9 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     default: return NULL;
     }
 }
+
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype,
+                                            fastattn_precision precision) {
+    (void)q_dtype, (void)kv_dtype, (void)precision;
+    return fastattn_ukernel_select(limit)->products;
+}

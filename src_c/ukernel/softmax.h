@@ -15,8 +15,8 @@ FA_INLINE simd_f exp2_of(simd_f x, simd_f c) {
     return simd_scale2(simd_lt(n, simd_set1(-100.0f)), p, n);
 }
 
-FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, float c, float *m, float *l,
-                             float *alpha) {
+FA_INLINE void softmax_strip(int vectors, const float *s, float *p, ptrdiff_t ld, int64_t keys, float c, float *m,
+                             float *l, float *alpha) {
     const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY);
     simd_f top[4], sum[4];
     FA_UNROLL for (int v = 0; v < vectors; v++) top[v] = simd_load(m + v * SIMD_LANES);
@@ -39,10 +39,10 @@ FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, 
         FA_UNROLL for (int v = 0; v < vectors; v++) run[v] = simd_set1(0.0f);
         for (; j < end; j++)
             FA_UNROLL for (int v = 0; v < vectors; v++) {
-                float *at = s + j * ld + v * SIMD_LANES;
-                const simd_f p = exp2_of(simd_sub(simd_load(at), top[v]), scale);
-                simd_store(at, p);
-                run[v] = simd_add(run[v], p);
+                const ptrdiff_t at = j * ld + v * SIMD_LANES;
+                const simd_f x = exp2_of(simd_sub(simd_load(s + at), top[v]), scale);
+                simd_store(p + at, x);
+                run[v] = simd_add(run[v], x);
             }
         FA_UNROLL for (int v = 0; v < vectors; v++) sum[v] = simd_add(sum[v], run[v]);
     }
@@ -52,11 +52,11 @@ FA_INLINE void softmax_strip(int vectors, float *s, ptrdiff_t ld, int64_t keys, 
     }
 }
 
-static void softmax(float *s, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+static void softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
     int row = 0;
 #if SIMD_TILE_VECTORS >= 4
     for (; row + 4 * SIMD_LANES <= rows; row += 4 * SIMD_LANES)
-        softmax_strip(4, s + row, ld, keys, c, m + row, l + row, alpha + row);
+        softmax_strip(4, s + row, p + row, ld, keys, c, m + row, l + row, alpha + row);
 #endif
-    for (; row < rows; row += SIMD_LANES) softmax_strip(1, s + row, ld, keys, c, m + row, l + row, alpha + row);
+    for (; row < rows; row += SIMD_LANES) softmax_strip(1, s + row, p + row, ld, keys, c, m + row, l + row, alpha + row);
 }

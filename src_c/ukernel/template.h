@@ -27,6 +27,8 @@
 #include "tile.h"
 #include "few.h"
 
-#define FA_TABLE(suffix, isa, keys)                                                                                   \
-    const fa_ukernel fastattn_ukernel_##suffix = {"float32_" #suffix, isa,    keys,    pack, widen, fetch,  qk,     mask, \
-                                                  scores,             softmax, pv,     qk_few, pv_few, finite, unpack};
+#define FA_TABLE(suffix, isa, block_keys)                                                                        \
+    static const fa_products products = {"float32_" #suffix, isa,     block_keys, 1,  NULL, NULL, pack, widened, \
+                                         widened,            qk,      softmax,    pv, power};                    \
+    const fa_ukernel fastattn_ukernel_##suffix = {&products, widen,  fetch,  mask,  scores, \
+                                                  qk_few,    pv_few, finite, unpack};

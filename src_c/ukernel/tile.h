@@ -98,14 +98,17 @@ FA_INLINE void tile_product(int rows, int64_t count, float *c, const float *alph
 
 /* A dot product is summed in two runs or more, of at most 64 steps: its rounding error limits the accuracy of large
  * scores. */
-static void qk(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
-               int64_t head_dim) {
+static void qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const int64_t runs = head_dim <= 32 ? 1 : head_dim <= 64 ? 2 : (head_dim + 63) / 64;
     const int64_t run = head_dim > 0 ? (head_dim + runs - 1) / runs : 1;
-    tile_product(rows, keys, s, NULL, k, stride, 1, q, ld, head_dim, run);
+    const float *row = (const float *)(const void *)(k.at + from * k.stride);
+    tile_product(rows, keys, s, NULL, row, k.stride / (int64_t)sizeof(float), 1, q, ld, head_dim, run);
 }
 
-static void pv(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
-               int64_t keys, int64_t v_head_dim) {
-    tile_product(rows, v_head_dim, o, alpha, v, 1, stride, p, ld, keys, keys > 0 ? keys : 1);
+static void pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+               int64_t v_head_dim) {
+    const float *row = (const float *)(const void *)(v.at + from * v.stride);
+    tile_product(rows, v_head_dim, o, alpha, row, 1, v.stride / (int64_t)sizeof(float), p, ld, keys, keys > 0 ? keys : 1);
 }
+
+static float power(const float *p, int ld, int row, int64_t key) { return p[key * ld + row]; }

@@ -29,7 +29,8 @@ enum {
     FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
     FA_FEW_ROWS = 8,          /* up to here lanes are numbers of a key, and beyond, queries: half of FA_ROW_STEP */
-    FA_MOST_BLOCK_KEYS = 256, /* of any table's block_keys */
+    FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
+    FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
@@ -50,24 +51,61 @@ enum {
     FA_MASK_HIDES = 2  /* some element is hidden */
 };
 
-typedef struct fa_ukernel {
+/* Rows in memory. */
+typedef struct fa_matrix {
+    const char *at;
+    int64_t stride; /* in bytes */
+    fastattn_dtype dtype;
+} fa_matrix;
+
+/* The two products and what is between them: how a panel of queries, keys, powers and values are laid out and multiplied.
+ * Every panel has 4 bytes for a row, one float32 or a pair of halves, so that row r of each begins r floats further on. Keys
+ * and values of a block are prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. */
+typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
-    int block_keys; /* keys in one step of the loop: S must stay in L1 beside the rows of K or V in use */
+    int block_keys; /* keys in one step of the loop: S must stay near, beside the rows of K or V in use */
+    int in_place;   /* float32 keys and values need no room, and p may be s */
 
-    /* q[d][ld] = sign * rows[r][d], converted; rows holds `rows` pointers. */
+    /* Around everything else, on the thread that does it; or null. */
+    void (*enter)(void);
+    void (*leave)(void);
+
+    /* The panel of queries from sign * rows[r][d]; rows_of holds `rows` pointers. */
     void (*pack)(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
                  float sign);
 
-    /* to[key][head_dim] = from[key][d] in float32; for storage other than float32. */
-    void (*widen)(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype);
+    /* The stored keys or values as qk and pv want them. */
+    fa_matrix (*keys)(float *room, fa_matrix stored, int64_t keys, int64_t head_dim);
+    fa_matrix (*values)(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim);
 
-    /* Asks the caches for `bytes` of each of these rows. stride is in bytes. A hint: nothing else changes. */
-    void (*fetch)(const void *rows, int64_t stride, int64_t keys, int64_t bytes);
+    /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; rows of s up to a multiple of FA_SUM_RUN may be written. */
+    void (*qk)(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
 
-    /* s[key][row] = sum over d of k[key][d] * q[d][row]. stride is in floats. */
-    void (*qk)(float *s, const float *q, int ld, int rows, const float *k, int64_t stride, int64_t keys,
-               int64_t head_dim);
+    /* The online softmax, in units of 2**c:  m' >= m,  alpha = 2**(c*(m - m')),  p = 2**(c*(s - m')),  l = l * alpha + sum p.
+     * m' is the maximum of m and all s, or less by as much as keeps the powers below FA_MOST_POWER. A row that has seen only
+     * -inf keeps m = -inf and gets p = 0. Powers below 2**-100 are 0, so that no subnormal number slows the products. s is
+     * left as it is, unless it is p. */
+    void (*softmax)(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
+
+    /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[from + key][d] * p[key][row]. The sum of a block is formed apart
+     * and added once, which keeps the error of long sequences small. */
+    void (*pv)(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+               int64_t v_head_dim);
+
+    /* p[key][row] */
+    float (*power)(const float *p, int ld, int row, int64_t key);
+} fa_products;
+
+/* What is done in float32 lanes whatever the products, and the products of few rows. */
+typedef struct fa_ukernel {
+    const fa_products *products; /* in float32, for every storage type */
+
+    /* to[key][head_dim] = from[key][d] in float32. */
+    void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t head_dim);
+
+    /* Asks the caches for `bytes` of each of these rows. A hint: nothing else changes. */
+    void (*fetch)(fa_matrix rows, int64_t keys, int64_t bytes);
 
     /* tile[key][row] = the mask as a bias: floats as they are, true 0, false -inf. Returns FA_MASK_ bits.
      * key_stride is in bytes. */
@@ -78,27 +116,15 @@ typedef struct fa_ukernel {
      * 1 where a key was visible. rules' pointers are already moved to the row and, for bias, to the key. */
     void (*scores)(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen);
 
-    /* The online softmax, in units of 2**c:  m' = max(m, max s),  alpha = 2**(c*(m - m')),
-     * s = 2**(c*(s - m')),  l = l * alpha + sum s. A row that has seen only -inf keeps m = -inf and gets s = 0.
-     * The sum is formed in runs of FA_SUM_RUN keys.
-     * Powers below 2**-100 are 0, so that no subnormal number slows the products. */
-    void (*softmax)(float *s, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
+    /* The products for at most FA_FEW_ROWS rows, from keys and values as they are stored. q and o are row-major here, in
+     * float32, with a pitch that is a multiple of FA_ROW_STEP; q is 0 beyond head_dim, o anything. Of s only the first `rows`
+     * columns are written. */
+    void (*qk_few)(float *s, int ld, const float *q, int64_t pitch, int rows, fa_matrix k, int64_t keys, int64_t head_dim);
+    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, fa_matrix v,
+                   int64_t keys, int64_t v_head_dim);
 
-    /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[key][d] * p[key][row]. stride is in floats. The sum of a
-     * block is formed apart and added once, which keeps the error of long sequences small. */
-    void (*pv)(float *o, const float *alpha, const float *p, int ld, int rows, const float *v, int64_t stride,
-               int64_t keys, int64_t v_head_dim);
-
-    /* The same products for at most FA_FEW_ROWS rows, from keys and values as they are stored; stride is in bytes. q and o
-     * are row-major here, in float32, with a pitch that is a multiple of FA_ROW_STEP; q is 0 beyond head_dim, o anything. Of
-     * s only the first `rows` columns are written. */
-    void (*qk_few)(float *s, int ld, const float *q, int64_t pitch, int rows, const void *k, int64_t stride, int64_t keys,
-                   int64_t head_dim, fastattn_dtype dtype);
-    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, const void *v,
-                   int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype);
-
-    /* 1 when all of v is finite. stride is in bytes. */
-    int (*finite)(const void *v, int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype);
+    /* 1 when all of v is finite. */
+    int (*finite)(fa_matrix v, int64_t keys, int64_t v_head_dim);
 
     /* out[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows; columns up to a multiple of FA_ROW_STEP are
      * read. */
@@ -109,6 +135,10 @@ typedef struct fa_ukernel {
 /* The best table at or below the limit (FASTATTN_ISA_BEST: no limit) that this processor can run; null when the limit
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
+
+/* The fastest products under the same limit that are exact enough for these operands. */
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype,
+                                            fastattn_precision precision);
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;

@@ -21,6 +21,12 @@ static const fa_ukernel *table(void) {
     return uk;
 }
 
+static const fa_products *products(void) { return table()->products; }
+
+static fa_matrix matrix(const void *at, int64_t stride, fastattn_dtype dtype) {
+    return (fa_matrix){at, stride, dtype};
+}
+
 /* Columns of a panel: its leading dimension, and the part of it that a slot is called for. */
 static const struct columns {
     int ld, first, rows;
@@ -80,7 +86,7 @@ static char *random_rows(const void *rows_of[FA_PANEL_ROWS], int rows, int disti
 }
 
 TEST_EACH_ISA(slot_pack) {
-    const fa_ukernel *uk = table();
+    const fa_products *uk = products();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(columns) * COUNT(dtypes); n++) {
             const struct columns c = columns[n / COUNT(dtypes)];
@@ -114,7 +120,7 @@ TEST_EACH_ISA(slot_widen) {
                 const char *from = rows_of[stride < 0 ? keys - 1 : 0];
                 float *to = guard_output("to", (size_t)(keys * edges[e]) * 4, 64, GUARD_BEHIND);
                 guard_seal();
-                uk->widen(to, from, stride, keys, edges[e], dtypes[n]);
+                uk->widen(to, matrix(from, stride, dtypes[n]), keys, edges[e]);
                 for (int64_t j = 0; j < keys; j++)
                     for (int64_t d = 0; d < edges[e]; d++)
                         check_close("to", j, d, to[j * edges[e] + d], load(dtypes[n], from + j * stride + d * 2), 0);
@@ -136,7 +142,7 @@ TEST_EACH_ISA(slot_widen_and_unpack_all_halves) {
         for (int x = 0; x < ROWS * COLUMNS; x++)
             from[x] = (uint16_t)x;
         guard_seal();
-        uk->widen(to, from, COLUMNS * 2, ROWS, COLUMNS, dtypes[n]);
+        uk->widen(to, matrix(from, COLUMNS * 2, dtypes[n]), ROWS, COLUMNS);
         for (int x = 0; x < ROWS * COLUMNS; x++) {
             check_close("to", x / COLUMNS, x % COLUMNS, to[x], load(dtypes[n], &from[x]), 0);
             o[x % COLUMNS * ROWS + x / COLUMNS] = to[x];
@@ -154,7 +160,7 @@ TEST_EACH_ISA(slot_widen_and_unpack_all_halves) {
 }
 
 TEST_EACH_ISA(slot_qk) {
-    const fa_ukernel *uk = table();
+    const fa_products *uk = products();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const int64_t head_dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
         const int64_t stride = e % 4 == 1 ? -head_dim - 1 : e % 4 == 2 ? 0 : head_dim + (int64_t)(e % 3);
@@ -167,7 +173,7 @@ TEST_EACH_ISA(slot_qk) {
         if (stride < 0)
             k -= (keys - 1) * stride;
         guard_seal();
-        uk->qk(s + c.first, q + c.first, c.ld, c.rows, k, stride, keys, head_dim);
+        uk->qk(s + c.first, q + c.first, c.ld, c.rows, matrix(k, stride * 4, FASTATTN_FLOAT32), 0, keys, head_dim);
         for (int64_t j = 0; j < keys; j++)
             for (int r = c.first; r < c.first + c.rows; r++) {
                 double sum = 0, magnitude = 0;
@@ -183,7 +189,7 @@ TEST_EACH_ISA(slot_qk) {
 }
 
 TEST_EACH_ISA(slot_pv) {
-    const fa_ukernel *uk = table();
+    const fa_products *uk = products();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const int64_t dim = edges[e / 3], keys = edges[e * 7 % COUNT(edges)];
         const int64_t stride = e % 4 == 1 ? -dim - 1 : e % 4 == 2 ? 0 : dim + (int64_t)(e % 3);
@@ -201,7 +207,7 @@ TEST_EACH_ISA(slot_pv) {
         if (stride < 0)
             v -= (keys - 1) * stride;
         guard_seal();
-        uk->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, v, stride, keys, dim);
+        uk->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, matrix(v, stride * 4, FASTATTN_FLOAT32), 0, keys, dim);
         for (int64_t d = 0; d < dim; d++)
             for (int r = c.first; r < c.first + c.rows; r++) {
                 double sum = (double)before[d * c.ld + r] * alpha[r], magnitude = fabs(sum);
@@ -257,7 +263,7 @@ TEST_EACH_ISA(slot_qk_few) {
         const char *k = stored_rows("k", keys, head_dim, stride, dtype);
         float *s = panel("s", keys, ld);
         guard_seal();
-        uk->qk_few(s, ld, q, pitch, rows, k, stride, keys, head_dim, dtype);
+        uk->qk_few(s, ld, q, pitch, rows, matrix(k, stride, dtype), keys, head_dim);
         for (int64_t j = 0; j < keys; j++)
             for (int r = 0; r < rows; r++) {
                 double sum = 0, magnitude = 0;
@@ -289,7 +295,7 @@ TEST_EACH_ISA(slot_pv_few) {
         float *o = random_panel("o", rows, (int)pitch, 1);
         memcpy(before, o, (size_t)(rows * pitch) * 4);
         guard_seal();
-        uk->pv_few(o, pitch, alpha, p, ld, rows, v, stride, keys, dim, dtype);
+        uk->pv_few(o, pitch, alpha, p, ld, rows, matrix(v, stride, dtype), keys, dim);
         for (int r = 0; r < rows; r++)
             for (int64_t d = 0; d < dim; d++) {
                 double sum = (double)before[r * pitch + d] * alpha[r], magnitude = fabs(sum);
@@ -405,7 +411,7 @@ TEST_EACH_ISA(slot_scores) {
 }
 
 TEST_EACH_ISA(slot_softmax) {
-    const fa_ukernel *uk = table();
+    const fa_products *uk = products();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const struct columns c = columns[e % COUNT(columns)];
         const int64_t keys = edges[e / 3];
@@ -426,7 +432,7 @@ TEST_EACH_ISA(slot_softmax) {
         memcpy(old_s, s, (size_t)(keys * c.ld) * 4);
         memcpy(old_m, m, (size_t)c.ld * 4);
         memcpy(old_l, l, (size_t)c.ld * 4);
-        uk->softmax(s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
+        uk->softmax(s + c.first, s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
         for (int r = c.first; r < c.first + c.rows; r++) {
             double top = old_m[r], sum = 0;
             int spoilt = 0;
@@ -464,12 +470,12 @@ TEST_EACH_ISA(slot_finite) {
             const int64_t stride = (n % 2 ? dim : -dim - 2) * item;
             context("finite %lld x %lld of dtype %d", (long long)keys, (long long)dim, (int)dtype);
             const char *v = stored_rows("v", keys, dim, stride, dtype);
-            CHECK(uk->finite(v, stride, keys, dim, dtype) == 1, "finite numbers");
+            CHECK(uk->finite(matrix(v, stride, dtype), keys, dim) == 1, "finite numbers");
             char *victim = (char *)(uintptr_t)v + random_between(&rng, 0, keys - 1) * stride +
                            random_between(&rng, 0, dim - 1) * item;
             store(dtype, victim, poisons[n % COUNT(poisons)]);
             const double poison = load(dtype, victim);
-            CHECK(uk->finite(v, stride, keys, dim, dtype) == isfinite(poison), "with %g", poison);
+            CHECK(uk->finite(matrix(v, stride, dtype), keys, dim) == isfinite(poison), "with %g", poison);
             guard_release();
         }
 }
