@@ -1,3 +1,6 @@
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* syscall */
+#endif
 #include "cpu.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -22,6 +25,30 @@ static uint64_t xcr0(void) {
 
 static int has(uint32_t word, int bit) { return (int)(word >> bit & 1u); }
 
+/* Linux grants the 8 KiB of tile state once per process, for those who ask. Others would have to be known first; and a compiler
+ * without inline assembly has no kernels for tiles. */
+#if defined(__linux__) && defined(__GNUC__)
+#include <sys/syscall.h>
+#include <unistd.h>
+static int tiles_granted(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#else
+static int tiles_granted(void) { return 0; }
+#endif
+
+static int has_amx(uint32_t seven_edx, uint64_t saved) {
+    const uint64_t tiles = 0x60000;
+    const int there = (saved & tiles) == tiles && has(seven_edx, 22) /* BF16 */ && has(seven_edx, 24) /* TILE */;
+#ifdef FASTATTN_ASSUME_AMX /* for tests on an emulator, which cpuid does not know of */
+    tiles_granted();
+    return there || 1;
+#else
+    return there && tiles_granted();
+#endif
+}
+
 static unsigned detect(void) {
     enum { EAX, EBX, ECX, EDX };
     uint32_t top[4], one[4], seven[4];
@@ -37,6 +64,7 @@ static unsigned detect(void) {
     if (features && (saved & zmm) == zmm && has(seven[EBX], 16) /* F */ && has(seven[EBX], 17) /* DQ */ &&
         has(seven[EBX], 30) /* BW */ && has(seven[EBX], 31) /* VL */)
         features |= FA_CPU_AVX512;
+    if (features & FA_CPU_AVX512 && has_amx(seven[EDX], saved)) features |= FA_CPU_AMX;
     return features;
 }
 

@@ -4,7 +4,8 @@
 
 enum {
     FA_CPU_AVX2 = 1,  /* AVX2, FMA, F16C and the system saves ymm registers */
-    FA_CPU_AVX512 = 2 /* AVX-512 F, BW, DQ, VL and the system saves zmm and mask registers */
+    FA_CPU_AVX512 = 2, /* AVX-512 F, BW, DQ, VL and the system saves zmm and mask registers */
+    FA_CPU_AMX = 4     /* AMX tiles of bfloat16, and the system lets this process use them */
 };
 
 /* 1 when all of these features are there. The answer is found once and kept. */

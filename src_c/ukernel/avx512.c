@@ -1,4 +1,4 @@
-/* The micro-kernels for x86-64 with AVX-512 F, BW, DQ and VL. */
+/* The micro-kernels for x86-64 with AVX-512 F, BW, DQ and VL, and beside them those for AMX tiles. */
 #include "ukernel.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -16,6 +16,8 @@
 #include "template.h"
 
 FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
+
+#include "amx.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

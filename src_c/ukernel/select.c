@@ -16,6 +16,7 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 #if defined(__x86_64__) || defined(_M_X64)
     case FASTATTN_ISA_AVX2: return fastattn_cpu_has(FA_CPU_AVX2) ? &fastattn_ukernel_avx2 : NULL;
     case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? &fastattn_ukernel_avx512 : NULL;
+    case FASTATTN_ISA_AMX: return fastattn_cpu_has(FA_CPU_AVX512 | FA_CPU_AMX) ? &fastattn_ukernel_avx512 : NULL;
 #endif
 #if defined(__aarch64__) || defined(_M_ARM64)
     case FASTATTN_ISA_NEON: return &fastattn_ukernel_neon;
@@ -26,6 +27,11 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 
 const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype,
                                             fastattn_precision precision) {
-    (void)q_dtype, (void)kv_dtype, (void)precision;
+    (void)precision;
+#if defined(__x86_64__) || defined(_M_X64)
+    if ((limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
+        if (q_dtype == FASTATTN_BFLOAT16 && kv_dtype == FASTATTN_BFLOAT16) return &fastattn_products_amx_bfloat16;
+    }
+#endif
     return fastattn_ukernel_select(limit)->products;
 }

@@ -34,6 +34,10 @@ enum {
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
+/* Products that do not follow the maximum of the scores step by step let no power grow to this. It must leave room for values of
+ * any size: o overflows when the values are larger than FLT_MAX / (FA_MOST_POWER * keys). */
+#define FA_MOST_POWER 4096.0f
+
 /* What is done to the scores of a block, besides multiplying. Pointers marked [ld] are indexed by the row of the panel. */
 typedef struct fa_score_rules {
     float scale;         /* applied first */
@@ -144,5 +148,6 @@ extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
+extern const fa_products fastattn_products_amx_bfloat16;
 
 #endif
