@@ -134,7 +134,7 @@ static void fetch(fa_matrix rows, int64_t keys, int64_t bytes) {
 }
 
 /* x * 0 is 0 for finite x, and NaN else. */
-FA_INLINE void finite_of(simd_f *sum, const char *v, int64_t stride, int64_t keys, int64_t v_head_dim,
+FA_INLINE void all_finite_of(simd_f *sum, const char *v, int64_t stride, int64_t keys, int64_t v_head_dim,
                          fastattn_dtype dtype) {
     const simd_f zero = simd_set1(0.0f);
     for (int64_t j = 0; j < keys; j++, v += stride) {
@@ -147,10 +147,10 @@ FA_INLINE void finite_of(simd_f *sum, const char *v, int64_t stride, int64_t key
     }
 }
 
-static int finite(fa_matrix v, int64_t keys, int64_t v_head_dim) {
+static int all_finite(fa_matrix v, int64_t keys, int64_t v_head_dim) {
     const simd_f zero = simd_set1(0.0f);
     simd_f sum[4] = {zero, zero, zero, zero};
-    FA_BY_STORAGE(v.dtype, finite_of, sum, v.at, v.stride, keys, v_head_dim)
+    FA_BY_STORAGE(v.dtype, all_finite_of, sum, v.at, v.stride, keys, v_head_dim)
     const simd_f all = simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3]));
     return !simd_any(simd_not(simd_eq(all, zero)));
 }
