@@ -20,7 +20,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What a worker has at hand while it computes one item. */
+/* Keys and values of a block as the products want them, for all panels of an item that come to it. */
+typedef struct fa_prepared {
+    int64_t first, keys; /* no keys: nothing yet */
+    fa_matrix k, v;
+} fa_prepared;
+
+/* What a worker has at hand while it computes one panel of an item. */
 typedef struct fa_work {
     const fa_call *call;
     const fa_products *products;
@@ -31,6 +37,10 @@ typedef struct fa_work {
     int few;                        /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
     int64_t q_pitch, o_pitch;       /* of them then */
     float *o_rows;
+    fa_prepared *prepared;
+    fa_key_blocks blocks;
+    fa_key_block block; /* the next one */
+    int pending;        /* there is one */
     struct { int64_t from, to; } keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
 } fa_work;
 
@@ -277,6 +287,19 @@ static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key
     w->call->uk->fetch(rows_from(k, block->keys), fa_min(block->keys, after), a->head_dim * size);
 }
 
+static void prepare_operands(fa_work *w, fa_operands *x, const fa_key_block *block) {
+    const fastattn_attention_args *a = w->call->args;
+    fa_prepared *made = w->prepared;
+    if (x->careful || made->first != block->first || made->keys != block->keys) {
+        made->k = w->products->keys(w->k, x->k, block->keys, a->head_dim);
+        made->v = w->products->values(w->v, x->v, block->keys, a->v_head_dim);
+        made->first = block->first;
+        made->keys = x->careful ? 0 : block->keys;
+    }
+    x->k = made->k;
+    x->v = made->v;
+}
+
 static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
@@ -290,10 +313,7 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     x.ruled = call->natural || block->partial || biased;
     x.careful = (block->partial || found & FA_MASK_HIDES) && !call->uk->finite(v, block->keys, a->v_head_dim);
     x.v = x.careful ? finite_values(w, v, block->keys) : v;
-    if (!w->few) {
-        x.k = w->products->keys(w->k, x.k, block->keys, a->head_dim);
-        x.v = w->products->values(w->v, x.v, block->keys, a->v_head_dim);
-    }
+    if (!w->few) prepare_operands(w, &x, block);
     steps(w, &x, block);
 }
 
@@ -351,23 +371,22 @@ static char *scratch_of(const fa_job *job, int worker) {
     return job->workspace + job->call.scratch.bytes * (size_t)worker;
 }
 
-static fa_state partial_state(const fa_job *job, int64_t item) {
+static fa_state partial_state(const fa_job *job, int64_t n) {
     const fa_call *call = &job->call;
     const int workers = call->args->num_threads > 1 ? call->args->num_threads : 1;
-    return fastattn_state_at(scratch_of(job, workers) + call->partial_bytes * (size_t)item, call->rows.ld,
+    return fastattn_state_at(scratch_of(job, workers) + call->partial_bytes * (size_t)n, call->rows.ld,
                              call->args->v_head_dim);
 }
 
-/* Phase 0: attention of one panel over one part of the keys. */
-static void run_item(const void *context, int64_t item, int worker) {
-    const fa_job *job = context;
+/* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
+static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_prepared *prepared) {
     const fa_call *call = &job->call;
     const fastattn_attention_args *a = call->args;
     const fa_scratch *at = &call->scratch;
-    char *scratch = scratch_of(job, worker);
+    char *scratch = scratch_of(job, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     fa_work w = {.call = call,
-                 .panel = fastattn_panel_of(call, item, scratch + at->rows),
-                 .q = (float *)(scratch + at->q),
+                 .panel = fastattn_panel_of(call, panel, part, own + at->panel.rows),
+                 .q = (float *)(own + at->panel.q),
                  .s = (float *)(scratch + at->s),
                  .p = (float *)(scratch + at->p),
                  .bias = (float *)(scratch + at->bias),
@@ -375,31 +394,56 @@ static void run_item(const void *context, int64_t item, int worker) {
                  .k = (float *)(scratch + at->k),
                  .v = (float *)(scratch + at->v),
                  .finite_v = scratch + at->finite_v,
+                 .prepared = prepared,
                  .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
                  .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
-                 .o_rows = (float *)(scratch + at->o_rows)};
+                 .o_rows = (float *)(own + at->panel.o_rows)};
     w.few = w.panel.rows <= FA_FEW_ROWS;
     w.products = w.few ? call->uk->products : call->products;
     if (w.products->in_place) w.p = w.s;
-    if (w.products->enter) w.products->enter();
-    w.state = call->splits > 1 ? partial_state(job, item)
-                               : fastattn_state_at(scratch + at->o, call->rows.ld, a->v_head_dim);
+    w.state = call->splits > 1 ? partial_state(job, panel * call->splits + part)
+                               : fastattn_state_at(own + at->panel.o, call->rows.ld, a->v_head_dim);
     fastattn_state_clear(&w.state);
     load_queries(&w);
+    w.blocks = fastattn_key_blocks(call, &w.panel);
+    w.pending = fastattn_next_key_block(&w.blocks, &w.block);
+    return w;
+}
 
-    fa_key_blocks blocks = fastattn_key_blocks(call, &w.panel);
-    fa_key_block block;
-    while (fastattn_next_key_block(&blocks, &block)) run_block(&w, &block);
-    settle(&w);
-    if (call->splits == 1) finish(call, &w.panel, &w.state);
-    if (w.products->leave) w.products->leave();
+/* Phase 0: attention of a bundle of panels over one part of the keys. Whichever panel is the furthest behind goes on, so that
+ * all come to a block together. */
+static void run_item(const void *context, int64_t item, int worker) {
+    const fa_job *job = context;
+    const fa_call *call = &job->call;
+    const int64_t part = item % call->splits, bundle = item / call->splits % call->bundles;
+    const int64_t sequence = item / call->splits / call->bundles, first = bundle * call->bundle;
+    const int64_t panels = fa_min(call->bundle, call->rows.panels - first);
+    fa_prepared prepared = {0};
+    fa_work works[FA_MOST_BUNDLE];
+    if (call->products->enter) call->products->enter();
+    for (int64_t n = 0; n < panels; n++)
+        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, &prepared);
+    for (;;) {
+        fa_work *next = NULL;
+        for (fa_work *w = works; w < works + panels; w++)
+            if (w->pending && (!next || w->block.first < next->block.first)) next = w;
+        if (!next) break;
+        run_block(next, &next->block);
+        next->pending = fastattn_next_key_block(&next->blocks, &next->block);
+    }
+    for (fa_work *w = works; w < works + panels; w++) {
+        settle(w);
+        if (call->splits == 1) finish(call, &w->panel, &w->state);
+    }
+    if (call->products->leave) call->products->leave();
 }
 
 /* Phase 1: the parts of one panel become one. */
 static void merge_item(const void *context, int64_t item, int worker) {
     const fa_job *job = context;
     const fa_call *call = &job->call;
-    const fa_panel panel = fastattn_panel_of(call, item * call->splits, scratch_of(job, worker) + call->scratch.rows);
+    char *rows = scratch_of(job, worker) + call->scratch.panels + call->scratch.panel.rows;
+    const fa_panel panel = fastattn_panel_of(call, item, 0, rows);
     fa_state state = partial_state(job, item * call->splits);
     for (int64_t part = 1; part < call->splits; part++) {
         const fa_state other = partial_state(job, item * call->splits + part);
@@ -410,7 +454,8 @@ static void merge_item(const void *context, int64_t item, int worker) {
 
 static int64_t phase_items(const fa_call *call, int phase) {
     if (phase == 0) return call->items;
-    return phase == 1 && call->splits > 1 ? call->items / call->splits : 0;
+    if (phase != 1 || call->splits == 1) return 0;
+    return call->args->batch * call->rows.sequences * call->rows.panels;
 }
 
 static fastattn_status prepare(fa_job *job, const fastattn_attention_args *args, void *workspace, size_t size) {

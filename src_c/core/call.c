@@ -38,12 +38,26 @@ static void plan_splits(fa_call *call) {
     call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
 }
 
+/* What keys and values have to be turned into first is turned for several panels at a time, if there are enough for all
+ * threads. Results do not depend on it. */
+static void plan_bundles(fa_call *call) {
+    enum { ITEMS_A_THREAD = 8 };
+    const fastattn_attention_args *a = call->args;
+    const int64_t panels = a->batch * call->rows.sequences * call->rows.panels * call->splits;
+    const int64_t threads = fa_max(a->num_threads, 1);
+    const int as_stored = call->products->in_place && a->kv_dtype == FASTATTN_FLOAT32;
+    call->bundle = as_stored ? 1 : fa_max(1, fa_min(panels / (threads * ITEMS_A_THREAD), FA_MOST_BUNDLE));
+    call->bundle = fa_min(call->bundle, call->rows.panels);
+    call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
+    call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
+}
+
 /* Threads cost microseconds to wake, far more on a busy machine; each must have this many multiplications to do, some
  * 20 microseconds. Results do not depend on it. */
 static int plan_threads(const fa_call *call) {
     const double enough = 2e6;
     const fastattn_attention_args *a = call->args;
-    const double work = (double)call->items * call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
+    const double work = (double)call->items * (double)(call->bundle * call->rows.ld) * (double)fa_min(call->split_keys, a->kv_len) *
                         (double)(a->head_dim + a->v_head_dim);
     int64_t threads = fa_min(a->num_threads, call->items);
     if (threads < 1 || work < 2 * enough) return 1;
@@ -65,7 +79,6 @@ static fastattn_status plan_memory(fa_call *call) {
     const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(a->head_dim, FA_TILE);
     const int64_t tiled_v_dim = fa_round_up(a->v_head_dim, FA_TILE);
     const int in_place = call->products->in_place;
-    m->q = take(&bytes, tiled_dim * ld, sizeof(float));
     m->s = take(&bytes, tiled_keys * ld, sizeof(float));
     m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));
     m->bias = take(&bytes, keys * ld, sizeof(float));
@@ -74,17 +87,23 @@ static fastattn_status plan_memory(fa_call *call) {
     m->k = take(&bytes, prepared * tiled_dim, sizeof(float));
     m->v = take(&bytes, prepared * tiled_v_dim, sizeof(float));
     m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
-    m->o = take(&bytes, 1, fastattn_state_bytes(ld, a->v_head_dim));
-    m->o_rows = take(&bytes, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
-    m->rows = take(&bytes, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
+
+    size_t panel = 0;
+    m->panel.q = take(&panel, tiled_dim * ld, sizeof(float));
+    m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
+    m->panel.o_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
+    m->panel.rows = take(&panel, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
+    m->panel.bytes = panel;
+    m->panels = take(&bytes, call->bundle, panel);
     m->bytes = bytes;
     call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;
+    const int64_t partials = a->batch * call->rows.sequences * call->rows.panels * call->splits;
     const int workers = a->num_threads > 1 ? a->num_threads : 1;
     const size_t most = SIZE_MAX / 4;
     if (m->bytes > most / (size_t)workers ||
-        (call->partial_bytes > 0 && (size_t)call->items > most / call->partial_bytes))
+        (call->partial_bytes > 0 && (size_t)partials > most / call->partial_bytes))
         return FASTATTN_ERROR_MEMORY;
-    call->workspace = m->bytes * (size_t)workers + call->partial_bytes * (size_t)call->items;
+    call->workspace = m->bytes * (size_t)workers + call->partial_bytes * (size_t)partials;
     return FASTATTN_OK;
 }
 
@@ -113,7 +132,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->rows = plan_rows(args);
     call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
-    call->items = args->batch * call->rows.sequences * call->rows.panels * call->splits;
+    plan_bundles(call);
     call->threads = plan_threads(call);
     return plan_memory(call);
 }

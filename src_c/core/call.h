@@ -4,6 +4,8 @@
 
 #include "../ukernel/ukernel.h"
 
+enum { FA_MOST_BUNDLE = 4 }; /* panels of an item */
+
 /* How the rows of one (batch entry, key/value head) become panels.
  *
  * The `group` query heads that share a key/value head are packed into one sequence of rows, query by query:
@@ -21,10 +23,11 @@ typedef struct fa_rows {
     int ld;                   /* panel_rows rounded up to FA_ROW_STEP */
 } fa_rows;
 
-/* Scratch of one worker, as offsets in bytes from its beginning. */
+/* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
-    size_t q, s, p, bias, shown, k, v, finite_v, o, o_rows, rows; /* rows: the vectors of one float a row, and the row pointers */
+    size_t s, p, bias, shown, k, v, finite_v, panels;
     size_t bytes;
+    struct { size_t q, o, o_rows, rows, bytes; } panel; /* rows: the vectors of one float a row, and the row pointers */
 } fa_scratch;
 
 typedef struct fa_call {
@@ -35,14 +38,16 @@ typedef struct fa_call {
     int64_t block_keys;    /* keys in one step */
     int64_t splits;        /* parts of the keys, each an item of work */
     int64_t split_keys;    /* keys of a part, a multiple of block_keys */
-    int64_t items;         /* batch * sequences * panels * splits */
+    int64_t bundle;        /* consecutive panels of an item, which share what is made of a block of keys */
+    int64_t bundles;       /* of a packed sequence */
+    int64_t items;         /* batch * sequences * bundles * splits */
     int threads;           /* workers that pay off, at most args->num_threads */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     float sign;            /* multiplies q while packing */
     float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
     double unit;           /* scores times unit are logits */
     fa_scratch scratch;
-    size_t partial_bytes;  /* of the state of one item, where keys are split */
+    size_t partial_bytes;  /* of the state of one part of a panel, where keys are split */
     size_t workspace;      /* bytes in all */
 } fa_call;
 

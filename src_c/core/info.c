@@ -43,8 +43,9 @@ int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(is
 /* (row, key) pairs of the blocks that the loop would visit, as told by its own iterator. */
 static double visited_pairs(const fa_call *call, char *memory) {
     double pairs = 0;
-    for (int64_t item = 0; item < call->items; item++) {
-        const fa_panel panel = fastattn_panel_of(call, item, memory);
+    const int64_t panels = call->args->batch * call->rows.sequences * call->rows.panels;
+    for (int64_t n = 0; n < panels * call->splits; n++) {
+        const fa_panel panel = fastattn_panel_of(call, n / call->splits, n % call->splits, memory);
         fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
         fa_key_block block;
         if (!blocks.mask)
@@ -62,7 +63,7 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     if (status != FASTATTN_OK) return status;
     double visited = 0;
     if (call.items > 0) {
-        char *memory = malloc(call.scratch.bytes - call.scratch.rows);
+        char *memory = malloc(call.scratch.panel.bytes - call.scratch.panel.rows);
         if (!memory) return FASTATTN_ERROR_MEMORY;
         visited = visited_pairs(&call, memory);
         free(memory);

@@ -24,13 +24,13 @@ static void visible_keys(const fastattn_attention_args *a, int64_t position, int
     *hi = fa_max(end, 0);
 }
 
-fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
+fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, char *memory) {
     const fastattn_attention_args *a = call->args;
     const fa_rows *rows = &call->rows;
     fa_panel p;
 
-    const int64_t split = item % call->splits;
-    int64_t panel = item / call->splits % rows->panels, sequence = item / call->splits / rows->panels;
+    const int64_t sequence = panel / rows->panels;
+    panel %= rows->panels;
     if (a->causal) panel = rows->panels - 1 - panel; /* the longest first: the last to finish is then short */
     p.batch = sequence / rows->sequences;
     p.head = sequence % rows->sequences * rows->group;
@@ -44,7 +44,7 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory) {
 
     const int64_t length = a->kv_lengths ? a->kv_lengths[p.batch] : a->kv_len;
     p.offset = a->query_offset ? reach(a->query_offset[p.batch]) : length - a->q_len;
-    p.first_key = split * call->split_keys;
+    p.first_key = part * call->split_keys;
     p.end_key = fa_min(p.first_key + call->split_keys, length);
 
     const int64_t ld = rows->ld;

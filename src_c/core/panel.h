@@ -1,4 +1,4 @@
-/* The rows of one item of work, and the keys that they may see. */
+/* Rows of one packed sequence, up to FA_PANEL_ROWS, and the keys that they may see. */
 #ifndef FA_PANEL_H
 #define FA_PANEL_H
 
@@ -9,7 +9,7 @@ typedef struct fa_panel {
     int64_t head;           /* query head of the packed sequence's first */
     int64_t first_row;      /* of the panel, in its packed sequence */
     int64_t offset;         /* query_offset of the batch entry */
-    int64_t first_key, end_key; /* keys of this item's split */
+    int64_t first_key, end_key; /* keys of this part */
     int rows;               /* real rows */
     int padded;             /* rows rounded up to FA_ROW_STEP: columns that the slots work on */
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
@@ -23,8 +23,9 @@ typedef struct fa_panel {
     void **outputs;         /* [padded] row pointers of out */
 } fa_panel;
 
-/* The panel of an item; its vectors live in `memory`, the rows part of a worker's scratch. */
-fa_panel fastattn_panel_of(const fa_call *call, int64_t item, char *memory);
+/* Part `part` of the keys for panel `panel` of all (of a sequence, of all sequences of all batch entries); its vectors live in
+ * `memory`, the rows part of a panel's scratch. */
+fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, char *memory);
 
 /* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
