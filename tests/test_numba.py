@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inputs import random_qkv
+from inputs import DTYPES, random_qkv
+from oracle import assert_matches
 from processes import run_script
 
 import fastattn
@@ -97,13 +98,13 @@ def test_a_damaged_cache_is_no_obstacle(tmp_path):
         run_script(MERGE, NUMBA_CACHE_DIR=str(tmp_path))
 
 
-def test_a_change_of_either_source_is_noticed(copied_package):
+def test_a_change_of_any_source_is_noticed(copied_package):
     package, script = copied_package
     assert compiled(run_script(script, NUMBA_CACHE_DIR=""))[1]
     path, had_to = compiled(run_script(script, NUMBA_CACHE_DIR=""))
     assert not had_to and path == str(package / "backends" / "__pycache__")
-    for name in ("_numba_simd.py", "_numba_kernels.py"):
-        with open(package / "backends" / name, "a", encoding="utf-8") as file:
+    for source in (package / "backends").glob("_numba_*.py"):
+        with open(source, "a", encoding="utf-8") as file:
             file.write("\n# another version\n")
         assert compiled(run_script(script, NUMBA_CACHE_DIR=""))[1]
 
@@ -268,6 +269,65 @@ def test_where_parts_are_merged_does_not_matter(shape, monkeypatch):
             np.testing.assert_array_equal(alone, results[0][0][entry])
 
 
+# Few query rows, whose products run along the head dimension
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 2, 5, 16])
+@pytest.mark.parametrize("head_dim, v_head_dim", [(1, 130), (15, 17), (64, 80), (130, 1)])
+def test_few_rows_and_numbers_of_keys(head_dim, v_head_dim, q_len, dtype):
+    """Fewer keys than a group of them, groups that overlap, rows that end within a register."""
+    with fastattn.use_backend("numba"):
+        for kv_len in (1, 3, 15, 16, 17, 129, 131, 300):
+            assert_matches(*random_qkv(1, 2, q_len, kv_len, head_dim, v_head_dim, dtype=dtype, seed=kv_len))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_len", [1, 2, 5, 16])
+@pytest.mark.parametrize("key", [0, 130, 290, 299])
+def test_poison_among_few_rows(key, q_len, dtype):
+    """It reaches the rows that see it, not those beside them in the registers."""
+    with fastattn.use_backend("numba"):
+        for which in range(3):
+            inputs = random_qkv(1, 2, q_len, 300, 20, 19, dtype=dtype)
+            inputs[which][0, 1, key if which else -1, 3] = np.nan
+            assert_matches(*inputs, causal=True)
+            assert_matches(*inputs, causal=True, mask=np.arange(300) != key)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pages are protected in another way")
+@pytest.mark.parametrize("q_len", [1, 5, 80])
+def test_nothing_is_read_beyond_the_arrays(q_len):
+    """Behind each array begins a page that nobody may read."""
+    run_script(
+        f"""
+        import ctypes, mmap, warnings
+        import ml_dtypes
+        import numpy as np
+        import fastattn
+        libc = ctypes.CDLL(None, use_errno=True)
+        rng = np.random.default_rng(0)
+
+        def guarded(*shape):
+            x = rng.standard_normal(shape).astype(dtype)
+            size = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            memory = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+            assert libc.mprotect(ctypes.c_void_p(memory.ctypes.data + size), mmap.PAGESIZE, 0) == 0
+            result = memory[size - x.nbytes : size].view(dtype).reshape(shape)
+            result[...] = x
+            return result
+
+        for dtype in ("float32", "float16", ml_dtypes.bfloat16):
+            for kv_len in (1, 15, 17, 131):
+                for head_dim, v_head_dim in ((19, 21), (3, 130), (80, 1)):
+                    q, k, v = guarded({q_len}, head_dim), guarded(kv_len, head_dim), guarded(kv_len, v_head_dim)
+                    out = fastattn.attention(q, k, v, out=guarded({q_len}, v_head_dim), mask=guarded({q_len}, kv_len))
+                    assert np.isfinite(out.astype(np.float32)).all()
+        """,
+        FASTATTN_BACKEND="numba",
+    )
+
+
 # Processors
 
 PROCESSORS = {
@@ -294,10 +354,10 @@ def test_other_register_shapes(name):
         import numpy as np
         import fastattn
         rng = np.random.default_rng(0)
-        for rows, dtype, mask_dtype in [(1, "f4", bool), (3, "f2", "f2"), (70, "f4", "f4"), (129, "f2", "f8")]:
+        for rows, kv_heads, dtype, mask_dtype in [(1, 4, "f4", bool), (3, 2, "f2", "f2"), (70, 2, "f4", "f4"), (129, 2, "f2", "f8")]:
             for head_dim in (1, 19, 64):
                 q = rng.standard_normal((2, 4, rows, head_dim)).astype(dtype)
-                k, v = rng.standard_normal((2, 2, 2, 700, head_dim)).astype(dtype)
+                k, v = rng.standard_normal((2, 2, kv_heads, 700, head_dim)).astype(dtype)
                 k[0, 0, 0, 0] = 3e-8 if dtype == "f2" else 1  # subnormal in float16
                 mask = rng.random((4, rows, 700)) < 0.5
                 if mask_dtype is not bool:

@@ -1,33 +1,33 @@
-"""The tile loop in Numba: online softmax with queries as lanes.
+"""The tile loop in Numba: online softmax over a panel of query rows.
 
 A work item is up to ``lanes`` query rows that share one kv head: the rows of a GQA group side by side, so that keys and
-values are read once for all of them. Everything is kept transposed, a query row being a lane of every vector::
+values are read once for all of them. Scores and weights are kept transposed, a query row being a lane of every vector::
 
-    Q^T [d][lane]     once per item
     for each block of keys:
-        S^T [j][lane] = K [j][d] . Q^T [d][lane]                    K broadcast element by element, as it lies in memory
+        S^T [j][lane] = scale * K Q^T
         m, l, P^T     : maxima and sums over j are plain vertical operations
-        O^T [d][lane] = O^T * alpha + V^T [d][j] . P^T [j][lane]    V the same
-    out = O / l, transposed back
+        O             = O * alpha + P V
+    out = O / l
 
-Both products are sums of `rank_one` steps into a tile of registers, so nothing is packed. Each block gets fresh accumulators,
-which also keeps rounding errors from growing with the number of keys.
+How the two products go depends on the number of rows: see `_numba_products`. Each block gets fresh accumulators, which also
+keeps rounding errors from growing with the number of keys.
 
 A key that is hidden from a row has the score -inf and the weight -0.0. Negative zero adds nothing to a sum, and tells a
-hidden key from one whose weight underflowed where that matters: next to a NaN or inf among the values (`careful_values`).
+hidden key from one whose weight underflowed where that matters: next to a NaN or inf among the values.
 """
 
 from collections import namedtuple
 
 import numpy as np
-from numba import float32, float64, from_dtype, int32, int64, njit, types, uint8, uint16
+from numba import float32, float64, from_dtype, int32, int64, types, uint8, uint16
 
-from ._numba_simd import (
-    CONVERTS_HALF, add, blank, convert_half, count, div, elements, fma, lanes, load, mul, prefetch, rank_one, rows, splat, store, sub,
-    transpose, two_to, where_less, width,
+from ._numba_numbers import (
+    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, inline, jit, magnitude_of, narrow, narrow_row, tanh, widen,
+    widen_row,
 )  # fmt: skip
+from ._numba_products import Rows, careful_values, pack, scores, transpose_all, unpack, values
+from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
 
-FLOAT32, FLOAT16, BFLOAT16, FLOAT64, BOOL = range(5)
 WHOLE, PARTS, MERGE = range(3)
 MIN_PART = 512  # keys for which it pays to split
 
@@ -43,215 +43,13 @@ PLAN = np.dtype(
         # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into `panels`.
         "groups", "group", "q_len", "band", "bands", "panels", "units", "parts", "split",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
-        "head_pitch", "v_head_pitch", "block_keys", "states", "own_states", "state_bytes",
+        "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
     )]
     + [("scale", np.float32), ("softcap", np.float32)]
 )  # fmt: skip
 
-_LOWEST = float(np.finfo(np.float32).min)  # what is less than this is -inf
-_LOG2E = 1.4426950408889634
-_ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which is then in the low bits
-_TINY = -126 * 0.6931471805599453  # below this exp is no normal number, and 0
 
-jit = njit(error_model="numpy")
-inline = njit(error_model="numpy", forceinline=True)
-
-
-# Numbers in memory
-
-
-@inline
-def float_of(bits):
-    return np.uint32(bits).view(np.float32)
-
-
-@inline
-def bits_of(x):
-    return np.float32(x).view(np.uint32)
-
-
-@inline
-def widen_half(half):
-    """The float32 of the bits of a float16."""
-    if CONVERTS_HALF:
-        return convert_half(half)
-    magnitude = np.uint32(half & 0x7FFF) << np.uint32(13)
-    sign = np.uint32(half & 0x8000) << np.uint32(16)
-    if magnitude >= np.uint32(0x0F800000):  # inf and NaN
-        return float_of(sign | (magnitude + np.uint32(0x70000000)))
-    if magnitude < np.uint32(0x00800000):  # subnormals: a sum does what a shift cannot
-        return float_of(sign | bits_of(float_of(magnitude + np.uint32(0x38800000)) - float_of(np.uint32(0x38800000))))
-    return float_of(sign | (magnitude + np.uint32(0x38000000)))
-
-
-@inline
-def widen(address, index, code):
-    """Element `index` of an array of floats of any storage type, as a float32."""
-    if code == FLOAT32:
-        return elements(address, float32)[index]
-    bits = elements(address, uint16)[index]
-    if code == BFLOAT16:
-        return float_of(np.uint32(bits) << np.uint32(16))
-    return widen_half(bits)
-
-
-@inline
-def narrow(x, code):
-    """The 16 bits of a float32 in storage type `code`, rounded to nearest even."""
-    bits = bits_of(x)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    if code == BFLOAT16:
-        if magnitude > np.uint32(0x7F800000):  # rounding must not turn NaN into inf
-            return sign | np.uint32(0x7FC0)
-        return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    if magnitude > np.uint32(0x7F800000):
-        return sign | np.uint32(0x7E00)
-    if magnitude >= np.uint32(0x477FF000):  # rounds to 65536 and above
-        return sign | np.uint32(0x7C00)
-    if magnitude < np.uint32(0x38800000):  # subnormals: adding 0.5 rounds at the right bit
-        return sign | (bits_of(float_of(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000))
-    return sign | ((magnitude - np.uint32(0x37FFF001) + ((magnitude >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13))
-
-
-@jit
-def widen_row(source, code, n, target):
-    """Write `n` elements as float32."""
-    to = elements(target, float32)
-    for d in range(n):
-        to[d] = widen(source, d, code)
-
-
-@jit
-def narrow_row(source, factor, code, n, target):
-    """Write `n` float32, times a factor, in their storage type."""
-    x = elements(source, float32)
-    if code == FLOAT32:
-        to = elements(target, float32)
-        for d in range(n):
-            to[d] = x[d] * factor
-    else:
-        bits = elements(target, uint16)
-        for d in range(n):
-            bits[d] = narrow(x[d] * factor, code)
-
-
-@inline
-def narrow_double(x):
-    """A float64 bias as float32: one that is finite stays finite."""
-    return np.float32(min(max(x, _LOWEST), -_LOWEST) if np.isfinite(x) else x)
-
-
-@jit
-def bias_row(source, step, code, n, target):
-    """Write what `n` elements of the mask, `step` bytes apart, add to the scores: -inf hides, and only an exact -inf does."""
-    to = elements(target, float32)
-    if code == BOOL:
-        if step == 1:  # a loop of its own, for it alone is vectorised
-            for j in range(n):
-                to[j] = 0.0 if elements(source, uint8)[j] else -np.inf
-        else:
-            for j in range(n):
-                to[j] = 0.0 if elements(source + j * step, uint8)[0] else -np.inf
-    elif code == FLOAT64:
-        for j in range(n):
-            to[j] = narrow_double(elements(source + j * step, float64)[0])
-    elif step == (4 if code == FLOAT32 else 2):
-        widen_row(source, code, n, target)
-    else:
-        for j in range(n):
-            to[j] = widen(source + j * step, 0, code)
-
-
-@jit
-def fill(target, x, low, high):
-    to = elements(target, float32)
-    for j in range(low, high):
-        to[j] = x
-
-
-@jit
-def transpose_all(source, source_row, n_rows, n_columns, target, target_row, row):
-    """Transpose an array of float32; both sizes are multiples of the width of a register."""
-    for i in range(0, n_rows, width(row)):
-        for j in range(0, n_columns, width(row)):
-            transpose(source + i * source_row + 4 * j, source_row, target + j * target_row + 4 * i, target_row, row)
-
-
-# Functions of lanes
-
-
-@inline
-def exp(x):
-    """``e**x`` for x <= 0 to a rounding error or two; less than 2**-126 is 0, NaN stays NaN."""
-    shifted = fma(x, _LOG2E, _ROUND)
-    f = fma(x, _LOG2E, sub(_ROUND, shifted))  # x = (n + f) ln 2 with f in [-1/2, 1/2]
-    p = fma(f, 0.00015403530393381608, 0.0013333558146428443)  # Taylor's series of 2**f: the rest is below 2e-9
-    p = fma(p, f, 0.009618129107628477)
-    p = fma(p, f, 0.05550410866482158)
-    p = fma(p, f, 0.24022650695910072)
-    p = fma(p, f, 0.6931471805599453)
-    p = fma(p, f, 1.0)
-    return where_less(x, _TINY, 0.0, mul(p, two_to(shifted)))
-
-
-@inline
-def magnitude_of(x):
-    return where_less(x, 0.0, sub(0.0, x), x)
-
-
-@inline
-def tanh(x):
-    """Cephes' two pieces: a polynomial where 1 - 2 / (e**2|x| + 1) would cancel."""
-    a = magnitude_of(x)
-    e = exp(mul(a, -2.0))
-    far = div(sub(1.0, e), add(1.0, e))
-    z = mul(x, x)
-    p = fma(z, -5.70498872745e-3, 2.06390887954e-2)
-    p = fma(p, z, -5.37397155531e-2)
-    p = fma(p, z, 1.33314422036e-1)
-    p = fma(p, z, -3.33332819422e-1)
-    near = fma(mul(p, z), x, x)
-    return where_less(a, 0.625, near, where_less(x, 0.0, sub(0.0, far), far))
-
-
-# Parts of a step. `tile` and `row` stand for their types alone: the shape of the registers. Where there are few query rows a step
-# takes no longer than its keys take to arrive. So one product asks for the operand of the next, a share with each tile.
-
-Rows = namedtuple("Rows", "address stride n nbytes")
-
-
-@jit
-def ask_for(some, low, high):
-    """Prefetch those of the rows `low` to `high` that there are."""
-    for j in range(low, min(high, some.n)):
-        for line in range(0, some.nbytes, 64):
-            prefetch(some.address + j * some.stride + line)
-
-
-@inline
-def product(a, a_stride, a_step, b, b_step, n, tile):
-    """``sum_s a[t][s] * b[s][:]`` over n steps, the sums kept in registers."""
-    total = splat(0.0, tile)
-    for _ in range(n):
-        total = rank_one(total, a, a_stride, b)
-        a += a_step
-        b += b_step
-    return total
-
-
-@jit
-def scores(k, k_row, n, head_dim, qt, st, scale, ahead, tile, row):
-    """``S^T = scale * K Q^T``; the last tile overlaps the one before where n is no multiple of its rows."""
-    pitch = 4 * lanes(row)
-    if n < rows(tile):
-        for j in range(n):
-            store(st + j * pitch, mul(product(k + j * k_row, 0, 4, qt, pitch, head_dim, row), scale))
-        return
-    for first in range(0, n, rows(tile)):
-        ask_for(ahead, first, first + rows(tile))
-        j = min(first, n - rows(tile))
-        store(st + j * pitch, mul(product(k + j * k_row, k_row, 4, qt, pitch, head_dim, tile), scale))
+# Between the products: scores become weights.
 
 
 @jit
@@ -267,76 +65,32 @@ def adjust(st, n, softcap, bias, slopes, distance, low, high, row):
             x = sub(x, mul(load(slopes, row), away))
         if bias:
             b = load(bias + j * pitch, row)
-            x = where_less(b, _LOWEST, b, add(x, b))
+            x = where_less(b, LOWEST, b, add(x, b))
         x = where_less(j, load(low, row), -np.inf, x)
         x = where_less(j, load(high, row), x, -np.inf)
         store(st + j * pitch, x)
 
 
 @jit
-def softmax(st, n, m_at, l_at, row):
-    """Turn scores into weights, update the running m and l, and return what earlier weights shrink by."""
+def softmax(st, n, m_at, l_at, alpha_at, row):
+    """Turn scores into weights, update the running m and l, and note what earlier weights shrink by."""
     pitch = 4 * lanes(row)
     before = load(m_at, row)
     m = before
     for j in range(n):
         x = load(st + j * pitch, row)
         m = where_less(m, x, x, m)
-    shift = where_less(m, _LOWEST, 0.0, m)  # lest -inf - -inf give NaN
+    shift = where_less(m, LOWEST, 0.0, m)  # lest -inf - -inf give NaN
     alpha = exp(sub(before, shift))
     total = splat(0.0, row)
     for j in range(n):
         x = load(st + j * pitch, row)
-        p = where_less(x, _LOWEST, -0.0, exp(sub(x, shift)))
+        p = where_less(x, LOWEST, -0.0, exp(sub(x, shift)))
         store(st + j * pitch, p)
         total = add(total, p)
     store(m_at, m)
     store(l_at, fma(load(l_at, row), alpha, total))
-    return alpha
-
-
-@jit
-def values(v, v_row, n, v_head_dim, pt, ot, alpha, ahead, tile, row):
-    """``O^T = O^T * alpha + V^T P^T``."""
-    pitch = 4 * lanes(row)
-    d = 0
-    share = -(-ahead.n * rows(tile) // v_head_dim) if v_head_dim else int64(0)
-    asked = int64(0)
-    while d + rows(tile) <= v_head_dim:
-        ask_for(ahead, asked, asked + share)
-        asked += share
-        total = product(v + 4 * d, 4, v_row, pt, pitch, n, tile)
-        store(ot + d * pitch, fma(load(ot + d * pitch, tile), alpha, total))
-        d += rows(tile)
-    while d < v_head_dim:
-        total = product(v + 4 * d, 4, v_row, pt, pitch, n, row)
-        store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
-        d += 1
-
-
-@jit
-def careful_values(v, v_row, n, v_head_dim, pt, ot, alpha, row):
-    """The same for values with NaN or inf among them, which must not reach the lanes that do not see their key."""
-    pitch = 4 * lanes(row)
-    for d in range(v_head_dim):
-        total = splat(0.0, row)
-        for j in range(n):
-            p = load(pt + j * pitch, row)
-            hidden = div(1.0, p)  # -inf for -0.0
-            total = where_less(hidden, 0.0, total, fma(p, elements(v + j * v_row, float32)[d], total))
-        store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
-
-
-@jit
-def all_finite(v, v_row, n, v_head_dim):
-    """Whether `n` rows of float32 hold no NaN and no inf."""
-    exponent = np.uint32(0x7F800000)
-    largest = np.uint32(0)
-    for j in range(n):
-        bits = elements(v + j * v_row, types.uint32)
-        for d in range(v_head_dim):
-            largest = max(largest, bits[d] & exponent)
-    return largest < exponent
+    store(alpha_at, alpha)
 
 
 # Work items
@@ -349,22 +103,22 @@ Panel = namedtuple(
     " inner_low inner_high",  # the keys that every row sees, but for masks
 )
 
-# Where things are. The first four are a state: m, l and seen, a row each, and O^T.
-Places = namedtuple("Places", "m l seen ot turned low high distance slopes qt st bias k v")
+# Where things are. The first four are a state: m, l and seen, a row each, and O.
+Places = namedtuple("Places", "m l seen o turned low high distance slopes alpha q st bias k v")
 
 
 @inline
 def places(plan, state, scratch, row):
     pitch = 4 * lanes(row)
     low = scratch + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
-    qt = low + 4 * pitch
-    st = qt + plan.head_pitch * pitch
+    q = low + 5 * pitch
+    st = q + plan.head_pitch * pitch
     bias = st + plan.block_keys * pitch
     k = bias + plan.block_keys * pitch
     v = k + 4 * plan.block_keys * plan.head_dim
     return Places(
         state, state + pitch, state + 2 * pitch, state + 3 * pitch,
-        scratch, low, low + pitch, low + 2 * pitch, low + 3 * pitch, qt, st, bias, k, v,
+        scratch, low, low + pitch, low + 2 * pitch, low + 3 * pitch, low + 4 * pitch, q, st, bias, k, v,
     )  # fmt: skip
 
 
@@ -413,7 +167,7 @@ def part_range(plan, b, part):
 
 
 @jit
-def open_panel(plan, unit, part, at, row):
+def open_panel(plan, unit, part, at, row, storage):
     """The panel of a unit of work and a part of its keys, with its queries packed and the state of rows that have seen nothing."""
     panel = locate(plan, unit, row)
     store(at.m, splat(-np.inf, row))
@@ -433,7 +187,7 @@ def open_panel(plan, unit, part, at, row):
         inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
         if row_low < row_high:
             some_low, some_high = min(some_low, row_low), max(some_high, row_high)
-    transpose_all(at.turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, at.qt, 4 * lanes(row), row)
+    pack(plan, at, row, storage)
     low, high = max(low, some_low), min(high, some_high)
     return Panel(panel.b, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
 
@@ -528,7 +282,15 @@ def see_mask(plan, panel, j, n, bits, at, row):
 
 
 @jit
-def step(plan, panel, j, high, bits, at, tile, row):
+def widen_rows(stored, code, n_columns, target):
+    """A copy of rows as float32."""
+    for j in range(stored.n):
+        widen_row(stored.address + j * stored.stride, code, n_columns, target + 4 * j * n_columns)
+    return Rows(target, 4 * n_columns, stored.n, 4 * n_columns)
+
+
+@jit
+def step(plan, panel, j, high, bits, at, tile, row, storage):
     """Take a block of keys from j on, but none from `high` on, into the state."""
     n = min(high - j, plan.block_keys)
     masked = bits != 0 or plan.mask != 0
@@ -544,18 +306,18 @@ def step(plan, panel, j, high, bits, at, tile, row):
         store(at.seen, splat(1.0, row))
 
     kv_head = panel.head0 // plan.kv_group
-    k = plan.k + panel.b * plan.k_batch + kv_head * plan.k_head + j * plan.k_row
-    v = plan.v + panel.b * plan.v_batch + kv_head * plan.v_head + j * plan.v_row
-    k_row, v_row, itemsize = plan.k_row, plan.v_row, 4 if plan.kv_code == FLOAT32 else 2
-    these_values = Rows(v, v_row, n, itemsize * plan.v_head_dim)
-    next_keys = Rows(k + n * k_row, k_row, min(high - j - n, plan.block_keys), itemsize * plan.head_dim)
-    if plan.kv_code != FLOAT32:
-        for key in range(n):
-            widen_row(k + key * k_row, plan.kv_code, plan.head_dim, at.k + 4 * key * plan.head_dim)
-            widen_row(v + key * v_row, plan.kv_code, plan.v_head_dim, at.v + 4 * key * plan.v_head_dim)
-        k, k_row, v, v_row = at.k, 4 * plan.head_dim, at.v, 4 * plan.v_head_dim
+    itemsize = 4 if plan.kv_code == FLOAT32 else 2
+    k_address = plan.k + panel.b * plan.k_batch + kv_head * plan.k_head + j * plan.k_row
+    v_address = plan.v + panel.b * plan.v_batch + kv_head * plan.v_head + j * plan.v_row
+    k = Rows(k_address, plan.k_row, n, itemsize * plan.head_dim)
+    v = these_values = Rows(v_address, plan.v_row, n, itemsize * plan.v_head_dim)
+    next_keys = Rows(k_address + n * plan.k_row, plan.k_row, n, k.nbytes if j + n < high else int64(0))
+    code = plan.kv_code
+    if plan.widened:
+        k, v = widen_rows(k, code, plan.head_dim, at.k), widen_rows(v, code, plan.v_head_dim, at.v)
+        code = FLOAT32
 
-    scores(k, k_row, n, plan.head_dim, at.qt, at.st, plan.scale, these_values, tile, row)
+    scores(plan, at, k, panel.n_rows, these_values, tile, row, storage)
     if partial or plan.softcap != 0.0 or plan.alibi != 0:
         if plan.alibi:
             offset = elements(plan.query_offset, int64)[panel.b] - j
@@ -564,23 +326,24 @@ def step(plan, panel, j, high, bits, at, tile, row):
         bias = at.bias if masked else int64(0)
         slopes = at.slopes if plan.alibi else int64(0)
         adjust(at.st, n, plan.softcap, bias, slopes, at.distance, at.low, at.high, row)
-    alpha = softmax(at.st, n, at.m, at.l, row)
-    if partial and not all_finite(v, v_row, n, plan.v_head_dim):
-        careful_values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, row)
+    softmax(at.st, n, at.m, at.l, at.alpha, row)
+    if partial and not all_finite(v.address, v.stride, n, plan.v_head_dim, code):
+        careful_values(plan, at, v, code, row, storage)
     else:
-        values(v, v_row, n, plan.v_head_dim, at.st, at.ot, alpha, next_keys, tile, row)
+        values(plan, at, v, panel.n_rows, next_keys, tile, row, storage)
 
 
 @jit
-def attend(plan, unit, part, state, scratch, tile, row):
+def attend(plan, unit, part, state, scratch, tile, row, storage):
     """The state of one unit of work over one part of its keys."""
     at = places(plan, state, scratch, row)
-    panel = open_panel(plan, unit, part, at, row)
+    panel = open_panel(plan, unit, part, at, row, storage)
     block, end = listed_blocks(plan, panel)
     while block < end:
         low, high, bits, block = next_run(plan, panel, block, end)
         for j in range(low, high, plan.block_keys):
-            step(plan, panel, j, high, bits, at, tile, row)
+            step(plan, panel, j, high, bits, at, tile, row, storage)
+    unpack(plan, at, row, storage)
 
 
 @jit
@@ -589,7 +352,7 @@ def fold(state, other, v_head_dim, row):
     pitch = 4 * lanes(row)
     a, b = load(state, row), load(other, row)
     m = where_less(a, b, b, a)
-    shift = where_less(m, _LOWEST, 0.0, m)
+    shift = where_less(m, LOWEST, 0.0, m)
     alpha, beta = exp(sub(a, shift)), exp(sub(b, shift))
     store(state, m)
     store(state + pitch, fma(load(state + pitch, row), alpha, mul(load(other + pitch, row), beta)))
@@ -604,7 +367,7 @@ def finish(plan, unit, state, scratch, row):
     at = places(plan, state, scratch, row)
     panel = locate(plan, unit, row)
     m, l, seen = elements(at.m, float32), elements(at.l, float32), elements(at.seen, float32)
-    transpose_all(at.ot, 4 * lanes(row), plan.v_head_pitch, lanes(row), at.turned, 4 * plan.v_head_pitch, row)
+    transpose_all(at.o, 4 * lanes(row), plan.v_head_pitch, lanes(row), at.turned, 4 * plan.v_head_pitch, row)
     for lane in range(panel.n_rows):
         i, head = row_of(plan, panel, lane)
         top, total, factor = float64(m[lane]), float64(l[lane]), 1.0
@@ -629,8 +392,10 @@ def finish(plan, unit, state, scratch, row):
 # and each change of the source has an entry of its own.
 
 
-def build_attention(stamp, tile_rows, registers, width):
+def build_attention(stamp, tile_rows, registers, width, row_registers, code):
     """The function that computes work items for tiles of a shape, and its signature.
+
+    `code` is the storage type of keys and values for the products along the head dimension, None for those across the queries.
 
     It takes work items from a shared counter until none is left. An item is, by `phase`,
 
@@ -641,10 +406,12 @@ def build_attention(stamp, tile_rows, registers, width):
     The arithmetic is the same in WHOLE and in PARTS with MERGE.
     """
 
+    storage = {None: None, FLOAT32: float32, FLOAT16: types.float16, BFLOAT16: uint16}[code]
+
     def attention(plans, phase, scratch, counter):
         stamp  # noqa: B018
         tile = blank(tile_rows, registers, width)
-        row = blank(1, registers, width)
+        row = blank(1, row_registers, width)
         plan = plans[0]
         parts, size = plan.parts, plan.state_bytes
         n_items = plan.units * parts if phase == PARTS else plan.units
@@ -653,13 +420,13 @@ def build_attention(stamp, tile_rows, registers, width):
             if item >= n_items:
                 return
             if phase == PARTS:
-                attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row)
+                attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row, storage)
                 continue
             state = plan.states + item * parts * size if phase == MERGE else scratch + plan.own_states
             for part in range(parts):
                 other = state + (part if phase == MERGE else min(part, 1)) * size
                 if phase == WHOLE:
-                    attend(plan, item, part, other, scratch, tile, row)
+                    attend(plan, item, part, other, scratch, tile, row, storage)
                 if part > 0:
                     fold(state, other, plan.v_head_dim, row)
             finish(plan, item, state, scratch, row)

@@ -22,6 +22,13 @@ _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 
+# How numbers lie in memory, by Numba type: the type for LLVM and its name there. uint16 is the upper half of a float32: bfloat16.
+_STORAGE = {
+    types.float32: (_F32, "f32"),
+    types.float16: (ir.HalfType(), "f16"),
+    types.uint16: (ir.IntType(16), "i16"),
+}
+
 
 def _isa():
     """What Numba compiles for, and whether that has instructions for float16."""
@@ -50,6 +57,14 @@ class Tile(types.Type):
         return Tile(1, self.registers, self.width)
 
     @property
+    def column(self):
+        return Tile(self.rows, 1, self.width)
+
+    @property
+    def partial_sums(self):
+        return Tile(self.registers * self.width, 1, self.width)
+
+    @property
     def size(self):
         return self.rows * self.registers
 
@@ -66,10 +81,30 @@ def _splat(builder, scalar, width):
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_I32, width), None))
 
 
-def _load(builder, address, element):
+def _load(builder, address, element, align=4):
     value = builder.load(builder.inttoptr(address, element.as_pointer()))
-    value.align = 4
+    value.align = align
     return value
+
+
+def _load_stored(builder, address, width, storage, n):
+    """A vector of float32, widened from `storage`; where `n` is not None, the first `n` lanes and zeros."""
+    element, name = _STORAGE[storage]
+    vector = ir.VectorType(element, width)
+    size = storage.bitwidth // 8
+    if n is None:
+        value = _load(builder, address, vector, size)
+    else:
+        present = builder.icmp_unsigned("<", _indices(list(range(width))), _splat(builder, builder.trunc(n, _I32), width))
+        kind = ir.FunctionType(vector, [vector.as_pointer(), _I32, present.type, vector])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.v{width}{name}.p0")
+        pointer = builder.inttoptr(address, vector.as_pointer())
+        value = builder.call(function, [pointer, _I32(size), present, ir.Constant(vector, None)])
+    if storage == types.uint16:
+        bits = ir.VectorType(_I32, width)
+        value = builder.shl(builder.zext(value, bits), ir.Constant(bits, [16] * width))
+        return builder.bitcast(value, ir.VectorType(_F32, width))
+    return value if storage == types.float32 else builder.fpext(value, ir.VectorType(_F32, width))
 
 
 def _store(builder, value, address):
@@ -80,9 +115,14 @@ def _indices(lanes):
     return ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
 
 
-def _addresses(builder, tile, address):
+def _addresses(builder, tile, address, itemsize=4):
     """The addresses of the vectors of a tile that lies in memory without gaps."""
-    return [builder.add(address, _I64(4 * tile.width * k)) for k in range(tile.size)]
+    return [builder.add(address, _I64(itemsize * tile.width * k)) for k in range(tile.size)]
+
+
+def _line(builder, address, stride, i):
+    """The address of row `i` of an array."""
+    return builder.add(address, builder.mul(stride, _I64(i)))
 
 
 def _vectors(context, builder, tile, kind, value):
@@ -110,6 +150,10 @@ def _elementwise(emit, *operands):
     return tile(*operands), generate
 
 
+def _zeros(tile, *arguments):
+    return tile(*arguments), lambda context, builder, signature, values: ir.Constant(context.get_value_type(tile), None)
+
+
 def _fma(builder, a, b, c):
     name = f"llvm.fmuladd.v{c.type.count}f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(c.type, [c.type] * 3), name)
@@ -123,10 +167,7 @@ def blank(context, rows, registers, width):
         return None
     tile = Tile(rows.literal_value, registers.literal_value, width.literal_value)
 
-    def generate(context, builder, signature, values):
-        return ir.Constant(context.get_value_type(tile), None)
-
-    return tile(rows, registers, width), generate
+    return _zeros(tile, rows, registers, width)
 
 
 @intrinsic
@@ -145,6 +186,24 @@ def lanes(context, tile):
 def width(context, tile):
     """The number of floats in a register of a tile."""
     return types.int64(tile), lambda context, builder, signature, values: _I64(tile.width)
+
+
+@intrinsic
+def itemsize(context, storage):
+    """The number of bytes that a float takes in memory."""
+    return types.int64(storage), lambda context, builder, signature, values: _I64(storage.dtype.bitwidth // 8)
+
+
+@intrinsic
+def column(context, tile):
+    """Zeros, a register for each row of a tile."""
+    return _zeros(tile.column, tile)
+
+
+@intrinsic
+def partial_sums(context, row):
+    """Zeros, a register for each lane of a row: what `dots` adds to and `sums` makes a row of."""
+    return _zeros(row.partial_sums, row)
 
 
 @intrinsic
@@ -229,25 +288,106 @@ def two_to(context, a):
 
 
 @intrinsic
-def rank_one(context, tile, a, a_stride, b):
+def rank_one(context, tile, a, a_stride, b, n, storage):
     """``tile[t, :] + a[t] * b[:]``: column `a` has an element every `a_stride` bytes, row `b` is contiguous.
 
-    The step of every matrix product: ``rows`` broadcasts and one row of loads for ``rows * registers`` multiply-adds.
+    Row `b` lies in memory as `storage`; it has `n` elements, or as many as the tile if `n` is None. The step of every sum of
+    outer products: ``rows`` broadcasts and one row of loads for ``rows * registers`` multiply-adds.
     """
 
     def generate(context, builder, signature, values):
-        accumulators, a, a_stride, b = values
-        vector = ir.VectorType(_F32, tile.width)
-        row = [_load(builder, each, vector) for each in _addresses(builder, tile.row, b)]
+        accumulators, a, a_stride, b, n, _ = values
+        n = None if signature.args[4] == types.none else n
+        places = _addresses(builder, tile.row, b, storage.dtype.bitwidth // 8)
+        row = [_load_stored(builder, each, tile.width, storage.dtype, n) for each in places]
         result = []
         for t in range(tile.rows):
-            scalar = _load(builder, builder.add(a, builder.mul(a_stride, _I64(t))), _F32)
-            factor = _splat(builder, scalar, tile.width)
+            factor = _splat(builder, _load(builder, _line(builder, a, a_stride, t), _F32), tile.width)
             for vector in row:
                 result.append(_fma(builder, factor, vector, builder.extract_value(accumulators, len(result))))
         return _pack(builder, tile, result)
 
-    return tile(tile, types.int64, types.int64, types.int64), generate
+    return tile(tile, types.int64, types.int64, types.int64, n, storage), generate
+
+
+@intrinsic
+def dots(context, total, k, k_row, q, q_row, n, storage, like):
+    """``total[j * rows + r, :] + k[j, :] * q[r, :]`` for the ``rows`` of `like` and as many keys as that makes of `total`.
+
+    The step of every sum of inner products. The rows are a register wide; those of `k` lie in memory as
+    `storage` and have `n` elements, or as many as a register if `n` is None.
+    """
+
+    def generate(context, builder, signature, values):
+        accumulators, k, k_row, q, q_row, n, _, _ = values
+        n = None if signature.args[5] == types.none else n
+        vector = ir.VectorType(_F32, total.width)
+        queries = [_load(builder, _line(builder, q, q_row, r), vector) for r in range(like.rows)]
+        result = []
+        for j in range(total.rows // like.rows):
+            key = _load_stored(builder, _line(builder, k, k_row, j), total.width, storage.dtype, n)
+            for query in queries:
+                result.append(_fma(builder, key, query, builder.extract_value(accumulators, len(result))))
+        return _pack(builder, total, result)
+
+    return total(total, types.int64, types.int64, types.int64, types.int64, n, storage, like), generate
+
+
+def _exchange(builder, a, b, step):
+    """Swap every other run of `step` lanes: the odd ones of `a` with the even ones of `b`."""
+    width = a.type.count
+    odd = [lane & step for lane in range(width)]
+    upper = _indices([lane + width - step if odd[lane] else lane for lane in range(width)])
+    lower = _indices([lane + width if odd[lane] else lane + step for lane in range(width)])
+    return builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+
+
+@intrinsic
+def sums(context, total):
+    """A row whose lanes are the sums of the registers of `total`, in order."""
+
+    def generate(context, builder, signature, values):
+        vectors = [builder.extract_value(values[0], i) for i in range(total.rows)]
+        step = 1
+        while step < total.width:
+            vectors = [builder.fadd(*_exchange(builder, a, b, step)) for a, b in zip(vectors[::2], vectors[1::2])]
+            step *= 2
+        return _pack(builder, row, vectors)
+
+    row = Tile(1, total.rows // total.width, total.width)
+    return row(total), generate
+
+
+@intrinsic
+def spread(context, target, target_row, row, like):
+    """Write the lanes of a row as the rows of an array, as many to each as `like` has rows."""
+
+    def generate(context, builder, signature, values):
+        target, target_row, value, _ = values
+        for lane in range(0, row.size * row.width, like.rows):
+            vector, first = builder.extract_value(value, lane // row.width), lane % row.width
+            piece = builder.shuffle_vector(vector, vector, _indices(list(range(first, first + like.rows))))
+            _store(builder, piece, _line(builder, target, target_row, lane // like.rows))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, row, like), generate
+
+
+@intrinsic
+def rescale(context, target, target_row, factors, tile):
+    """``target[t, :] = target[t, :] * factors[t] + tile[t, :]``"""
+
+    def generate(context, builder, signature, values):
+        target, target_row, factors, value = values
+        vector = ir.VectorType(_F32, tile.width)
+        for t in range(tile.rows):
+            factor = _splat(builder, _load(builder, _line(builder, factors, _I64(4), t), _F32), tile.width)
+            for k, each in enumerate(_addresses(builder, tile.row, _line(builder, target, target_row, t))):
+                total = builder.extract_value(value, t * tile.registers + k)
+                _store(builder, _fma(builder, _load(builder, each, vector), factor, total), each)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, tile), generate
 
 
 @intrinsic
@@ -261,13 +401,9 @@ def transpose(context, source, source_row, target, target_row, like):
         square = [_load(builder, builder.add(source, builder.mul(source_row, _I64(i))), vector) for i in range(width)]
         step = 1
         while step < width:  # swap the squares of `step` next to the diagonal of those of twice the size
-            high = [lane & step for lane in range(width)]
-            upper = _indices([lane + width - step if high[lane] else lane for lane in range(width)])
-            lower = _indices([lane + width if high[lane] else lane + step for lane in range(width)])
             for i in range(width):
                 if not i & step:
-                    a, b = square[i], square[i + step]
-                    square[i], square[i + step] = builder.shuffle_vector(a, b, upper), builder.shuffle_vector(a, b, lower)
+                    square[i], square[i + step] = _exchange(builder, square[i], square[i + step], step)
             step *= 2
         for i, value in enumerate(square):
             _store(builder, value, builder.add(target, builder.mul(target_row, _I64(i))))

@@ -20,36 +20,37 @@ from functools import cache, partial
 import numpy as np
 from numba import config, njit
 
-from . import _numba_kernels, _numba_simd
+from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
 from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, WHOLE
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 _CODES = {
-    "float32": _numba_kernels.FLOAT32,
-    "float16": _numba_kernels.FLOAT16,
-    "bfloat16": _numba_kernels.BFLOAT16,
-    "float64": _numba_kernels.FLOAT64,
-    "bool": _numba_kernels.BOOL,
+    "float32": _numba_numbers.FLOAT32,
+    "float16": _numba_numbers.FLOAT16,
+    "bfloat16": _numba_numbers.BFLOAT16,
+    "float64": _numba_numbers.FLOAT64,
+    "bool": _numba_numbers.BOOL,
 }
 _OWN_FIELDS = (
     "kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "head_pitch", "v_head_pitch", "block_keys",
-    "own_states", "state_bytes",
+    "widened", "own_states", "state_bytes",
 )  # fmt: skip
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
 _MERGE_ROWS = 64
 _MAX_POOL = 1024
 
-# The register tiles, (rows, registers of a row, lanes of a register), for few query rows and for many: accumulators in all
-# registers but those that a row of operands and a broadcast take.
-_NARROW, _WIDE = {
-    "avx512": ((8, 1, 16), (4, 4, 16)),
-    "avx2": ((8, 1, 8), (4, 3, 8)),
-    "neon": ((8, 2, 4), (4, 6, 4)),
-    "portable": ((4, 2, 4), (4, 3, 4)),
+# The lanes of a register; the registers in which query rows are few; and the register tile, (rows, registers of a row):
+# accumulators in all registers but those that a row of operands and a broadcast take.
+_WIDTH, _FEW, _TILE = {
+    "avx512": (16, 1, (4, 4)),
+    "avx2": (8, 1, (4, 3)),
+    "neon": (4, 2, (4, 6)),
+    "portable": (4, 2, (4, 3)),
 }[_numba_simd.ISA]
+_ONE_ROW = (1, 8)
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 
@@ -146,8 +147,17 @@ class _Work:
         self.bands = -(-q_len // max(self.band, 1))
 
         band_rows = min(self.band, q_len) * self.group
-        self.shape = _NARROW if band_rows <= _NARROW[1] * _NARROW[2] else _WIDE
-        self.lanes = self.shape[1] * self.shape[2]
+        few = band_rows <= _FEW * _WIDTH
+        code = _CODES[call.k.dtype.name]
+        # For many rows, or without instructions for float16, keys and values are widened before they are multiplied.
+        as_stored = few and (code == _numba_numbers.BFLOAT16 or _numba_simd.CONVERTS_HALF)
+        self.widened = code != _numba_numbers.FLOAT32 and not as_stored
+        if few:
+            tile = _ONE_ROW if band_rows == 1 else _TILE
+            self.shape = (*tile, _WIDTH, _FEW, _numba_numbers.FLOAT32 if self.widened else code)
+        else:
+            self.shape = (*_TILE, _WIDTH, _TILE[1], None)
+        self.lanes = self.shape[3] * _WIDTH
         self.block_keys = 64 if self.lanes >= 48 else 128  # scores stay within half of a first-level cache
         self.panels = -(-band_rows // self.lanes)
         units = self.groups * self.bands * self.panels
@@ -161,8 +171,8 @@ class _Work:
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
-        widened = 0 if call.k.dtype == np.float32 else 4 * self.block_keys * (head_dim + v_head_dim)
-        self.own_states = row_bytes * (turned + 4 + self.head_pitch + 2 * self.block_keys) + widened
+        widened = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened else 0
+        self.own_states = row_bytes * (turned + 5 + self.head_pitch + 2 * self.block_keys) + widened
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
@@ -266,7 +276,7 @@ def _compile(build, shape):
 @cache
 def _stamp():
     """A number for the source of the kernels: Numba itself would notice changes of one of the files only."""
-    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_kernels))).encode())
+    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_numbers, _numba_products, _numba_kernels))).encode())
 
 
 def _useful_threads(items, work):
