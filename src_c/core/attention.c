@@ -34,6 +34,7 @@ typedef struct fa_work {
     fa_state state;
     float *q, *s, *p, *bias, *shown, *k, *v;
     char *finite_v;
+    int q_finite;                   /* all queries are, as far as that matters */
     int few;                        /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
     int64_t q_pitch, o_pitch;       /* of them then */
     float *o_rows;
@@ -51,10 +52,11 @@ static fa_matrix rows_from(fa_matrix m, int64_t row) {
 
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
-    fa_matrix stored_v, k, v;
+    fa_matrix stored_k, stored_v, k, v;
     fa_score_rules rules;
     int ruled;   /* the rules change or hide some score */
-    int careful; /* some row must not be touched by some value that is not finite */
+    int mended;  /* some score has a part in an infinity, and the products are of numbers in parts */
+    int careful; /* some row must not be touched by some value that is not finite, or the products cannot take it */
 } fa_operands;
 
 /* The caller's rows of k or v from `first` on. */
@@ -184,6 +186,31 @@ static void multiply_keys(fa_work *w, fa_matrix k, int row, int rows, int64_t fr
         w->products->qk(w->s + row, w->q + row, ld, rows, k, from, keys, dim);
 }
 
+/* The scores of queries and keys that are not finite, one by one: in parts, an infinity is no number. */
+static void mend_scores(fa_work *w, fa_matrix k, int row, int rows, int64_t from, int64_t keys) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(a->kv_dtype);
+    int odd_row[FA_PANEL_ROWS];
+    fastattn_panel_queries(call, &w->panel);
+    for (int r = row; r < row + rows; r++) {
+        const fa_matrix q = {w->panel.rows_of[r], 0, a->q_dtype};
+        odd_row[r] = !call->uk->finite(q, 1, a->head_dim);
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        const fa_matrix key = rows_from(k, from + j);
+        const int odd_key = !call->uk->finite(key, 1, a->head_dim);
+        for (int r = row; r < row + rows; r++) {
+            if (!odd_key && !odd_row[r]) continue;
+            const char *q = w->panel.rows_of[r];
+            float sum = 0.0f;
+            for (int64_t d = 0; d < a->head_dim; d++)
+                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key.at + d * k_size, a->kv_dtype);
+            w->s[j * call->rows.ld + r] = sum;
+        }
+    }
+}
+
 /* o = o alpha + v p, likewise. */
 static void add_values(fa_work *w, fa_matrix v, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
@@ -241,6 +268,7 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
     float *s = w->s + row;
 
     multiply_keys(w, x->k, row, rows, from, keys);
+    if (x->mended) mend_scores(w, x->stored_k, row, rows, from, keys);
     if (x->ruled)
         call->uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
     else
@@ -309,9 +337,11 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_matrix k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
     const fa_matrix v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
     fetch_ahead(w, k, v, block);
-    fa_operands x = {.stored_v = v, .k = k, .rules = block_rules(w, block, biased)};
+    fa_operands x = {.stored_k = k, .stored_v = v, .k = k, .rules = block_rules(w, block, biased)};
     x.ruled = call->natural || block->partial || biased;
-    x.careful = (block->partial || found & FA_MASK_HIDES) && !call->uk->finite(v, block->keys, a->v_head_dim);
+    x.mended = w->products->in_parts && !(w->q_finite && call->uk->finite(k, block->keys, a->head_dim));
+    x.careful = (block->partial || found & FA_MASK_HIDES || w->products->in_parts) &&
+                !call->uk->finite(v, block->keys, a->v_head_dim);
     x.v = x.careful ? finite_values(w, v, block->keys) : v;
     if (!w->few) prepare_operands(w, &x, block);
     steps(w, &x, block);
@@ -323,6 +353,11 @@ static void load_queries(fa_work *w) {
     const fastattn_attention_args *a = call->args;
     fa_panel *p = &w->panel;
     fastattn_panel_queries(call, p);
+    w->q_finite = 1;
+    for (int r = 0; r < p->rows && w->products->in_parts; r++) {
+        const fa_matrix row = {p->rows_of[r], 0, a->q_dtype};
+        w->q_finite &= call->uk->finite(row, 1, a->head_dim);
+    }
     if (!w->few) {
         w->products->pack(w->q, call->rows.ld, p->rows_of, p->padded, a->head_dim, a->q_dtype, call->sign);
         return;

@@ -138,9 +138,13 @@ FA_INLINE __m512i amx_pairs(__m512i even, __m512i odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
 }
 
-/* x as a sum of two bfloat16, to 16 bits: the first is cut off, so that nothing overflows. */
+/* x as a sum of two bfloat16, to 16 bits. The first is rounded, so that what the product of two second ones adds has no bias, but
+ * for numbers that would round to infinity. */
 FA_INLINE void amx_split(simd_f x, __m512i *high, __m512i *low) {
-    *high = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000u));
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u), infinity = _mm512_set1_epi32(0x7f800000);
+    const __m512i rounded = _mm512_and_si512(amx_rounded(x), upper);
+    const __mmask16 too_large = _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, infinity), infinity);
+    *high = _mm512_mask_and_epi32(rounded, too_large, _mm512_castps_si512(x), upper);
     *low = amx_rounded(simd_sub(x, _mm512_castsi512_ps(*high)));
 }
 
@@ -150,6 +154,7 @@ FA_INLINE void amx_halves(int planes, __m512i to[2], const char *at, int64_t n, 
     if (dtype == FASTATTN_BFLOAT16) {
         const __mmask32 there = n >= AMX_HALVES ? 0xffffffffu : (1u << n) - 1u;
         const __m512i bits = _mm512_maskz_loadu_epi16(there, at);
+        to[1] = _mm512_setzero_si512();
         to[0] = sign == 0.0f ? _mm512_setzero_si512()
                              : _mm512_xor_si512(bits, _mm512_set1_epi16(sign < 0.0f ? (short)0x8000 : 0));
         return;
@@ -192,7 +197,7 @@ FA_INLINE void amx_pack(int planes, float *q, int ld, const void *const *rows_of
 /* Whole tiles of bfloat16 keys are read where they lie. */
 FA_INLINE fa_matrix amx_keys(int planes, float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
     const int64_t dim = amx_tiled(head_dim, AMX_HALVES);
-    if (stored.dtype == FASTATTN_BFLOAT16 && keys % AMX_ROWS == 0 && dim == head_dim) return stored;
+    if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && keys % AMX_ROWS == 0 && dim == head_dim) return stored;
     const fa_matrix tiled = {(const char *)room, planes * dim * 2, FASTATTN_BFLOAT16};
     for (int64_t j = 0; j < amx_tiled(keys, AMX_ROWS); j++)
         for (int64_t d = 0; d < dim; d += AMX_HALVES) {
@@ -240,7 +245,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
         char *to = (char *)room + d * turned.stride;
         for (int64_t j = 0; j < keys; j += AMX_HALVES) {
             const char *from = stored.at + j * stored.stride + d * size;
-            if (stored.dtype == FASTATTN_BFLOAT16 && keys - j >= AMX_HALVES && v_head_dim - d >= columns) {
+            if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && keys - j >= AMX_HALVES && v_head_dim - d >= columns) {
                 for (int64_t n = 0; n < columns; n += 8)
                     amx_transpose(to + n * turned.stride + j * 2, turned.stride, from + n * 2, stored.stride);
                 continue;
@@ -392,9 +397,11 @@ FA_INLINE float amx_power_at(int planes, const float *p, int ld, int row, int64_
         return amx_power_at(planes, p, ld, row, key);                                                                        \
     }                                                                                                                        \
     const fa_products fastattn_products_amx_##suffix = {                                                                     \
-        #suffix "_amx", FASTATTN_ISA_AMX, block_keys, 0, amx_enter, amx_leave, suffix##_pack, suffix##_keys,                 \
+        #suffix "_amx", FASTATTN_ISA_AMX, block_keys, 0, planes > 1, amx_enter, amx_leave, suffix##_pack, suffix##_keys,                 \
         suffix##_values, suffix##_qk, suffix##_softmax, suffix##_pv, suffix##_power};
 
 AMX_TABLE(bfloat16, 1, 1, 1, 128)
+AMX_TABLE(bfloat16x3, 2, 3, 3, 64)
+AMX_TABLE(float16, 2, 4, 3, 64) /* the scores exactly: a float16 is a sum of two bfloat16 */
 
 #endif

@@ -25,13 +25,15 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     }
 }
 
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype,
-                                            fastattn_precision precision) {
-    (void)precision;
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
 #if defined(__x86_64__) || defined(_M_X64)
     if ((limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
-        if (q_dtype == FASTATTN_BFLOAT16 && kv_dtype == FASTATTN_BFLOAT16) return &fastattn_products_amx_bfloat16;
+        if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_amx_bfloat16;
+        if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_amx_bfloat16x3;
+        if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_amx_float16;
     }
+#else
+    (void)q_dtype, (void)precision;
 #endif
     return fastattn_ukernel_select(limit)->products;
 }

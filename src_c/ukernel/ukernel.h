@@ -70,6 +70,7 @@ typedef struct fa_products {
     fastattn_isa isa;
     int block_keys; /* keys in one step of the loop: S must stay near, beside the rows of K or V in use */
     int in_place;   /* float32 keys and values need no room, and p may be s */
+    int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
 
     /* Around everything else, on the thread that does it; or null. */
     void (*enter)(void);
@@ -140,14 +141,13 @@ typedef struct fa_ukernel {
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 
-/* The fastest products under the same limit that are exact enough for these operands. */
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype,
-                                            fastattn_precision precision);
+/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than. */
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
-extern const fa_products fastattn_products_amx_bfloat16;
+extern const fa_products fastattn_products_amx_bfloat16, fastattn_products_amx_bfloat16x3, fastattn_products_amx_float16;
 
 #endif

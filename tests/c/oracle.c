@@ -117,6 +117,8 @@ struct rounding oracle_rounding(const fastattn_attention_args *a) {
         rounding.score = rounding.weight = 0x1p-8;
     else if (a->precision == FASTATTN_PRECISION_HIGH)
         rounding.score = rounding.weight = 0x1p-15;
+    else if (a->q_dtype == FASTATTN_FLOAT16)
+        rounding.weight = 0x1p-16; /* a sum of two bfloat16, as the values are */
     return rounding;
 }
 
