@@ -162,8 +162,7 @@ def careful_values_across(plan, at, v, code, ot, row):
         store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
 
 
-# Along. The rows of the tile are queries, zeros where there are fewer. Nothing is asked for where it has a single row: then the
-# arithmetic is so little that the processor itself runs far enough ahead.
+# Along. The rows of the tile are queries, zeros where there are fewer.
 
 
 @inline
@@ -186,9 +185,8 @@ def scores_along(plan, at, k, n_rows, ahead, tile, row, storage):
     single = k.n < group  # a key takes the place of all of its group; what it writes too many, those after it overwrite
     for first in range(0, k.n, 1 if single else group):
         j, k_row = (first, 0) if single else (min(first, k.n - group), k.stride)
-        if rows(tile) > 1:
-            for next_j in range(first, min(first + group, k.n)):
-                ask_for(ahead, next_j, 0, ahead.nbytes)
+        for next_j in range(first, min(first + group, k.n)):
+            ask_for(ahead, next_j, 0, ahead.nbytes)
         for i in range(0, n_rows, rows(tile)):
             total = inner_products(k.address + j * k.stride, k_row, at.q + i * q_row, q_row, plan.head_dim, tile, row, storage)
             spread(at.st + j * pitch + 4 * i, pitch, mul(total, plan.scale), tile)
@@ -197,9 +195,8 @@ def scores_along(plan, at, k, n_rows, ahead, tile, row, storage):
 @inline
 def add_values(plan, at, v, i, d, n_columns, ahead, tile, row, storage):
     """The values of a tile: those of the queries from i and the columns from d on."""
-    low = high = share(ahead, d, plan.v_head_dim)
-    if rows(tile) > 1 and i == 0:
-        high = share(ahead, d + lanes(tile), plan.v_head_dim)
+    low = share(ahead, d, plan.v_head_dim)
+    high = share(ahead, d + lanes(tile), plan.v_head_dim) if i == 0 else low
     address = v.address + d * itemsize(storage)
     total = product(at.st + 4 * i, 4, 4 * lanes(row), address, v.stride, v.n, n_columns, tile, storage, ahead, low, high)
     rescale(at.o + 4 * (i * plan.v_head_pitch + d), 4 * plan.v_head_pitch, at.alpha + 4 * i, total)
