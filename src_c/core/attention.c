@@ -406,11 +406,20 @@ static char *scratch_of(const fa_job *job, int worker) {
     return job->workspace + job->call.scratch.bytes * (size_t)worker;
 }
 
-static fa_state partial_state(const fa_job *job, int64_t n) {
+/* Few rows go through float32 products whatever the others do. */
+static const fa_products *products_of(const fa_call *call, const fa_panel *panel) {
+    return panel->rows <= FA_FEW_ROWS ? call->uk->products : call->products;
+}
+
+static fa_state state_at(const fa_call *call, const fa_panel *panel, void *memory) {
+    const int64_t dim = call->args->v_head_dim;
+    return fastattn_state_at(memory, call->rows.ld, dim, products_of(call, panel)->sums ? fa_sums_row(dim) : 0);
+}
+
+static void *partial_memory(const fa_job *job, int64_t n) {
     const fa_call *call = &job->call;
     const int workers = call->args->num_threads > 1 ? call->args->num_threads : 1;
-    return fastattn_state_at(scratch_of(job, workers) + call->partial_bytes * (size_t)n, call->rows.ld,
-                             call->args->v_head_dim);
+    return scratch_of(job, workers) + call->partial_bytes * (size_t)n;
 }
 
 /* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
@@ -434,10 +443,10 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
                  .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
                  .o_rows = (float *)(own + at->panel.o_rows)};
     w.few = w.panel.rows <= FA_FEW_ROWS;
-    w.products = w.few ? call->uk->products : call->products;
+    w.products = products_of(call, &w.panel);
     if (w.products->in_place) w.p = w.s;
-    w.state = call->splits > 1 ? partial_state(job, panel * call->splits + part)
-                               : fastattn_state_at(own + at->panel.o, call->rows.ld, a->v_head_dim);
+    w.state = state_at(call, &w.panel,
+                       call->splits > 1 ? partial_memory(job, panel * call->splits + part) : own + at->panel.o);
     fastattn_state_clear(&w.state);
     load_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);
@@ -479,9 +488,9 @@ static void merge_item(const void *context, int64_t item, int worker) {
     const fa_call *call = &job->call;
     char *rows = scratch_of(job, worker) + call->scratch.panels + call->scratch.panel.rows;
     const fa_panel panel = fastattn_panel_of(call, item, 0, rows);
-    fa_state state = partial_state(job, item * call->splits);
+    fa_state state = state_at(call, &panel, partial_memory(job, item * call->splits));
     for (int64_t part = 1; part < call->splits; part++) {
-        const fa_state other = partial_state(job, item * call->splits + part);
+        const fa_state other = state_at(call, &panel, partial_memory(job, item * call->splits + part));
         fastattn_state_merge(&state, &other, call->exponent);
     }
     finish(call, &panel, &state);

@@ -54,8 +54,8 @@ fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs
     char *memory = malloc(2 * bytes);
     if (!memory) return FASTATTN_ERROR_MEMORY;
     const fa_merge merge = {num_parts, v_head_dim, outs, lses, dtype, out, lse,
-                            fastattn_state_at(memory, 1, v_head_dim),
-                            fastattn_state_at(memory + bytes, 1, v_head_dim)};
+                            fastattn_state_at(memory, 1, v_head_dim, 0),
+                            fastattn_state_at(memory + bytes, 1, v_head_dim, 0)};
     fastattn_for_range(0, rows, 0, merge_row, &merge);
     free(memory);
     return FASTATTN_OK;

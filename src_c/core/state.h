@@ -12,12 +12,13 @@ typedef struct fa_state {
     float *l;    /* [ld] */
     float *seen; /* [ld] 1 where a key was visible: -inf scores alone cannot tell */
     float *o;    /* [v_head_dim][ld] */
+    float *norm; /* [ld] the sum of the powers as they were multiplied by the values, rounded: what o is divided by. Or l */
 } fa_state;
 
 size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim);
 
-/* A state in `memory` of fastattn_state_bytes, as it stands. */
-fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim);
+/* A state in `memory` of fastattn_state_bytes, as it stands. norm is row norm_row of o, beyond v_head_dim, or l if that is 0. */
+fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim, int64_t norm_row);
 
 /* The state of no keys. */
 void fastattn_state_clear(fa_state *state);

@@ -123,9 +123,11 @@ FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, co
         if (!simd_any(simd_not(simd_eq(factor, simd_set1(1.0f))))) continue; /* the maximum stayed */
         for (int64_t d = 0; d < v_head_dim; d++)
             simd_store(o + d * ld + row, simd_mul(simd_load(o + d * ld + row), factor));
+        float *sums = o + fa_sums_row(v_head_dim) * ld + row;
+        if (planes == 1) simd_store(sums, simd_mul(simd_load(sums), factor));
     }
-    amx_product(o, ld, rows, a, amx_tiled(v_head_dim, AMX_ROWS) / AMX_ROWS, b, amx_tiled(keys, AMX_HALVES) / AMX_HALVES,
-                products, 1);
+    amx_product(o, ld, rows, a, fa_sums_row(v_head_dim) / AMX_ROWS + (planes == 1), b,
+                amx_tiled(keys, AMX_HALVES) / AMX_HALVES, products, 1);
 }
 
 /* ---- Operands ------------------------------------------------------------------------------------------------------- */
@@ -236,7 +238,8 @@ FA_INLINE void amx_transpose(char *to, int64_t to_stride, const char *from, int6
     }
 }
 
-/* Values transposed, with zeros in the place of numbers and keys that are not there, and for half a tile of keys beyond. */
+/* Values transposed, with zeros in the place of numbers and keys that are not there, and for half a tile of keys beyond. A
+ * value of 1 for every key follows where the powers are rounded coarsely: its product is their sum. */
 FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     const int64_t row_bytes = (amx_tiled(keys, AMX_HALVES) + AMX_HALVES) * 2, size = fa_size_of(stored.dtype);
     const fa_matrix turned = {(const char *)room, planes * row_bytes, FASTATTN_BFLOAT16};
@@ -266,6 +269,10 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
             for (int plane = 0; plane < planes; plane++)
                 _mm512_storeu_si512(to + n * turned.stride + (plane + 1) * row_bytes - AMX_BYTES, _mm512_setzero_si512());
     }
+    for (int n = 0; n < AMX_ROWS && planes == 1; n++)
+        for (int64_t j = 0; j < row_bytes; j += AMX_BYTES)
+            _mm512_storeu_si512((char *)room + (fa_sums_row(v_head_dim) + n) * turned.stride + j,
+                                _mm512_set1_epi16(n == 0 ? 0x3f80 : 0));
     return turned;
 }
 
@@ -397,7 +404,7 @@ FA_INLINE float amx_power_at(int planes, const float *p, int ld, int row, int64_
         return amx_power_at(planes, p, ld, row, key);                                                                        \
     }                                                                                                                        \
     const fa_products fastattn_products_amx_##suffix = {                                                                     \
-        #suffix "_amx", FASTATTN_ISA_AMX, block_keys, 0, planes > 1, amx_enter, amx_leave, suffix##_pack, suffix##_keys,                 \
+        #suffix "_amx", FASTATTN_ISA_AMX, block_keys, 0, planes == 1, planes > 1, amx_enter, amx_leave, suffix##_pack, suffix##_keys,                 \
         suffix##_values, suffix##_qk, suffix##_softmax, suffix##_pv, suffix##_power};
 
 AMX_TABLE(bfloat16, 1, 1, 1, 128)

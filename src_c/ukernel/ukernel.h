@@ -70,6 +70,7 @@ typedef struct fa_products {
     fastattn_isa isa;
     int block_keys; /* keys in one step of the loop: S must stay near, beside the rows of K or V in use */
     int in_place;   /* float32 keys and values need no room, and p may be s */
+    int sums;       /* pv also sums p as it is multiplied, rounded, into row fa_sums_row of o: the better divisor */
     int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
 
     /* Around everything else, on the thread that does it; or null. */
@@ -101,6 +102,11 @@ typedef struct fa_products {
     /* p[key][row] */
     float (*power)(const float *p, int ld, int row, int64_t key);
 } fa_products;
+
+/* The first row of o that no value has, rounded up to tiles. */
+static inline int64_t fa_sums_row(int64_t v_head_dim) {
+    return (v_head_dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
+}
 
 /* What is done in float32 lanes whatever the products, and the products of few rows. */
 typedef struct fa_ukernel {
