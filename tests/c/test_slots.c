@@ -460,6 +460,110 @@ TEST_EACH_ISA(slot_softmax) {
     }
 }
 
+/* A block through any table of products: what is made of it, only its own slots can read, so they are tested as a chain, each on
+ * what the one before has really made. Weights are taken as the table rounds them. */
+static void check_block(const fa_products *x, fastattn_dtype dtype, double score_rounding, struct columns c, int64_t head_dim,
+                        int64_t v_head_dim, int64_t block, int64_t from, int64_t keys, int64_t gap, double growth) {
+    const int64_t item = (int64_t)dtype_size(dtype), rows = c.first + c.rows;
+    const int64_t tiled = (block + 2 * FA_TILE - 1) / FA_TILE * FA_TILE + FA_TILE;
+    const int64_t dim = (head_dim + FA_TILE - 1) / FA_TILE * FA_TILE, v_dim = (v_head_dim + FA_TILE - 1) / FA_TILE * FA_TILE;
+    const float unit = 0.7f;
+    context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->name,
+            (long long)keys, (long long)block, (long long)from, (long long)head_dim, (long long)v_head_dim, c.first,
+            c.first + c.rows, c.ld, (int)dtype);
+    const void *rows_of[FA_PANEL_ROWS];
+    random_rows(rows_of, (int)rows, (int)rows, head_dim, (head_dim + gap) * item, dtype);
+    for (int r = (int)rows; r < c.ld; r++) rows_of[r] = rows_of[rows - 1];
+    const char *k = stored_rows("k", block, head_dim, (head_dim + gap) * item, dtype);
+    const char *v = stored_rows("v", block, v_head_dim, -(v_head_dim + gap) * item, dtype);
+    float *q = panel("q", dim, c.ld), *s = panel("s", tiled, c.ld), *o = panel("o", v_dim + FA_TILE, c.ld);
+    float *p = x->in_place ? s : panel("p", tiled, c.ld), *k_room = panel("k room", tiled, (int)dim);
+    float *v_room = panel("v room", tiled, (int)v_dim), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld);
+    float *alpha = panel("alpha", 1, c.ld), old_m[FA_PANEL_ROWS];
+    double *scores = malloc((size_t)(keys * c.ld) * sizeof *scores);
+    CHECK(scores != NULL, "out of memory");
+    for (int r = c.first; r < rows; r++) {
+        old_m[r] = m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -growth / unit : 4 * random_signed(&rng));
+        l[r] = r % 3 == 0 ? 0 : 3;
+        for (int64_t d = 0; d < fa_sums_row(v_head_dim) + 1; d++) o[d * c.ld + r] = r % 3 == 0 ? 0 : (float)d;
+    }
+    guard_seal();
+    if (x->enter) x->enter();
+    x->pack(q, c.ld, rows_of, c.ld, head_dim, dtype, -1.0f);
+    const fa_matrix keys_made = x->keys(k_room, matrix(k, (head_dim + gap) * item, dtype), block, head_dim);
+    const fa_matrix values_made = x->values(v_room, matrix(v, -(v_head_dim + gap) * item, dtype), block, v_head_dim);
+    x->qk(s + c.first, q + c.first, c.ld, c.rows, keys_made, from, keys, head_dim);
+    for (int64_t j = 0; j < keys; j++)
+        for (int r = c.first; r < rows; r++) {
+            double sum = 0, magnitude = 0;
+            for (int64_t d = 0; d < head_dim; d++) {
+                double term = -load(dtype, (const char *)rows_of[r] + d * item) *
+                              load(dtype, k + (from + j) * (head_dim + gap) * item + d * item);
+                sum += term;
+                magnitude += fabs(term);
+            }
+            check_close("s", j, r, s[j * c.ld + r], sum,
+                        (FLT_EPSILON * (2 + sqrt((double)head_dim)) + score_rounding) * magnitude);
+            if (j % 7 == 3) s[j * c.ld + r] = -INFINITY; /* hidden */
+            scores[j * c.ld + r] = s[j * c.ld + r];
+        }
+    x->softmax(s + c.first, p + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
+    for (int r = c.first; r < rows; r++) {
+        double top = old_m[r], sum = 0;
+        for (int64_t j = 0; j < keys; j++) top = fmax(top, scores[j * c.ld + r]);
+        CHECK(m[r] >= old_m[r] && m[r] <= top && exp2(unit * (top - m[r])) <= FA_MOST_POWER, "m[%d] is %g, from %g to %g", r,
+              (double)m[r], (double)old_m[r], top);
+        for (int64_t j = 0; j < keys; j++) {
+            double power = exp2((double)unit * (scores[j * c.ld + r] - m[r]));
+            check_close("p", j, r, x->power(p, c.ld, r, j), power, (x->sums ? 0x1.1p-8 : x->in_parts ? 0x1p-15 : 4e-6) * power);
+            sum += power;
+        }
+        const double fade = exp2((double)unit * (old_m[r] - m[r]));
+        check_close("alpha", 0, r, alpha[r], fade, 4e-6 * fade);
+        sum += fade * (r % 3 == 0 ? 0 : 3);
+        check_close("l", 0, r, l[r], sum, 4e-6 * sum);
+    }
+    x->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, values_made, from, keys, v_head_dim);
+    if (x->leave) x->leave();
+    for (int r = c.first; r < rows; r++) {
+        double sums = (r % 3 == 0 ? 0 : (double)fa_sums_row(v_head_dim)) * alpha[r];
+        for (int64_t j = 0; j < keys; j++) sums += x->power(p, c.ld, r, j);
+        if (x->sums)
+            check_close("sums", 0, r, o[fa_sums_row(v_head_dim) * c.ld + r], sums, 4e-6 * sums);
+        for (int64_t d = 0; d < v_head_dim; d++) {
+            double sum = (r % 3 == 0 ? 0 : (double)d) * alpha[r], magnitude = fabs(sum);
+            for (int64_t j = 0; j < keys; j++) {
+                double term = x->power(p, c.ld, r, j) *
+                              load(dtype, v - (from + j) * (v_head_dim + gap) * item + d * item);
+                sum += term;
+                magnitude += fabs(term);
+            }
+            check_close("o", d, r, o[d * c.ld + r], sum, (FLT_EPSILON * (2 + sqrt((double)keys)) + score_rounding) * magnitude);
+        }
+    }
+    free(scores);
+    guard_check();
+    guard_release();
+}
+
+TEST_EACH_ISA(slot_products_as_a_chain) {
+    static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {1, 8, 31, 32, 33, 64, 72, 128, 160};
+    static const struct { fastattn_dtype dtype; fastattn_precision precision; double rounding; } kinds[] = {
+        {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST, 0},     {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH, 0x1p-15},
+        {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM, 0x1p-7}, {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST, 0x1p-16},
+        {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
+    table();
+    for (size_t n = 0; n < COUNT(kinds); n++) {
+        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
+        const double rounding = x->isa == FASTATTN_ISA_AMX ? kinds[n].rounding : 0;
+        for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
+            const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
+            check_block(x, kinds[n].dtype, rounding, columns[e % COUNT(columns)], dims[e / COUNT(blocks)],
+                        dims[e * 5 % COUNT(dims)], block, from, block - from, (int64_t)(e % 2), e % 4 == 0 ? 40 : 3);
+        }
+    }
+}
+
 TEST_EACH_ISA(slot_finite) {
     static const float poisons[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN};
     const fa_ukernel *uk = table();
