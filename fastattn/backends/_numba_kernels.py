@@ -9,8 +9,9 @@ values are read once for all of them. Scores and weights are kept transposed, a 
         O             = O * alpha + P V
     out = O / l
 
-How the two products go depends on the number of rows: see `_numba_products`. Each block gets fresh accumulators, which also
-keeps rounding errors from growing with the number of keys.
+Where rows are few, a vector of S^T and P^T holds several keys, each of which has ``slots`` lanes, and the lanes of a row share
+their m. How the products go depends on the number of rows as well: see `_numba_products`. Each block gets fresh accumulators,
+which also keeps rounding errors from growing with the number of keys.
 
 A key that is hidden from a row has the score -inf and the weight -0.0. Negative zero adds nothing to a sum, and tells a
 hidden key from one whose weight underflowed where that matters: next to a NaN or inf among the values.
@@ -43,7 +44,7 @@ PLAN = np.dtype(
         # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into `panels`.
         "groups", "group", "q_len", "band", "bands", "panels", "units", "parts", "split",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
-        "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
+        "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
     )]
     + [("scale", np.float32), ("softcap", np.float32)]
 )  # fmt: skip
@@ -53,44 +54,64 @@ PLAN = np.dtype(
 
 
 @jit
-def adjust(st, n, softcap, bias, slopes, distance, low, high, row):
-    """The rules of the score, then -inf where lane i does not see key j: outside ``low <= j < high`` or by the bias."""
+def repeat(address, slots, row):
+    """Copy the lanes of the first key of a vector to those of the others."""
+    x = elements(address, float32)
+    for lane in range(slots, lanes(row)):
+        x[lane] = x[lane - slots]
+
+
+@jit
+def agree(address, slots, row):
+    """Give all lanes of a query row the largest of their numbers, none of which is NaN."""
+    x = elements(address, float32)
+    for lane in range(slots, lanes(row)):
+        x[lane % slots] = max(x[lane % slots], x[lane])
+    repeat(address, slots, row)
+
+
+@jit
+def adjust(plan, at, n, bias, slopes, row):
+    """The rules of the score in n vectors, then -inf where a row does not see a key: outside ``low <= key < high`` or by the bias."""
     pitch = 4 * lanes(row)
     for j in range(n):
-        x = load(st + j * pitch, row)
-        if softcap != 0.0:
-            x = mul(tanh(div(x, softcap)), softcap)
+        x = load(at.st + j * pitch, row)
+        key = add(load(at.key, row), j * (lanes(row) // plan.slots))
+        if plan.softcap != 0.0:
+            x = mul(tanh(div(x, plan.softcap)), plan.softcap)
         if slopes:
-            away = magnitude_of(sub(load(distance, row), j))
+            away = magnitude_of(sub(load(at.distance, row), key))
             x = sub(x, mul(load(slopes, row), away))
         if bias:
             b = load(bias + j * pitch, row)
             x = where_less(b, LOWEST, b, add(x, b))
-        x = where_less(j, load(low, row), -np.inf, x)
-        x = where_less(j, load(high, row), x, -np.inf)
-        store(st + j * pitch, x)
+        x = where_less(key, load(at.low, row), -np.inf, x)
+        x = where_less(key, load(at.high, row), x, -np.inf)
+        store(at.st + j * pitch, x)
 
 
 @jit
-def softmax(st, n, m_at, l_at, alpha_at, row):
-    """Turn scores into weights, update the running m and l, and note what earlier weights shrink by."""
+def softmax(plan, at, n, row):
+    """Turn n vectors of scores into weights, update the running m and l, and note what earlier weights shrink by."""
     pitch = 4 * lanes(row)
-    before = load(m_at, row)
+    before = load(at.m, row)
     m = before
     for j in range(n):
-        x = load(st + j * pitch, row)
+        x = load(at.st + j * pitch, row)
         m = where_less(m, x, x, m)
+    store(at.m, m)
+    agree(at.m, plan.slots, row)
+    m = load(at.m, row)
     shift = where_less(m, LOWEST, 0.0, m)  # lest -inf - -inf give NaN
     alpha = exp(sub(before, shift))
     total = splat(0.0, row)
     for j in range(n):
-        x = load(st + j * pitch, row)
+        x = load(at.st + j * pitch, row)
         p = where_less(x, LOWEST, -0.0, exp(sub(x, shift)))
-        store(st + j * pitch, p)
+        store(at.st + j * pitch, p)
         total = add(total, p)
-    store(m_at, m)
-    store(l_at, fma(load(l_at, row), alpha, total))
-    store(alpha_at, alpha)
+    store(at.l, fma(load(at.l, row), alpha, total))
+    store(at.alpha, alpha)
 
 
 # Work items
@@ -103,22 +124,22 @@ Panel = namedtuple(
     " inner_low inner_high",  # the keys that every row sees, but for masks
 )
 
-# Where things are. The first four are a state: m, l and seen, a row each, and O.
-Places = namedtuple("Places", "m l seen o turned low high distance slopes alpha q st bias k v")
+# Where things are. The first four are a state: m, l and seen, a row each, and O. Lane by lane, `key` is the key within a vector.
+Places = namedtuple("Places", "m l seen o turned key low high distance slopes alpha q st bias k v")
 
 
 @inline
 def places(plan, state, scratch, row):
     pitch = 4 * lanes(row)
-    low = scratch + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
-    q = low + 5 * pitch
+    key = scratch + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
+    q = key + 6 * pitch
     st = q + plan.head_pitch * pitch
     bias = st + plan.block_keys * pitch
     k = bias + plan.block_keys * pitch
     v = k + 4 * plan.block_keys * plan.head_dim
     return Places(
         state, state + pitch, state + 2 * pitch, state + 3 * pitch,
-        scratch, low, low + pitch, low + 2 * pitch, low + 3 * pitch, low + 4 * pitch, q, st, bias, k, v,
+        scratch, key, key + pitch, key + 2 * pitch, key + 3 * pitch, key + 4 * pitch, key + 5 * pitch, q, st, bias, k, v,
     )  # fmt: skip
 
 
@@ -173,6 +194,8 @@ def open_panel(plan, unit, part, at, row, storage):
     store(at.m, splat(-np.inf, row))
     fill(at.l, 0.0, 0, (2 + plan.v_head_pitch) * lanes(row))
     fill(at.slopes, 0.0, 0, lanes(row))
+    for lane in range(lanes(row)):
+        elements(at.key, float32)[lane] = lane // plan.slots
     fill(at.turned, 0.0, 0, plan.head_pitch * lanes(row))
     low, high = part_range(plan, panel.b, part)
     some_low, some_high, inner_low, inner_high = high, low, low, high
@@ -187,6 +210,7 @@ def open_panel(plan, unit, part, at, row, storage):
         inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
         if row_low < row_high:
             some_low, some_high = min(some_low, row_low), max(some_high, row_high)
+    repeat(at.slopes, plan.slots, row)
     pack(plan, at, row, storage)
     low, high = max(low, some_low), min(high, some_high)
     return Panel(panel.b, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
@@ -243,6 +267,8 @@ def see_interval(plan, panel, j, n, at, row):
         low[lane], high[lane] = row_low - j, row_high - j
         if row_low < row_high:
             seen[lane] = 1.0
+    repeat(at.low, plan.slots, row)
+    repeat(at.high, plan.slots, row)
 
 
 @jit
@@ -276,8 +302,14 @@ def see_mask(plan, panel, j, n, bits, at, row):
             elements(at.seen, float32)[lane] = 1.0
             any_visible = True
     if any_visible:
-        n_columns = -(-n // width(row)) * width(row)
-        transpose_all(at.turned, pitch, lanes(row), n_columns, at.bias, 4 * lanes(row), row)
+        if plan.slots == lanes(row):
+            n_columns = -(-n // width(row)) * width(row)
+            transpose_all(at.turned, pitch, lanes(row), n_columns, at.bias, 4 * lanes(row), row)
+        else:
+            bias = elements(at.bias, float32)
+            for lane in range(plan.slots):
+                for key in range(n):
+                    bias[key * plan.slots + lane] = elements(at.turned + lane * pitch, float32)[key]
     return any_visible
 
 
@@ -318,15 +350,18 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
         code = FLOAT32
 
     scores(plan, at, k, panel.n_rows, these_values, tile, row, storage)
-    if partial or plan.softcap != 0.0 or plan.alibi != 0:
+    n_vectors = -(-n * plan.slots // lanes(row))
+    full = n_vectors * lanes(row) == n * plan.slots
+    if partial or not full or plan.softcap != 0.0 or plan.alibi != 0:
         if plan.alibi:
             offset = elements(plan.query_offset, int64)[panel.b] - j
             for lane in range(panel.n_rows):
                 elements(at.distance, float32)[lane] = row_of(plan, panel, lane)[0] + offset
+            repeat(at.distance, plan.slots, row)
         bias = at.bias if masked else int64(0)
         slopes = at.slopes if plan.alibi else int64(0)
-        adjust(at.st, n, plan.softcap, bias, slopes, at.distance, at.low, at.high, row)
-    softmax(at.st, n, at.m, at.l, at.alpha, row)
+        adjust(plan, at, n_vectors, bias, slopes, row)
+    softmax(plan, at, n_vectors, row)
     if partial and not all_finite(v.address, v.stride, n, plan.v_head_dim, code):
         careful_values(plan, at, v, code, row, storage)
     else:
@@ -343,6 +378,9 @@ def attend(plan, unit, part, state, scratch, tile, row, storage):
         low, high, bits, block = next_run(plan, panel, block, end)
         for j in range(low, high, plan.block_keys):
             step(plan, panel, j, high, bits, at, tile, row, storage)
+    l = elements(at.l, float32)
+    for lane in range(plan.slots, lanes(row)):
+        l[lane % plan.slots] += l[lane]
     unpack(plan, at, row, storage)
 
 

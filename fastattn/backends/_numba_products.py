@@ -12,7 +12,7 @@ vectors are pieces of rows. Those of keys and values are loaded once for several
     S^T [j][i]  = sum over lanes and d of  K [j][d..] . Q [i][d..]
     O [i][d..]  = sum over j of            P^T [j][i] . V [j][d..]
 
-Scores and weights lie as ``[j][lane]`` either way. The argument `storage` says which way it is: None for across, for along the type
+Scores and weights lie as ``[j][slot]`` either way. The argument `storage` says which way it is: None for across, for along the type
 of keys and values in memory. So Numba compiles one of the two. `tile` and `row` stand for their types alone: the shape of the
 registers, and of the lanes of queries.
 
@@ -24,7 +24,7 @@ from collections import namedtuple
 
 from numba import float32
 
-from ._numba_numbers import FLOAT32, fill, inline, jit, widen, widen_row
+from ._numba_numbers import FLOAT32, inline, jit, widen, widen_row
 from ._numba_simd import (
     column, div, dots, fma, itemsize, lanes, load, mul, partial_sums, prefetch, rank_one, rescale, rows, splat, spread, store, sums,
     transpose, where_less, width,
@@ -74,7 +74,6 @@ def pack(plan, at, row, storage):
         transpose_all(at.turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, at.q, 4 * lanes(row), row)
     else:
         widen_row(at.turned, FLOAT32, lanes(row) * plan.head_pitch, at.q)
-        fill(at.st, 0.0, 0, lanes(row) * plan.block_keys)  # lanes without a query get no scores, and shall not hold NaN
 
 
 @jit
@@ -156,7 +155,7 @@ def careful_values_across(plan, at, v, code, ot, row):
     for d in range(plan.v_head_dim):
         total = splat(0.0, row)
         for j in range(v.n):
-            p = load(at.st + j * pitch, row)
+            p = load(at.st + 4 * j * plan.slots, row)
             hidden = div(1.0, p)  # -inf for -0.0
             total = where_less(hidden, 0.0, total, fma(p, widen(v.address + j * v.stride, d, code), total))
         store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
@@ -180,7 +179,7 @@ def inner_products(k, k_row, q, q_row, head_dim, tile, row, storage):
 
 @jit
 def scores_along(plan, at, k, n_rows, ahead, tile, row, storage):
-    pitch, q_row = 4 * lanes(row), 4 * plan.head_pitch
+    pitch, q_row = 4 * plan.slots, 4 * plan.head_pitch
     group = lanes(row) // rows(tile)
     single = k.n < group  # a key takes the place of all of its group; what it writes too many, those after it overwrite
     for first in range(0, k.n, 1 if single else group):
@@ -198,7 +197,7 @@ def add_values(plan, at, v, i, d, n_columns, ahead, tile, row, storage):
     low = share(ahead, d, plan.v_head_dim)
     high = share(ahead, d + lanes(tile), plan.v_head_dim) if i == 0 else low
     address = v.address + d * itemsize(storage)
-    total = product(at.st + 4 * i, 4, 4 * lanes(row), address, v.stride, v.n, n_columns, tile, storage, ahead, low, high)
+    total = product(at.st + 4 * i, 4, 4 * plan.slots, address, v.stride, v.n, n_columns, tile, storage, ahead, low, high)
     rescale(at.o + 4 * (i * plan.v_head_pitch + d), 4 * plan.v_head_pitch, at.alpha + 4 * i, total)
 
 

@@ -34,8 +34,8 @@ _CODES = {
     "bool": _numba_numbers.BOOL,
 }
 _OWN_FIELDS = (
-    "kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "head_pitch", "v_head_pitch", "block_keys",
-    "widened", "own_states", "state_bytes",
+    "kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "head_pitch", "v_head_pitch", "slots",
+    "block_keys", "widened", "own_states", "state_bytes",
 )  # fmt: skip
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
@@ -158,6 +158,7 @@ class _Work:
         else:
             self.shape = (*_TILE, _WIDTH, _TILE[1], None)
         self.lanes = self.shape[3] * _WIDTH
+        self.slots = max(self.shape[0], 1 << (band_rows - 1).bit_length()) if few else self.lanes
         self.block_keys = 64 if self.lanes >= 48 else 128  # scores stay within half of a first-level cache
         self.panels = -(-band_rows // self.lanes)
         units = self.groups * self.bands * self.panels
@@ -172,7 +173,7 @@ class _Work:
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
         widened = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened else 0
-        self.own_states = row_bytes * (turned + 5 + self.head_pitch + 2 * self.block_keys) + widened
+        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + widened
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
