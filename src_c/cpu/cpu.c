@@ -64,6 +64,13 @@ static unsigned detect(void) {
     if (features && (saved & zmm) == zmm && has(seven[EBX], 16) /* F */ && has(seven[EBX], 17) /* DQ */ &&
         has(seven[EBX], 30) /* BW */ && has(seven[EBX], 31) /* VL */)
         features |= FA_CPU_AVX512;
+    uint32_t seven_one[4] = {0};
+    if (seven[EAX] >= 1) cpuid(7, 1, seven_one);
+    if (features & FA_CPU_AVX512 && has(seven_one[EAX], 5)) {
+        const uint32_t amd[] = {0x68747541, 0x444d4163, 0x69746e65}; /* AuthenticAMD */
+        features |= FA_CPU_AVX512_BF16;
+        if (top[EBX] == amd[0] && top[ECX] == amd[1] && top[EDX] == amd[2]) features |= FA_CPU_FAST_BF16;
+    }
     if (features & FA_CPU_AVX512 && has_amx(seven[EDX], saved)) features |= FA_CPU_AMX;
     return features;
 }

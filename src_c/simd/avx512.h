@@ -40,6 +40,14 @@ static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); 
 static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm512_mul_ps(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return _mm512_div_ps(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmadd_ps(a, b, c); }
+#if defined(__GNUC__)
+#define SIMD_DOT
+/* c plus the dot products of pairs of bfloat16: AVX512-BF16, which the rest does not need. */
+static inline simd_f simd_dot(simd_f a, simd_f b, simd_f c) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+}
+#endif
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm512_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm512_max_ps(a, b); }
 static inline simd_f simd_abs(simd_f a) { return _mm512_abs_ps(a); }

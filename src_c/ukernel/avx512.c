@@ -1,4 +1,5 @@
-/* The micro-kernels for x86-64 with AVX-512 F, BW, DQ and VL, and beside them those for AMX tiles. */
+/* The micro-kernels for x86-64 with AVX-512 F, BW, DQ and VL, and beside them the products
+ * of AVX512-BF16 and of AMX tiles. */
 #include "ukernel.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -17,6 +18,8 @@
 
 FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 
+#include "pairs.h"
+#include "dot.h"
 #include "amx.h"
 
 #if defined(__clang__)

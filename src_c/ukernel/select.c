@@ -26,12 +26,16 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 }
 
 const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__) && defined(__GNUC__)
     if ((limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
-        if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_amx_bfloat16;
-        if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_amx_bfloat16x3;
-        if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_amx_float16;
+        if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_bfloat16_amx;
+        if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_bfloat16x3_amx;
+        if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_float16_amx;
     }
+    const int avx512 = limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX;
+    if (avx512 && fastattn_cpu_has(FA_CPU_FAST_BF16) &&
+        (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
+        return &fastattn_products_bfloat16_avx512;
 #else
     (void)q_dtype, (void)precision;
 #endif

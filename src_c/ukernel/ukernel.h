@@ -154,6 +154,7 @@ extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
-extern const fa_products fastattn_products_amx_bfloat16, fastattn_products_amx_bfloat16x3, fastattn_products_amx_float16;
+extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_amx;
+extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;
 
 #endif

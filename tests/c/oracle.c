@@ -109,15 +109,15 @@ struct rounding oracle_rounding(const fastattn_attention_args *a) {
     struct rounding rounding = {FLT_EPSILON / 2, FLT_EPSILON / 2};
     fastattn_plan_info info = {.size = sizeof info};
     CHECK_STATUS(fastattn_explain(a, &info), FASTATTN_OK);
-    if (info.isa != FASTATTN_ISA_AMX) /* only a matrix unit has a reason to use less than float32 */
+    if (strncmp(info.kernel, "float32_", 8) == 0)
         return rounding;
-    if (a->kv_dtype == FASTATTN_BFLOAT16)
+    if (strncmp(info.kernel, "bfloat16_", 9) == 0) {
         rounding.weight = 0x1p-8;
-    else if (a->precision == FASTATTN_PRECISION_MEDIUM)
-        rounding.score = rounding.weight = 0x1p-8;
-    else if (a->precision == FASTATTN_PRECISION_HIGH)
+        if (a->q_dtype != FASTATTN_BFLOAT16)
+            rounding.score = 0x1p-8;
+    } else if (a->precision == FASTATTN_PRECISION_HIGH)
         rounding.score = rounding.weight = 0x1p-15;
-    else if (a->q_dtype == FASTATTN_FLOAT16)
+    else
         rounding.weight = 0x1p-16; /* a sum of two bfloat16, as the values are */
     return rounding;
 }

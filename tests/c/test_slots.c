@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu/cpu.h"
 #include "ukernel/ukernel.h"
 
 static const int64_t edges[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,  13,  15,
@@ -546,8 +547,16 @@ static void check_block(const fa_products *x, fastattn_dtype dtype, double score
     guard_release();
 }
 
-TEST_EACH_ISA(slot_products_as_a_chain) {
+static void check_blocks(const fa_products *x, fastattn_dtype dtype, double rounding) {
     static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {1, 8, 31, 32, 33, 64, 72, 128, 160};
+    for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
+        const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
+        check_block(x, dtype, rounding, columns[e % COUNT(columns)], dims[e / COUNT(blocks)], dims[e * 5 % COUNT(dims)], block,
+                    from, block - from, (int64_t)(e % 2), e % 4 == 0 ? 40 : 3);
+    }
+}
+
+TEST_EACH_ISA(slot_products_as_a_chain) {
     static const struct { fastattn_dtype dtype; fastattn_precision precision; double rounding; } kinds[] = {
         {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST, 0},     {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH, 0x1p-15},
         {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM, 0x1p-7}, {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST, 0x1p-16},
@@ -555,13 +564,12 @@ TEST_EACH_ISA(slot_products_as_a_chain) {
     table();
     for (size_t n = 0; n < COUNT(kinds); n++) {
         const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
-        const double rounding = x->isa == FASTATTN_ISA_AMX ? kinds[n].rounding : 0;
-        for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
-            const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
-            check_block(x, kinds[n].dtype, rounding, columns[e % COUNT(columns)], dims[e / COUNT(blocks)],
-                        dims[e * 5 % COUNT(dims)], block, from, block - from, (int64_t)(e % 2), e % 4 == 0 ? 40 : 3);
-        }
+        check_blocks(x, kinds[n].dtype, strncmp(x->name, "float32_", 8) ? kinds[n].rounding : 0);
     }
+#if defined(__x86_64__) && defined(__GNUC__)
+    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16)) /* chosen or not */
+        check_blocks(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
+#endif
 }
 
 TEST_EACH_ISA(slot_finite) {

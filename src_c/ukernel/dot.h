@@ -1,0 +1,51 @@
+/* The products of attention by AVX512-BF16, which multiplies pairs: the register tile of tile.h, an element being a pair of
+ * head_dim or of keys. Included by avx512.c. */
+#ifdef SIMD_DOT
+
+/* Keys whose pairs are aligned are read where they lie. */
+static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
+    const int64_t misaligned = ((int64_t)(uintptr_t)stored.at | stored.stride) & 3;
+    if (stored.dtype == FASTATTN_BFLOAT16 && head_dim % 2 == 0 && !misaligned) return stored;
+    return pairs_keys(1, 1, room, stored, keys, head_dim);
+}
+
+static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    const float *row = (const float *)(const void *)(k.at + from * k.stride);
+    tile_product(1, rows, keys, s, NULL, row, k.stride / (int64_t)sizeof(float), 1, q, ld, (head_dim + 1) / 2,
+                 (tile_run(head_dim) + 1) / 2);
+}
+
+/* Values of two keys side by side, 0 where there is none, and then the 1 whose product is the sum of the powers. */
+static fa_matrix dot_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
+    const int64_t sums = fa_sums_row(v_head_dim), size = fa_size_of(stored.dtype);
+    const fa_matrix made = {(const char *)room, (sums + SIMD_LANES) * (int64_t)sizeof(float), FASTATTN_BFLOAT16};
+    for (int64_t j = 0; j < keys; j += 2)
+        for (int64_t d = 0; d <= sums; d += SIMD_LANES) {
+            __m512i pair[2] = {_mm512_set1_epi32(0x3f80), _mm512_set1_epi32(0x3f80)};
+            for (int odd = 0; odd < 2 && d < sums; odd++) {
+                __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+                const int64_t left = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
+                if (j + odd < keys)
+                    halves_of(1, halves, stored.at + (j + odd) * stored.stride + d * size, left, stored.dtype, 1.0f);
+                pair[odd] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves[0]));
+            }
+            _mm512_storeu_si512((char *)room + j / 2 * made.stride + d * (int64_t)sizeof(float),
+                                _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
+        }
+    return made;
+}
+
+static void dot_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                   int64_t v_head_dim) {
+    const float *pairs = (const float *)(const void *)(v.at + from / 2 * v.stride);
+    const int64_t steps = (keys + 1) / 2;
+    tile_product(1, rows, fa_sums_row(v_head_dim) + 1, o, alpha, pairs, 1, v.stride / (int64_t)sizeof(float), p, ld, steps,
+                 steps > 0 ? steps : 1);
+}
+
+PAIRS_SLOTS(dot, 1)
+
+const fa_products fastattn_products_bfloat16_avx512 = {"bfloat16_avx512", FASTATTN_ISA_AVX512, 64, 0, 1, 0, NULL, NULL,
+                                                       dot_pack, dot_keys, dot_values, dot_qk, dot_softmax, dot_pv, dot_power};
+
+#endif
