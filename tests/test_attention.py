@@ -538,6 +538,19 @@ def test_poison_reaches_exactly_the_rows_that_see_it(poison, where, key, dtype):
     assert_matches(q, k, v, mask=np.tri(40, dtype=bool), sinks=np.zeros(2, np.float32))
 
 
+@pytest.mark.parametrize("q_len", [1, 3, 8, 12])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_poison_among_few_rows(poison, where, dtype, q_len):
+    """As in decoding: the products of few rows are others than those of many."""
+    q, k, v = random_qkv(1, 4, q_len, 150, 40, kv_heads=2, dtype=dtype)
+    {"k": k, "v": v}[where][0, 1, 147, 3] = poison
+    assert_matches(q, k, v, causal=True)
+    assert_matches(q, k, v, mask=np.arange(150) != 147)
+    assert_matches(q, k, v, kv_lengths=np.array([147]))
+
+
 @pytest.mark.parametrize("poison", [NAN, INF])
 def test_poison_in_many_tiles(poison):
     q, k, v = random_qkv(1, 1, 70, 1300, 16)

@@ -10,7 +10,7 @@
  *     out = o / l
  *
  * (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.) */
-#include "../simd/storage.h"
+#include "../ukernel/storage.h"
 #include "ints.h"
 #include "keyblocks.h"
 #include "state.h"

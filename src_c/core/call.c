@@ -1,7 +1,7 @@
 #include "call.h"
 
 #include "../cpu/fpenv.h"
-#include "../simd/storage.h"
+#include "../ukernel/storage.h"
 #include "check.h"
 #include "ints.h"
 #include "state.h"

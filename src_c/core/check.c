@@ -1,6 +1,6 @@
 #include "check.h"
 
-#include "../simd/storage.h"
+#include "../ukernel/storage.h"
 #include "ints.h"
 
 #include <math.h>

@@ -3,7 +3,7 @@
 #include "state.h"
 #include "threads.h"
 
-#include "../simd/storage.h"
+#include "../ukernel/storage.h"
 #include "fastattn.h"
 
 #include <math.h>

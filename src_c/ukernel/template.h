@@ -1,7 +1,7 @@
 /* The slots of ukernel.h for one instruction set. Include it once, after the instruction set's SIMD header and inside its
  * target region; FA_TABLE then defines the table. */
 #include "ukernel.h"
-#include "../simd/storage.h"
+#include "storage.h"
 
 #include <float.h>
 #include <math.h>

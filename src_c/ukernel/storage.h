@@ -1,9 +1,9 @@
 /* Single elements of any storage type. */
-#ifndef FA_SIMD_STORAGE_H
-#define FA_SIMD_STORAGE_H
+#ifndef FA_STORAGE_H
+#define FA_STORAGE_H
 
+#include "../simd/half.h"
 #include "fastattn.h"
-#include "half.h"
 
 /* Bytes of an element. */
 static inline int64_t fa_size_of(fastattn_dtype dtype) {
