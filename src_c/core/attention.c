@@ -11,8 +11,8 @@
  *
  * (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.) */
 #include "../ukernel/storage.h"
+#include "elementmask.h"
 #include "ints.h"
-#include "keyblocks.h"
 #include "state.h"
 #include "threads.h"
 
@@ -42,7 +42,7 @@ typedef struct fa_work {
     fa_key_blocks blocks;
     fa_key_block block; /* the next one */
     int pending;        /* there is one */
-    struct { int64_t from, to; } keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
+    fa_key_range keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
 } fa_work;
 
 static fa_matrix rows_from(fa_matrix m, int64_t row) {
@@ -67,63 +67,6 @@ static fa_matrix stored_rows(const fa_call *call, const void *base, const int64_
     return rows_from(m, first);
 }
 
-/* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
-static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t first, int64_t group) {
-    const int64_t from = p->query[0] - first, count = p->query[p->rows - 1] - p->query[0] + 1;
-    uint64_t lanes = 0;
-    if (group == 1) { /* rows are queries */
-        for (int64_t byte = from / 8; byte <= (from + count - 1) / 8; byte++) {
-            const int64_t shift = byte * 8 - from;
-            lanes |= shift >= 0 ? (uint64_t)bits[byte] << shift : (uint64_t)bits[byte] >> -shift;
-        }
-        return lanes;
-    }
-    for (int64_t i = 0, r = 0; i < count; i++) {
-        const int64_t next = fa_min((p->query[0] + i + 1) * group - p->first_row, FA_PANEL_ROWS);
-        const uint64_t heads = (next - r < 64 ? ((uint64_t)1 << (next - r)) - 1 : ~(uint64_t)0) << r;
-        if (bits[(from + i) / 8] >> ((from + i) % 8) & 1) lanes |= heads;
-        r = next;
-    }
-    return lanes;
-}
-
-/* Adds an element mask of a block-sparse pattern to the bias, and narrows keys_of to it. */
-static unsigned hide_by_bits(fa_work *w, const fa_key_block *block) {
-    static const float hidden[16][4] = {
-#define H -INFINITY
-        {H, H, H, H}, {0, H, H, H}, {H, 0, H, H}, {0, 0, H, H}, {H, H, 0, H}, {0, H, 0, H}, {H, 0, 0, H}, {0, 0, 0, H},
-        {H, H, H, 0}, {0, H, H, 0}, {H, 0, H, 0}, {0, 0, H, 0}, {H, H, 0, 0}, {0, H, 0, 0}, {H, 0, 0, 0}, {0, 0, 0, 0},
-#undef H
-    };
-    const fa_panel *p = &w->panel;
-    const uint64_t real = p->rows < 64 ? ((uint64_t)1 << p->rows) - 1 : ~(uint64_t)0;
-    const int groups = p->padded / FA_ROW_STEP, ld = w->call->rows.ld;
-    uint64_t lanes[FA_MOST_BLOCK_KEYS];
-    unsigned found = 0;
-    for (int g = 0; g < groups; g++) w->keys_of[g].from = block->keys, w->keys_of[g].to = 0;
-    for (int64_t j = 0; j < block->keys; j++) {
-        const uint8_t *bits = block->bits + j * block->bits_stride;
-        lanes[j] = lanes_of_bits(p, bits, block->bits_query, w->call->rows.group) & real;
-        found |= (lanes[j] ? FA_MASK_SHOWS : 0u) | (lanes[j] != real ? FA_MASK_HIDES : 0u);
-        for (int g = 0; g < groups; g++)
-            if (lanes[j] >> (g * FA_ROW_STEP) & 0xffff) {
-                w->keys_of[g].from = fa_min(w->keys_of[g].from, j);
-                w->keys_of[g].to = j + 1;
-            }
-    }
-    if (found != (FA_MASK_SHOWS | FA_MASK_HIDES)) return found;
-    for (int64_t j = 0; j < block->keys; j++)
-        for (int r = 0; r < p->padded; r += 4) {
-            const float *four = hidden[lanes[j] >> r & 15];
-            float *bias = w->bias + j * ld + r;
-            if (!w->call->args->mask)
-                memcpy(bias, four, sizeof *hidden);
-            else
-                for (int i = 0; i < 4; i++) bias[i] = four[i] == 0.0f ? bias[i] : four[i];
-        }
-    return found;
-}
-
 /* The block's bias: the mask, and the element mask. */
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
@@ -135,7 +78,7 @@ static unsigned block_bias(fa_work *w, const fa_key_block *block) {
                                   block->keys, a->mask_dtype);
     }
     if (block->bits && found & FA_MASK_SHOWS) {
-        const unsigned of_bits = hide_by_bits(w, block);
+        const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->bias, w->keys_of);
         found = (found | of_bits) & (of_bits & FA_MASK_SHOWS ? ~0u : ~(unsigned)FA_MASK_SHOWS);
     }
     return found;

@@ -9,7 +9,6 @@
  * with the panels of pairs.h. The cross products of their planes, but for the smallest where that is exact enough, add up in the
  * same accumulators. */
 #if defined(__GNUC__)
-#define FA_HAS_AMX 1
 
 enum { AMX_ROWS = 16, AMX_BYTES = 64 };
 

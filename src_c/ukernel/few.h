@@ -10,20 +10,20 @@
  * leaves the requests in flight to the loads. */
 #define FEW_BYTES_AHEAD 8192
 
-FA_INLINE int64_t few_ahead(int64_t stride, int64_t row_bytes) {
-    return stride * (FEW_BYTES_AHEAD / (row_bytes + 1) + 1);
+FA_INLINE uintptr_t few_ahead(int64_t stride, int64_t row_bytes) {
+    return (uintptr_t)stride * (uintptr_t)(FEW_BYTES_AHEAD / (row_bytes + 1) + 1);
 }
 
-/* Vector i of a row, and a request for the same one `ahead`, once for every cache line. */
-FA_INLINE simd_f few_load(const char *row, int64_t i, int64_t ahead, fastattn_dtype dtype) {
+/* Vector i of a row, and a request for the same one `ahead`, which may be anywhere, once for every cache line. */
+FA_INLINE simd_f few_load(const char *row, int64_t i, uintptr_t ahead, fastattn_dtype dtype) {
     const int64_t bytes = SIMD_LANES * fa_size_of(dtype);
-    if (i * bytes % 64 == 0) simd_fetch(row + i * bytes + ahead);
+    if (i * bytes % 64 == 0) simd_fetch((const char *)((uintptr_t)(row + i * bytes) + ahead));
     return load_full(row + i * bytes, dtype);
 }
 
 /* s[key][row] for `rows` rows (a constant that divides FEW_SUMS) and at most FEW_SUMS / rows keys. */
 FA_INLINE void few_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride, int keys,
-                          int64_t head_dim, int64_t ahead, fastattn_dtype dtype) {
+                          int64_t head_dim, uintptr_t ahead, fastattn_dtype dtype) {
     const int tile_keys = FEW_SUMS / rows;
     const char *key[FEW_SUMS];
     simd_f sum[FEW_SUMS];
@@ -51,7 +51,8 @@ FA_INLINE void few_scores(int rows, float *s, int ld, const float *q, int64_t pi
 /* o[row] = o[row] * alpha[row] + p v for `rows` rows and `vectors` vectors of v_head_dim (both constants); of the last vector
  * `last` lanes are there. */
 FA_INLINE void few_values(int rows, int vectors, float *o, int64_t pitch, const float *alpha, const float *p, int ld,
-                          const char *v, int64_t stride, int64_t keys, int64_t last, int64_t ahead, fastattn_dtype dtype) {
+                          const char *v, int64_t stride, int64_t keys, int64_t last, uintptr_t ahead,
+                          fastattn_dtype dtype) {
     simd_f sum[FEW_SUMS];
     FA_UNROLL for (int i = 0; i < rows * vectors; i++) sum[i] = simd_set1(0.0f);
     for (int64_t j = 0; j < keys; j++, v += stride, p += ld) {
@@ -75,7 +76,7 @@ FA_INLINE void few_values(int rows, int vectors, float *o, int64_t pitch, const 
 FA_INLINE void few_scores_of(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
                              int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const int tile_keys = FEW_SUMS / rows;
-    const int64_t ahead = few_ahead(stride, head_dim * fa_size_of(dtype));
+    const uintptr_t ahead = few_ahead(stride, head_dim * fa_size_of(dtype));
     for (int64_t j = 0; j < keys; j += tile_keys)
         few_scores(rows, s + j * ld, ld, q, pitch, k + j * stride, stride, keys - j < tile_keys ? (int)(keys - j) : tile_keys,
                    head_dim, ahead, dtype);
@@ -84,7 +85,7 @@ FA_INLINE void few_scores_of(int rows, float *s, int ld, const float *q, int64_t
 FA_INLINE void few_values_of(int rows, float *o, int64_t pitch, const float *alpha, const float *p, int ld, const char *v,
                              int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
     const int vectors = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
-    const int64_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype));
+    const uintptr_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype));
     int64_t d = 0;
     for (; d + vectors * SIMD_LANES <= v_head_dim; d += vectors * SIMD_LANES)
         few_values(rows, vectors, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys, SIMD_LANES, ahead,

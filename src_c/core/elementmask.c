@@ -1,0 +1,62 @@
+#include "elementmask.h"
+
+#include "ints.h"
+
+#include <math.h>
+#include <string.h>
+
+/* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
+static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t first, int64_t group) {
+    const int64_t from = p->query[0] - first, count = p->query[p->rows - 1] - p->query[0] + 1;
+    uint64_t lanes = 0;
+    if (group == 1) { /* rows are queries */
+        for (int64_t byte = from / 8; byte <= (from + count - 1) / 8; byte++) {
+            const int64_t shift = byte * 8 - from;
+            lanes |= shift >= 0 ? (uint64_t)bits[byte] << shift : (uint64_t)bits[byte] >> -shift;
+        }
+        return lanes;
+    }
+    for (int64_t i = 0, r = 0; i < count; i++) {
+        const int64_t next = fa_min((p->query[0] + i + 1) * group - p->first_row, FA_PANEL_ROWS);
+        const uint64_t heads = (next - r < 64 ? ((uint64_t)1 << (next - r)) - 1 : ~(uint64_t)0) << r;
+        if (bits[(from + i) / 8] >> ((from + i) % 8) & 1) lanes |= heads;
+        r = next;
+    }
+    return lanes;
+}
+
+unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, float *bias,
+                               fa_key_range *keys_of) {
+    static const float hidden[16][4] = {
+#define H -INFINITY
+        {H, H, H, H}, {0, H, H, H}, {H, 0, H, H}, {0, 0, H, H}, {H, H, 0, H}, {0, H, 0, H}, {H, 0, 0, H}, {0, 0, 0, H},
+        {H, H, H, 0}, {0, H, H, 0}, {H, 0, H, 0}, {0, 0, H, 0}, {H, H, 0, 0}, {0, H, 0, 0}, {H, 0, 0, 0}, {0, 0, 0, 0},
+#undef H
+    };
+    const uint64_t real = p->rows < 64 ? ((uint64_t)1 << p->rows) - 1 : ~(uint64_t)0;
+    const int groups = p->padded / FA_ROW_STEP, ld = call->rows.ld;
+    uint64_t lanes[FA_MOST_BLOCK_KEYS];
+    unsigned found = 0;
+    for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;
+    for (int64_t j = 0; j < block->keys; j++) {
+        const uint8_t *bits = block->bits + j * block->bits_stride;
+        lanes[j] = lanes_of_bits(p, bits, block->bits_query, call->rows.group) & real;
+        found |= (lanes[j] ? FA_MASK_SHOWS : 0u) | (lanes[j] != real ? FA_MASK_HIDES : 0u);
+        for (int g = 0; g < groups; g++)
+            if (lanes[j] >> (g * FA_ROW_STEP) & 0xffff) {
+                keys_of[g].from = fa_min(keys_of[g].from, j);
+                keys_of[g].to = j + 1;
+            }
+    }
+    if (found != (FA_MASK_SHOWS | FA_MASK_HIDES)) return found;
+    for (int64_t j = 0; j < block->keys; j++)
+        for (int r = 0; r < p->padded; r += 4) {
+            const float *four = hidden[lanes[j] >> r & 15];
+            float *at = bias + j * ld + r;
+            if (!call->args->mask)
+                memcpy(at, four, sizeof *hidden);
+            else
+                for (int i = 0; i < 4; i++) at[i] = four[i] == 0.0f ? at[i] : four[i];
+        }
+    return found;
+}
