@@ -285,6 +285,34 @@ def test_large_logits(magnitude, causal):
     assert_matches(q, k, v, scale=magnitude / np.sqrt(32), causal=causal)
 
 
+SIZES_APART = {
+    "some queries are large": lambda q, k, v: (q * np.where(np.arange(90) % 7 == 3, 40, 1)[:, None], k, v),
+    "some queries are tiny": lambda q, k, v: (q * np.where(np.arange(90) % 7 == 3, 2.0**-12, 1)[:, None], k, v),
+    "a query and a key are 0": lambda q, k, v: (q * (np.arange(90) != 5)[:, None], k * (np.arange(200) != 5)[:, None], v),
+    "some keys are large": lambda q, k, v: (q, k * np.where(np.arange(200) % 9 == 3, 40, 1)[:, None], v),
+    "some keys are tiny": lambda q, k, v: (q, k * np.where(np.arange(200) % 9 == 3, 2.0**-12, 1)[:, None], v),
+    "keys have a large number": lambda q, k, v: (q, k + 30 * (np.arange(64) == 7), v),
+    "both have a large number": lambda q, k, v: (q + 5 * (np.arange(64) == 7), k + 30 * (np.arange(64) == 7), v),
+    "the first value is small": lambda q, k, v: (q, k, v * np.where(np.arange(200) == 0, 0.01, 1)[:, None]),
+    "no value is like another": lambda q, k, v: (q, k, v * np.exp2(np.arange(200) * 77 % 25 - 12)[:, None]),
+    "later values are large": lambda q, k, v: (q, k, v * np.where(np.arange(200) < 90, 1, 500)[:, None]),
+    "values have a large number": lambda q, k, v: (q, k, v * np.where(np.arange(64) == 7, 50, 1)),
+    "all are large": lambda q, k, v: (q * 2**7, k * 2**7, v * 2**7),
+    "all are tiny": lambda q, k, v: (q * 2.0**-12, k * 2.0**-12, v * 2.0**-12),
+}
+
+
+@pytest.mark.parametrize("how", SIZES_APART)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_very_different_size(how, dtype):
+    """What one row sees must be exact whatever its neighbours are, in memory or in a tile; causal, so that they differ."""
+    q, k, v = (x.astype(dtype_of(dtype)) for x in SIZES_APART[how](*random_qkv(1, 2, 90, 200, 64)))
+    assert_matches(q, k, v)
+    assert_matches(q, k, v, causal=True, query_offset=0)
+    few = q[:, :, :30]  # a maximum over rows that see little
+    assert_matches(few, k, v, causal=True, query_offset=0)
+
+
 def test_logits_that_grow_along_the_keys():
     """The running maximum moves in every tile, by so much that the earlier weights vanish."""
     q, k, v = random_qkv(1, 1, 20, 1500, 8)
@@ -549,6 +577,17 @@ def test_poison_among_few_rows(poison, where, dtype, q_len):
     assert_matches(q, k, v, causal=True)
     assert_matches(q, k, v, mask=np.arange(150) != 147)
     assert_matches(q, k, v, kv_lengths=np.array([147]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_value_counts_whatever_its_weight(dtype):
+    """2**-80 of infinity is infinity, where the key is visible."""
+    q, k, v = random_qkv(1, 2, 40, 150, 16, dtype=dtype)
+    bias = np.zeros((40, 150), np.float32)
+    bias[:, 3] = -55
+    v[:, :, 3, 5] = INF
+    assert_matches(q, k, v, mask=bias)
+    assert_matches(q, k, v, mask=bias, causal=True, query_offset=0)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])

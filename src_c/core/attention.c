@@ -20,25 +20,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Keys and values of a block as the products want them, for all panels of an item that come to it. */
-typedef struct fa_prepared {
+/* Products, and what they make of the keys and values of a block for all panels of an item that come to it. */
+typedef struct fa_way {
+    const fa_products *products;
+    float *k_room, *v_room;
     int64_t first, keys; /* no keys: nothing yet */
     fa_matrix k, v;
-} fa_prepared;
+} fa_way;
 
 /* What a worker has at hand while it computes one panel of an item. */
 typedef struct fa_work {
     const fa_call *call;
     const fa_products *products;
+    fa_way *ways;
     fa_panel panel;
     fa_state state;
-    float *q, *s, *p, *bias, *shown, *k, *v;
+    float *s, *p, *bias, *shown;
     char *finite_v;
-    int q_finite;                   /* all queries are, as far as that matters */
-    int few;                        /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
-    int64_t q_pitch, o_pitch;       /* of them then */
-    float *o_rows;
-    fa_prepared *prepared;
+    float *q[FA_WAYS];
+    int packed[FA_WAYS];      /* q is there */
+    int q_finite;             /* all queries are, as far as that matters */
+    int few;                  /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
+    int64_t q_pitch, o_pitch; /* of them then */
+    float *q_rows, *o_rows;
     fa_key_blocks blocks;
     fa_key_block block; /* the next one */
     int pending;        /* there is one */
@@ -53,6 +57,8 @@ static fa_matrix rows_from(fa_matrix m, int64_t row) {
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
     fa_matrix stored_k, stored_v, k, v;
+    fa_way *way; /* by which k and v are made */
+    float *p;
     fa_score_rules rules;
     int ruled;   /* the rules change or hide some score */
     int mended;  /* some score has a part in an infinity, and the products are of numbers in parts */
@@ -119,14 +125,14 @@ static fa_score_rules rules_at(const fa_score_rules *rules, int row, int64_t key
 }
 
 /* s = k q, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
-static void multiply_keys(fa_work *w, fa_matrix k, int row, int rows, int64_t from, int64_t keys) {
+static void multiply_keys(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const int64_t dim = call->args->head_dim;
     const int ld = call->rows.ld;
     if (w->few)
-        call->uk->qk_few(w->s + row, ld, w->q, w->q_pitch, w->panel.rows, rows_from(k, from), keys, dim);
+        call->uk->qk_few(w->s + row, ld, w->q_rows, w->q_pitch, w->panel.rows, rows_from(x->k, from), keys, dim);
     else
-        w->products->qk(w->s + row, w->q + row, ld, rows, k, from, keys, dim);
+        x->way->products->qk(w->s + row, w->q[x->way - w->ways] + row, ld, rows, x->k, from, keys, dim);
 }
 
 /* The scores of queries and keys that are not finite, one by one: in parts, an infinity is no number. */
@@ -155,15 +161,15 @@ static void mend_scores(fa_work *w, fa_matrix k, int row, int rows, int64_t from
 }
 
 /* o = o alpha + v p, likewise. */
-static void add_values(fa_work *w, fa_matrix v, int row, int rows, int64_t from, int64_t keys) {
+static void add_values(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const int64_t dim = w->state.v_head_dim;
     const int ld = call->rows.ld;
-    const float *alpha = w->panel.alpha + row, *p = w->p + row;
+    const float *alpha = w->panel.alpha + row, *p = x->p + row;
     if (w->few)
-        call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, rows_from(v, from), keys, dim);
+        call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, rows_from(x->v, from), keys, dim);
     else
-        w->products->pv(w->state.o + row, alpha, p, ld, rows, v, from, keys, dim);
+        x->way->products->pv(w->state.o + row, alpha, p, ld, rows, x->v, from, keys, dim);
 }
 
 /* The values with 0 for NaN and infinities, in their storage type. */
@@ -181,10 +187,11 @@ static fa_matrix finite_values(fa_work *w, fa_matrix v, int64_t keys) {
 
 /* o += v p for the values that are not finite, in the rows that see them: 0 * NaN must not reach the others. What is finite
  * has gone through the product as ever, so that no other row's bits change. */
-static void add_non_finite(fa_work *w, fa_matrix v, const fa_score_rules *rules, int row, int rows, int64_t from,
+static void add_non_finite(fa_work *w, const fa_operands *x, const fa_score_rules *rules, int row, int rows, int64_t from,
                            int64_t keys) {
     const fa_call *call = w->call;
     const int ld = call->rows.ld, real = (int)fa_min(rows, w->panel.rows - row);
+    const fa_matrix v = x->stored_v;
     const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
     float unused[FA_PANEL_ROWS] = {0};
     /* The rules applied to zeros: -inf exactly where hidden. */
@@ -193,11 +200,11 @@ static void add_non_finite(fa_work *w, fa_matrix v, const fa_score_rules *rules,
     call->uk->scores(w->shown, ld, rows, from, keys, rules, unused);
     for (int64_t j = 0; j < keys; j++)
         for (int64_t d = 0; d < dim; d++) {
-            const float x = fa_get(rows_from(v, from + j).at + d * size, v.dtype);
-            if (isfinite(x)) continue;
+            const float value = fa_get(rows_from(v, from + j).at + d * size, v.dtype);
+            if (isfinite(value)) continue;
             for (int r = 0; r < real; r++) {
                 float *o = w->few ? w->o_rows + r * w->o_pitch + d : w->state.o + d * ld + row + r;
-                if (w->shown[j * ld + r] != -INFINITY) *o += w->products->power(w->p, ld, row + r, j) * x;
+                if (w->shown[j * ld + r] != -INFINITY) *o += x->way->products->power(x->p, ld, row + r, j) * value;
             }
         }
 }
@@ -210,15 +217,15 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
     fa_state *t = &w->state;
     float *s = w->s + row;
 
-    multiply_keys(w, x->k, row, rows, from, keys);
+    multiply_keys(w, x, row, rows, from, keys);
     if (x->mended) mend_scores(w, x->stored_k, row, rows, from, keys);
     if (x->ruled)
         call->uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
     else
         for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
-    w->products->softmax(s, w->p + row, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
-    add_values(w, x->v, row, rows, from, keys);
-    if (x->careful) add_non_finite(w, x->stored_v, &rules, row, rows, from, keys);
+    x->way->products->softmax(s, x->p + row, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
+    add_values(w, x, row, rows, from, keys);
+    if (x->careful) add_non_finite(w, x, &rules, row, rows, from, keys);
 }
 
 /* The steps of a block. At an edge, where it saves a quarter of the work or more, every FA_ROW_STEP rows take just the
@@ -258,17 +265,38 @@ static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key
     w->call->uk->fetch(rows_from(k, block->keys), fa_min(block->keys, after), a->head_dim * size);
 }
 
-static void prepare_operands(fa_work *w, fa_operands *x, const fa_key_block *block) {
-    const fastattn_attention_args *a = w->call->args;
-    fa_prepared *made = w->prepared;
+/* Sees to it that there is all that these products want of queries, keys and values. */
+static void prepare_operands(fa_work *w, fa_operands *x, int way, const fa_key_block *block, fa_matrix values) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fa_way *made = w->ways + way;
+    if (!w->packed[way]) {
+        fastattn_panel_queries(call, &w->panel);
+        made->products->pack(w->q[way], call->rows.ld, w->panel.rows_of, w->panel.padded, a->head_dim, a->q_dtype,
+                             call->sign);
+        w->packed[way] = 1;
+    }
     if (x->careful || made->first != block->first || made->keys != block->keys) {
-        made->k = w->products->keys(w->k, x->k, block->keys, a->head_dim);
-        made->v = w->products->values(w->v, x->v, block->keys, a->v_head_dim);
+        made->k = made->products->keys(made->k_room, x->stored_k, block->keys, a->head_dim);
+        made->v = made->products->values(made->v_room, values, block->keys, a->v_head_dim);
         made->first = block->first;
         made->keys = x->careful ? 0 : block->keys;
     }
+    x->way = made;
     x->k = made->k;
     x->v = made->v;
+}
+
+/* The operands as the products of the call want them, or, for what does not fit those, as float32 products do. A power that is 0
+ * to them must still meet an infinity. */
+static void choose_way(fa_work *w, fa_operands *x, const fa_key_block *block, fa_matrix values) {
+    const fa_products *products = w->products;
+    if (!products->fits || !x->careful) {
+        prepare_operands(w, x, FA_PREFERRED, block, values);
+        if (!products->fits || products->fits(w->q[FA_PREFERRED], w->call->rows.ld, x->k, block->keys, x->v, w->call->args->scale))
+            return;
+    }
+    prepare_operands(w, x, FA_EXACT, block, values);
 }
 
 static void run_block(fa_work *w, const fa_key_block *block) {
@@ -280,40 +308,45 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     const fa_matrix k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
     const fa_matrix v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
     fetch_ahead(w, k, v, block);
-    fa_operands x = {.stored_k = k, .stored_v = v, .k = k, .rules = block_rules(w, block, biased)};
+    fa_operands x = {.stored_k = k, .stored_v = v, .rules = block_rules(w, block, biased)};
+    const int in_parts = w->products->in_parts;
     x.ruled = call->natural || block->partial || biased;
-    x.mended = w->products->in_parts && !(w->q_finite && call->uk->finite(k, block->keys, a->head_dim));
-    x.careful = (block->partial || found & FA_MASK_HIDES || w->products->in_parts) &&
-                !call->uk->finite(v, block->keys, a->v_head_dim);
-    x.v = x.careful ? finite_values(w, v, block->keys) : v;
-    if (!w->few) prepare_operands(w, &x, block);
+    x.mended = in_parts && !(w->q_finite && call->uk->finite(k, block->keys, a->head_dim));
+    x.careful = (block->partial || found & FA_MASK_HIDES || in_parts) && !call->uk->finite(v, block->keys, a->v_head_dim);
+    const fa_matrix values = x.careful ? finite_values(w, v, block->keys) : v;
+    if (w->few) {
+        x.way = &w->ways[FA_EXACT];
+        x.k = k;
+        x.v = values;
+    } else
+        choose_way(w, &x, block, values);
+    x.p = x.way->products->in_place ? w->s : w->p;
     steps(w, &x, block);
 }
 
-/* The queries, as the products want them. */
-static void load_queries(fa_work *w) {
+/* Few queries, row by row in float32. */
+static void load_few(fa_work *w) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
-    fa_panel *p = &w->panel;
-    fastattn_panel_queries(call, p);
-    w->q_finite = 1;
-    for (int r = 0; r < p->rows && w->products->in_parts; r++) {
-        const fa_matrix row = {p->rows_of[r], 0, a->q_dtype};
-        w->q_finite &= call->uk->finite(row, 1, a->head_dim);
-    }
-    if (!w->few) {
-        w->products->pack(w->q, call->rows.ld, p->rows_of, p->padded, a->head_dim, a->q_dtype, call->sign);
-        return;
-    }
-    memset(w->q, 0, (size_t)(p->rows * w->q_pitch) * sizeof(float));
-    memset(w->o_rows, 0, (size_t)(p->rows * w->o_pitch) * sizeof(float));
+    memset(w->q_rows, 0, (size_t)(w->panel.rows * w->q_pitch) * sizeof(float));
+    memset(w->o_rows, 0, (size_t)(w->panel.rows * w->o_pitch) * sizeof(float));
     memset(w->s, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* the columns that qk_few leaves alone */
-    for (int r = 0; r < p->rows; r++) {
-        float *q = w->q + r * w->q_pitch;
-        const fa_matrix row = {p->rows_of[r], 0, a->q_dtype};
+    for (int r = 0; r < w->panel.rows; r++) {
+        float *q = w->q_rows + r * w->q_pitch;
+        const fa_matrix row = {w->panel.rows_of[r], 0, a->q_dtype};
         call->uk->widen(q, row, 1, a->head_dim);
         for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
     }
+}
+
+static int finite_queries(const fa_work *w) {
+    const fa_call *call = w->call;
+    int finite = 1;
+    for (int r = 0; r < w->panel.rows; r++) {
+        const fa_matrix row = {w->panel.rows_of[r], 0, call->args->q_dtype};
+        finite &= call->uk->finite(row, 1, call->args->head_dim);
+    }
+    return finite;
 }
 
 /* o in the orientation of a state. */
@@ -366,32 +399,32 @@ static void *partial_memory(const fa_job *job, int64_t n) {
 }
 
 /* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
-static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_prepared *prepared) {
+static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_way *ways) {
     const fa_call *call = &job->call;
     const fastattn_attention_args *a = call->args;
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(job, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     fa_work w = {.call = call,
+                 .ways = ways,
                  .panel = fastattn_panel_of(call, panel, part, own + at->panel.rows),
-                 .q = (float *)(own + at->panel.q),
                  .s = (float *)(scratch + at->s),
                  .p = (float *)(scratch + at->p),
                  .bias = (float *)(scratch + at->bias),
                  .shown = (float *)(scratch + at->shown),
-                 .k = (float *)(scratch + at->k),
-                 .v = (float *)(scratch + at->v),
                  .finite_v = scratch + at->finite_v,
-                 .prepared = prepared,
                  .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
                  .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
+                 .q_rows = (float *)(own + at->panel.q_rows),
                  .o_rows = (float *)(own + at->panel.o_rows)};
+    for (int way = 0; way < FA_WAYS; way++) w.q[way] = (float *)(own + at->panel.q[way]);
     w.few = w.panel.rows <= FA_FEW_ROWS;
     w.products = products_of(call, &w.panel);
-    if (w.products->in_place) w.p = w.s;
     w.state = state_at(call, &w.panel,
                        call->splits > 1 ? partial_memory(job, panel * call->splits + part) : own + at->panel.o);
     fastattn_state_clear(&w.state);
-    load_queries(&w);
+    fastattn_panel_queries(call, &w.panel);
+    if (w.few) load_few(&w);
+    w.q_finite = !w.products->in_parts || finite_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);
     w.pending = fastattn_next_key_block(&w.blocks, &w.block);
     return w;
@@ -405,11 +438,15 @@ static void run_item(const void *context, int64_t item, int worker) {
     const int64_t part = item % call->splits, bundle = item / call->splits % call->bundles;
     const int64_t sequence = item / call->splits / call->bundles, first = bundle * call->bundle;
     const int64_t panels = fa_min(call->bundle, call->rows.panels - first);
-    fa_prepared prepared = {0};
+    fa_way ways[FA_WAYS] = {{.products = call->products}, {.products = call->uk->products}};
+    for (int way = 0; way < FA_WAYS; way++) {
+        ways[way].k_room = (float *)(scratch_of(job, worker) + call->scratch.k[way]);
+        ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
+    }
     fa_work works[FA_MOST_BUNDLE];
     if (call->products->enter) call->products->enter();
     for (int64_t n = 0; n < panels; n++)
-        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, &prepared);
+        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, ways);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)
@@ -441,8 +478,7 @@ static void merge_item(const void *context, int64_t item, int worker) {
 
 static int64_t phase_items(const fa_call *call, int phase) {
     if (phase == 0) return call->items;
-    if (phase != 1 || call->splits == 1) return 0;
-    return call->args->batch * call->rows.sequences * call->rows.panels;
+    return phase == 1 && call->splits > 1 ? call->panels : 0;
 }
 
 static fastattn_status prepare(fa_job *job, const fastattn_attention_args *args, void *workspace, size_t size) {

@@ -31,11 +31,16 @@ static fa_rows plan_rows(const fastattn_attention_args *a) {
  * one batch entry's shape alone, never on the threads or the batch: results must not. */
 static void plan_splits(fa_call *call) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024 };
-    const int64_t panels = call->rows.sequences * call->rows.panels, keys = call->args->kv_len;
-    const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, panels), keys / FEWEST_KEYS);
+    const int64_t of_entry = call->rows.sequences * call->rows.panels, keys = call->args->kv_len;
+    const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
     call->split_keys = keys;
     if (wanted > 1) call->split_keys = fa_round_up(fa_ceil_div(keys, wanted), call->block_keys);
     call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
+}
+
+/* Whether keys and values are multiplied where they lie. */
+static int as_stored(const fa_products *products, const fastattn_attention_args *a) {
+    return products->in_place && a->kv_dtype == FASTATTN_FLOAT32;
 }
 
 /* What keys and values have to be turned into first is turned for several panels at a time, if there are enough for all
@@ -43,10 +48,8 @@ static void plan_splits(fa_call *call) {
 static void plan_bundles(fa_call *call) {
     enum { ITEMS_A_THREAD = 8 };
     const fastattn_attention_args *a = call->args;
-    const int64_t panels = a->batch * call->rows.sequences * call->rows.panels * call->splits;
-    const int64_t threads = fa_max(a->num_threads, 1);
-    const int as_stored = call->products->in_place && a->kv_dtype == FASTATTN_FLOAT32;
-    call->bundle = as_stored ? 1 : fa_max(1, fa_min(panels / (threads * ITEMS_A_THREAD), FA_MOST_BUNDLE));
+    const int64_t parts = call->panels * call->splits, threads = fa_max(a->num_threads, 1);
+    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, fa_min(parts / (threads * ITEMS_A_THREAD), FA_MOST_BUNDLE));
     call->bundle = fa_min(call->bundle, call->rows.panels);
     call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
     call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
@@ -83,21 +86,24 @@ static fastattn_status plan_memory(fa_call *call) {
     m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));
     m->bias = take(&bytes, keys * ld, sizeof(float));
     m->shown = take(&bytes, keys * ld, sizeof(float));
-    const int64_t prepared = in_place && a->kv_dtype == FASTATTN_FLOAT32 ? 0 : tiled_keys + FA_TILE;
-    m->k = take(&bytes, prepared * tiled_dim, sizeof(float));
-    m->v = take(&bytes, prepared * tiled_v_dim, sizeof(float));
-    m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
-
+    const fa_products *products[FA_WAYS] = {call->products, call->products->fits ? call->uk->products : NULL};
     size_t panel = 0;
-    m->panel.q = take(&panel, tiled_dim * ld, sizeof(float));
+    for (int way = 0; way < FA_WAYS; way++) {
+        const int64_t wanted = products[way] != NULL, prepared = wanted && !as_stored(products[way], a);
+        m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
+        m->v[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_v_dim, sizeof(float));
+        m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
+    }
+    m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
+    m->panel.q_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->head_dim, FA_ROW_STEP), sizeof(float));
     m->panel.o_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
     m->panel.rows = take(&panel, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->panel.bytes = panel;
     m->panels = take(&bytes, call->bundle, panel);
     m->bytes = bytes;
     call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;
-    const int64_t partials = a->batch * call->rows.sequences * call->rows.panels * call->splits;
+    const int64_t partials = call->panels * call->splits;
     const int workers = a->num_threads > 1 ? a->num_threads : 1;
     const size_t most = SIZE_MAX / 4;
     if (m->bytes > most / (size_t)workers ||
@@ -113,8 +119,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
-    call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision);
-    call->items = 0;
+    call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision, args->lse != NULL);
+    call->items = call->panels = 0;
     call->workspace = 0;
     call->splits = 1;
     call->threads = 1;
@@ -130,6 +136,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
     call->rows = plan_rows(args);
+    call->panels = args->batch * call->rows.sequences * call->rows.panels;
+    if (call->rows.panel_rows < call->products->fewest_rows) call->products = call->uk->products;
     call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
     plan_bundles(call);

@@ -4,7 +4,10 @@
 
 #include "../ukernel/ukernel.h"
 
-enum { FA_MOST_BUNDLE = 4 }; /* panels of an item */
+enum { FA_MOST_BUNDLE = 8 }; /* panels of an item */
+
+/* The products of the call, and those in float32, for the blocks that do not fit the others. */
+enum { FA_PREFERRED, FA_EXACT, FA_WAYS };
 
 /* How the rows of one (batch entry, key/value head) become panels.
  *
@@ -25,9 +28,9 @@ typedef struct fa_rows {
 
 /* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
-    size_t s, p, bias, shown, k, v, finite_v, panels;
+    size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], finite_v, panels;
     size_t bytes;
-    struct { size_t q, o, o_rows, rows, bytes; } panel; /* rows: the vectors of one float a row, and the row pointers */
+    struct { size_t q[FA_WAYS], o, q_rows, o_rows, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
 typedef struct fa_call {
@@ -35,6 +38,7 @@ typedef struct fa_call {
     const fa_ukernel *uk;
     const fa_products *products;
     fa_rows rows;
+    int64_t panels;        /* of all batch entries */
     int64_t block_keys;    /* keys in one step */
     int64_t splits;        /* parts of the keys, each an item of work */
     int64_t split_keys;    /* keys of a part, a multiple of block_keys */

@@ -43,8 +43,7 @@ int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(is
 /* (row, key) pairs of the blocks that the loop would visit, as told by its own iterator. */
 static double visited_pairs(const fa_call *call, char *memory) {
     double pairs = 0;
-    const int64_t panels = call->args->batch * call->rows.sequences * call->rows.panels;
-    for (int64_t n = 0; n < panels * call->splits; n++) {
+    for (int64_t n = 0; n < call->panels * call->splits; n++) {
         const fa_panel panel = fastattn_panel_of(call, n / call->splits, n % call->splits, memory);
         fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
         fa_key_block block;

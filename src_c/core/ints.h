@@ -8,6 +8,5 @@ static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t fa_max(int64_t a, int64_t b) { return a > b ? a : b; }
 /* For a >= 0 and b > 0. */
 static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t fa_round_up(int64_t a, int64_t b) { return fa_ceil_div(a, b) * b; }
 
 #endif

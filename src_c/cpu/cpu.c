@@ -63,6 +63,7 @@ static unsigned detect(void) {
     if (features && (saved & zmm) == zmm && has(seven[EBX], 16) /* F */ && has(seven[EBX], 17) /* DQ */ &&
         has(seven[EBX], 30) /* BW */ && has(seven[EBX], 31) /* VL */)
         features |= FA_CPU_AVX512;
+    if (features & FA_CPU_AVX512 && has(seven[ECX], 11)) features |= FA_CPU_AVX512_VNNI;
     uint32_t seven_one[4] = {0};
     if (seven[EAX] >= 1) cpuid(7, 1, seven_one);
     if (features & FA_CPU_AVX512 && has(seven_one[EAX], 5)) {

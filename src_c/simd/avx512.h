@@ -41,12 +41,18 @@ static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm512_mul_ps(a, b); 
 static inline simd_f simd_div(simd_f a, simd_f b) { return _mm512_div_ps(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmadd_ps(a, b, c); }
 #if defined(__GNUC__)
-#define SIMD_DOT
-/* c plus the dot products of pairs of bfloat16: AVX512-BF16, which the rest does not need. */
-static inline simd_f simd_dot(simd_f a, simd_f b, simd_f c) {
+#define SIMD_PAIRS
+/* c plus the dot products of pairs: of bfloat16 by AVX512-BF16, of 16-bit integers by AVX512-VNNI, where c is an integer too.
+ * The rest needs neither. */
+static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
+static inline simd_f simd_dot_int16(simd_f a, simd_f b, simd_f c) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+}
+static inline simd_f simd_of_integers(simd_f x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 #endif
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm512_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm512_max_ps(a, b); }

@@ -102,10 +102,10 @@ FA_INLINE void amx_product(float *c, int ld, int rows, amx_operand a, int64_t co
 
 FA_INLINE void amx_qk(int planes, int products, float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from,
                       int64_t keys, int64_t head_dim) {
-    const int64_t dim = tiled(head_dim, HALVES), pairs = planes * ld * (int64_t)sizeof(float);
+    const int64_t dim = fa_round_up(head_dim, HALVES), pairs = planes * ld * (int64_t)sizeof(float);
     const amx_operand a = {k.at + from * k.stride, k.stride, AMX_ROWS * k.stride, AMX_BYTES, dim * 2};
     const amx_operand b = {(const char *)q, pairs, AMX_BYTES, AMX_ROWS * pairs, ld * (int64_t)sizeof(float)};
-    amx_product(s, ld, rows, a, tiled(keys, AMX_ROWS) / AMX_ROWS, b, dim / HALVES, products, 0);
+    amx_product(s, ld, rows, a, fa_round_up(keys, AMX_ROWS) / AMX_ROWS, b, dim / HALVES, products, 0);
 }
 
 FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,
@@ -122,7 +122,7 @@ FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, co
         if (planes == 1) simd_store(sums, simd_mul(simd_load(sums), factor));
     }
     amx_product(o, ld, rows, a, fa_sums_row(v_head_dim) / AMX_ROWS + (planes == 1), b,
-                tiled(keys, HALVES) / HALVES, products, 1);
+                fa_round_up(keys, HALVES) / HALVES, products, 1);
 }
 
 /* Whole tiles of bfloat16 keys are read where they lie. */
@@ -159,10 +159,10 @@ FA_INLINE void amx_transpose(char *to, int64_t to_stride, const char *from, int6
 /* Values transposed, with zeros in the place of numbers and keys that are not there, and for half a tile of keys beyond. A
  * value of 1 for every key follows where the powers are rounded coarsely: its product is their sum. */
 FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
-    const int64_t row_bytes = (tiled(keys, HALVES) + HALVES) * 2, size = fa_size_of(stored.dtype);
+    const int64_t row_bytes = (fa_round_up(keys, HALVES) + HALVES) * 2, size = fa_size_of(stored.dtype);
     const fa_matrix turned = {(const char *)room, planes * row_bytes, FASTATTN_BFLOAT16};
-    for (int64_t d = 0; d < tiled(v_head_dim, AMX_ROWS); d += HALVES) {
-        const int64_t columns = tiled(v_head_dim, AMX_ROWS) - d < HALVES ? AMX_ROWS : HALVES;
+    for (int64_t d = 0; d < fa_round_up(v_head_dim, AMX_ROWS); d += HALVES) {
+        const int64_t columns = fa_round_up(v_head_dim, AMX_ROWS) - d < HALVES ? AMX_ROWS : HALVES;
         char *to = (char *)room + d * turned.stride;
         for (int64_t j = 0; j < keys; j += HALVES) {
             const char *from = stored.at + j * stored.stride + d * size;
@@ -212,8 +212,9 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
         amx_pv(planes, pv_products, o, alpha, p, ld, rows, v, from, keys, v_head_dim);                               \
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
-        #suffix,         FASTATTN_ISA_AMX, block_keys,  0,           planes == 1,      planes > 1,  amx_enter, amx_leave, \
-        suffix##_pack, suffix##_keys,    suffix##_values, suffix##_qk, suffix##_softmax, suffix##_pv, suffix##_power};
+        #suffix,         FASTATTN_ISA_AMX, FA_FEW_ROWS + 1, block_keys,  0,           planes == 1,      planes > 1,  amx_enter, amx_leave, \
+        suffix##_pack, suffix##_keys,    suffix##_values, NULL, suffix##_qk, \
+        suffix##_softmax, suffix##_pv, suffix##_power};
 
 AMX_TABLE(bfloat16_amx, 1, 1, 1, 128)
 AMX_TABLE(bfloat16x3_amx, 2, 3, 3, 64)

@@ -1,5 +1,5 @@
 /* The micro-kernels for x86-64 with AVX-512 F, BW, DQ and VL, and beside them the products
- * of AVX512-BF16 and of AMX tiles. */
+ * of AVX512-BF16, AVX512-VNNI and AMX tiles. */
 #include "ukernel.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -20,6 +20,7 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 
 #include "pairs.h"
 #include "dot.h"
+#include "fixed.h"
 #include "amx.h"
 
 #if defined(__clang__)

@@ -1,6 +1,6 @@
 /* The products of attention by AVX512-BF16, which multiplies pairs: the register tile of tile.h, an element being a pair of
  * head_dim or of keys. Included by avx512.c. */
-#ifdef SIMD_DOT
+#ifdef SIMD_PAIRS
 
 /* Keys whose pairs are aligned are read where they lie. */
 static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
@@ -11,8 +11,9 @@ static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t h
 
 static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
-    tile_product(1, rows, keys, s, NULL, row, k.stride / (int64_t)sizeof(float), 1, q, ld, (head_dim + 1) / 2,
-                 (tile_run(head_dim) + 1) / 2);
+    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, .panel = q, .ld = ld,
+                             .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2};
+    tile_product(TILE_BFLOAT16, rows, keys, x);
 }
 
 /* Values of two keys side by side, 0 where there is none, and then the 1 whose product is the sum of the powers. */
@@ -39,13 +40,14 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
                    int64_t v_head_dim) {
     const float *pairs = (const float *)(const void *)(v.at + from / 2 * v.stride);
     const int64_t steps = (keys + 1) / 2;
-    tile_product(1, rows, fa_sums_row(v_head_dim) + 1, o, alpha, pairs, 1, v.stride / (int64_t)sizeof(float), p, ld, steps,
-                 steps > 0 ? steps : 1);
+    const tile_operands x = {.c = o, .alpha = alpha, .a = pairs, .across = 1, .along = v.stride / (int64_t)sizeof(float),
+                             .panel = p, .ld = ld, .steps = steps, .run = steps > 0 ? steps : 1};
+    tile_product(TILE_BFLOAT16, rows, fa_sums_row(v_head_dim) + 1, x);
 }
 
 PAIRS_SLOTS(dot, 1)
 
-const fa_products fastattn_products_bfloat16_avx512 = {"bfloat16_avx512", FASTATTN_ISA_AVX512, 64, 0, 1, 0, NULL, NULL,
-                                                       dot_pack, dot_keys, dot_values, dot_qk, dot_softmax, dot_pv, dot_power};
+const fa_products fastattn_products_bfloat16_avx512 = {"bfloat16_avx512", FASTATTN_ISA_AVX512, FA_FEW_ROWS + 1, 64, 0, 1, 0, NULL, NULL,
+                                                       dot_pack, dot_keys, dot_values, NULL, dot_qk, dot_softmax, dot_pv, dot_power};
 
 #endif

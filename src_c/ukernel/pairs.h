@@ -5,8 +5,6 @@
  * those of keys within a row. */
 enum { HALVES = 32 }; /* of a vector */
 
-FA_INLINE int64_t tiled(int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; }
-
 /* Float32 to the nearest bfloat16, in the upper halves; what is below them is left over. For numbers, not for NaN. */
 FA_INLINE __m512i rounded_up(simd_f x) { return _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)); }
 
@@ -52,15 +50,18 @@ FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, f
     for (int plane = 0; plane < planes; plane++) to[plane] = _mm512_loadu_si512(planes_of[plane]);
 }
 
-/* Pairs of head_dim are dwords, and turn as such. */
-FA_INLINE void pairs_pack(int planes, float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim,
-                        fastattn_dtype dtype, float sign) {
+typedef void halves_maker(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float factor);
+
+/* Row r times factors[r]. Pairs of head_dim are dwords, and turn as such. */
+FA_INLINE void pairs_pack(int planes, halves_maker *make, float *q, int ld, const void *const *rows_of, int rows,
+                          int64_t head_dim, fastattn_dtype dtype, const float *factors) {
     for (int row = 0; row < rows; row += SIMD_LANES)
         for (int64_t d = 0; d < head_dim; d += HALVES) {
             simd_f square[2][SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) {
                 __m512i halves[2];
-                halves_of(planes, halves, (const char *)rows_of[row + i] + d * fa_size_of(dtype), head_dim - d, dtype, sign);
+                make(planes, halves, (const char *)rows_of[row + i] + d * fa_size_of(dtype), head_dim - d, dtype,
+                     factors[row + i]);
                 for (int plane = 0; plane < planes; plane++) square[plane][i] = _mm512_castsi512_ps(halves[plane]);
             }
             for (int plane = 0; plane < planes; plane++) {
@@ -74,9 +75,9 @@ FA_INLINE void pairs_pack(int planes, float *q, int ld, const void *const *rows_
 /* Keys in whole tiles of 32 halves and so many keys. */
 FA_INLINE fa_matrix pairs_keys(int planes, int64_t tile_keys, float *room, fa_matrix stored, int64_t keys,
                                int64_t head_dim) {
-    const int64_t dim = tiled(head_dim, HALVES);
+    const int64_t dim = fa_round_up(head_dim, HALVES);
     const fa_matrix made = {(const char *)room, planes * dim * 2, FASTATTN_BFLOAT16};
-    for (int64_t j = 0; j < tiled(keys, tile_keys); j++)
+    for (int64_t j = 0; j < fa_round_up(keys, tile_keys); j++)
         for (int64_t d = 0; d < dim; d += HALVES) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
             if (j < keys)
@@ -86,6 +87,13 @@ FA_INLINE fa_matrix pairs_keys(int planes, int64_t tile_keys, float *room, fa_ma
                 _mm512_storeu_si512((char *)room + j * made.stride + (plane * dim + d) * 2, halves[plane]);
         }
     return made;
+}
+
+/* Powers below 2**-126 become 0 at no cost until the control word that this returns is set again. */
+FA_INLINE unsigned subnormals_are_zero(void) {
+    const unsigned found = _mm_getcsr(), both_ways = 0x8040;
+    _mm_setcsr(found | both_ways);
+    return found;
 }
 
 /* 2**x. The powers are rounded to bfloat16, but their sum is not: the polynomial of degree 5 in the fraction with the smallest
@@ -153,7 +161,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, floa
         }
         if (!wanting || looked) break;
     }
-    for (int64_t j = (keys + 1) / 2; j < tiled(keys, HALVES) / 2; j++)
+    for (int64_t j = (keys + 1) / 2; j < fa_round_up(keys, HALVES) / 2; j++)
         FA_UNROLL for (int v = 0; v < planes * vectors; v++)
             simd_store(p + (j * planes + v / vectors) * ld + v % vectors * SIMD_LANES, zero);
     FA_UNROLL for (int v = 0; v < vectors; v++) {
@@ -167,8 +175,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, floa
 
 FA_INLINE void pairs_softmax(int planes, const float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l,
                            float *alpha) {
-    const unsigned found = _mm_getcsr(), subnormals_are_zero = 0x8040;
-    _mm_setcsr(found | subnormals_are_zero);
+    const unsigned found = subnormals_are_zero();
     int row = 0;
     for (; row + 64 <= rows; row += 64)
         pairs_softmax_strip(planes, 4, s + row, p + row, ld, keys, c, m + row, l + row, alpha + row);
@@ -191,7 +198,9 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
 #define PAIRS_SLOTS(suffix, planes)                                                                               \
     static void suffix##_pack(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim,           \
                               fastattn_dtype dtype, float sign) {                                                 \
-        pairs_pack(planes, q, ld, rows_of, rows, head_dim, dtype, sign);                                          \
+        float factors[FA_PANEL_ROWS];                                                                             \
+        for (int row = 0; row < rows; row++) factors[row] = sign;                                                 \
+        pairs_pack(planes, halves_of, q, ld, rows_of, rows, head_dim, dtype, factors);                            \
     }                                                                                                             \
     static void suffix##_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, \
                                  float *alpha) {                                                                  \

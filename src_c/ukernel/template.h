@@ -28,7 +28,7 @@
 #include "few.h"
 
 #define FA_TABLE(suffix, isa, block_keys)                                                                        \
-    static const fa_products products = {"float32_" #suffix, isa,     block_keys, 1, 0, 0, NULL, NULL, pack, widened, \
-                                         widened,            qk,      softmax,    pv, power};                    \
+    static const fa_products products = {"float32_" #suffix, isa, 1, block_keys, 1, 0, 0, NULL, NULL, pack, widened, \
+                                         widened, NULL, qk,      softmax,    pv, power};                    \
     const fa_ukernel fastattn_ukernel_##suffix = {&products, widen,  fetch,  mask,  scores, \
                                                   qk_few,    pv_few, all_finite, unpack};

@@ -6,33 +6,54 @@
 
 #define FA_TILE_MAX_WIDTH 12
 
-/* Elements are numbers or, where the instruction set has a product for them, pairs of bfloat16. */
-#ifdef SIMD_DOT
-#define TILE_MULTIPLY(paired, a, b, c) (paired ? simd_dot(a, b, c) : simd_fma(a, b, c))
+/* What is multiplied: numbers or, where the instruction set has a product for them, pairs of halves. Integers come with a unit
+ * for every element across and one for every lane. */
+enum { TILE_FLOAT32, TILE_BFLOAT16, TILE_INT16 };
+
+#ifdef SIMD_PAIRS
+FA_INLINE simd_f tile_multiply(int kind, simd_f a, simd_f b, simd_f c) {
+    return kind == TILE_INT16 ? simd_dot_int16(a, b, c) : kind == TILE_BFLOAT16 ? simd_dot_bf16(a, b, c) : simd_fma(a, b, c);
+}
+
+FA_INLINE simd_f tile_sum(int kind, simd_f sum, simd_f unit) {
+    return kind == TILE_INT16 ? simd_mul(simd_of_integers(sum), unit) : sum;
+}
 #else
-#define TILE_MULTIPLY(paired, a, b, c) ((void)(paired), simd_fma(a, b, c))
+FA_INLINE simd_f tile_multiply(int kind, simd_f a, simd_f b, simd_f c) { return (void)kind, simd_fma(a, b, c); }
+FA_INLINE simd_f tile_sum(int kind, simd_f sum, simd_f unit) { return (void)kind, (void)unit, sum; }
 #endif
+
+/* One product: c[w][lane] = alpha[lane] * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane];
+ * without alpha, the sum alone. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding error
+ * grows with their length. Of integers there is one run, and the sum is times units[w * across] * lane_units[lane]. */
+typedef struct tile_operands {
+    float *c;
+    const float *alpha;
+    const float *a;
+    ptrdiff_t across, along;
+    const float *panel;
+    ptrdiff_t ld; /* of c and of the panel */
+    int64_t steps, run;
+    const float *units, *lane_units;
+} tile_operands;
 
 /* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
 #define FA_TILE_UNROLL 4
 
-FA_INLINE void tile_step(int paired, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a, ptrdiff_t across,
+FA_INLINE void tile_step(int kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a, ptrdiff_t across,
                          const float *panel) {
     simd_f b[4];
     FA_UNROLL for (int v = 0; v < vectors; v++) b[v] = simd_load(panel + v * SIMD_LANES);
     FA_UNROLL for (int w = 0; w < width; w++) {
         const simd_f element = simd_set1(a[w * across]);
-        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = TILE_MULTIPLY(paired, element, b[v], acc[w][v]);
+        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind, element, b[v], acc[w][v]);
     }
 }
 
-/* c[w][v] = alpha[v] * c[w][v] + sum over steps of a[w * across + step * along] * panel[step][v]; without alpha, the sum
- * alone. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding error grows with their
- * length. paired, width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
-FA_INLINE void tile(int paired, int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                    ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
+/* kind, width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
+FA_INLINE void tile(int kind, int width, int vectors, tile_operands x) {
     for (int64_t step = 0;;) {
-        const int64_t end = step + run < steps ? step + run : steps;
+        const int64_t end = step + x.run < x.steps ? step + x.run : x.steps;
         const int first = step == 0;
         simd_f acc[FA_TILE_MAX_WIDTH][4];
         FA_UNROLL for (int w = 0; w < width; w++)
@@ -40,25 +61,28 @@ FA_INLINE void tile(int paired, int width, int vectors, float *c, const float *a
         if (width == SIMD_TILE_WIDTH(vectors))
             for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
                 FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
-                    tile_step(paired, width, vectors, acc, a + (step + u) * along, across, panel + (step + u) * ld);
-        for (; step < end; step++) tile_step(paired, width, vectors, acc, a + step * along, across, panel + step * ld);
+                    tile_step(kind, width, vectors, acc, x.a + (step + u) * x.along, x.across, x.panel + (step + u) * x.ld);
+        for (; step < end; step++)
+            tile_step(kind, width, vectors, acc, x.a + step * x.along, x.across, x.panel + step * x.ld);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
-            const simd_f factor = alpha && first ? simd_load(alpha + v * SIMD_LANES) : simd_set1(1.0f);
+            const simd_f one = simd_set1(1.0f), factor = x.alpha && first ? simd_load(x.alpha + v * SIMD_LANES) : one;
+            const simd_f lane_unit = kind == TILE_INT16 ? simd_load(x.lane_units + v * SIMD_LANES) : one;
             FA_UNROLL for (int w = 0; w < width; w++) {
-                float *to = c + w * ld + v * SIMD_LANES;
-                simd_store(to, alpha || !first ? simd_fma(simd_load(to), factor, acc[w][v]) : acc[w][v]);
+                float *to = x.c + w * x.ld + v * SIMD_LANES;
+                const simd_f unit = kind == TILE_INT16 ? simd_mul(simd_set1(x.units[w * x.across]), lane_unit) : one;
+                const simd_f sum = tile_sum(kind, acc[w][v], unit);
+                simd_store(to, x.alpha || !first ? simd_fma(simd_load(to), factor, sum) : sum);
             }
         }
-        if (step >= steps) break;
+        if (step >= x.steps) break;
     }
 }
 
 /* Calls tile() with width as a constant. */
-FA_INLINE void tile_of(int paired, int width, int vectors, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                       ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
-#define FA_CASE(n)                                                                  \
-    case n:                                                                         \
-        if (n <= SIMD_TILE_WIDTH(vectors)) tile(paired, n, vectors, c, alpha, a, across, along, panel, ld, steps, run); \
+FA_INLINE void tile_of(int kind, int width, int vectors, tile_operands x) {
+#define FA_CASE(n)                                                         \
+    case n:                                                                \
+        if (n <= SIMD_TILE_WIDTH(vectors)) tile(kind, n, vectors, x);      \
         break;
     switch (width) {
         FA_CASE(1) FA_CASE(2) FA_CASE(3) FA_CASE(4) FA_CASE(5) FA_CASE(6)
@@ -69,35 +93,37 @@ FA_INLINE void tile_of(int paired, int width, int vectors, float *c, const float
 
 /* All `count` elements across, for `vectors` vectors of rows. The last two tiles share what is left evenly, because a
  * narrow tile cannot keep the multipliers busy. */
-FA_INLINE void tile_strip(int paired, int vectors, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                          ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
+FA_INLINE void tile_strip(int kind, int vectors, int64_t count, tile_operands x) {
     const int widest = SIMD_TILE_WIDTH(vectors);
     while (count > 0) {
         int width = (int)(count >= 2 * widest || count == widest ? widest
                           : count > widest                       ? (count + 1) / 2
                                                                  : count);
-        tile_of(paired, width, vectors, c, alpha, a, across, along, panel, ld, steps, run);
-        c += width * ld;
-        a += width * across;
+        tile_of(kind, width, vectors, x);
+        x.c += width * x.ld;
+        x.a += width * x.across;
+        if (kind == TILE_INT16) x.units += width * x.across;
         count -= width;
     }
 }
 
 /* The whole product: strips of the widest vectors, then what is left of the rows. */
-FA_INLINE void tile_product(int paired, int rows, int64_t count, float *c, const float *alpha, const float *a, ptrdiff_t across,
-                            ptrdiff_t along, const float *panel, ptrdiff_t ld, int64_t steps, int64_t run) {
+FA_INLINE void tile_product(int kind, int rows, int64_t count, tile_operands x) {
     for (int row = 0; row < rows;) {
         int vectors = (rows - row) / SIMD_LANES;
         if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;
-        float *to = c + row;
-        const float *from = panel + row, *factor = alpha ? alpha + row : alpha;
+        tile_operands strip = x;
+        strip.c += row;
+        strip.panel += row;
+        if (x.alpha) strip.alpha += row;
+        if (kind == TILE_INT16) strip.lane_units += row;
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
-        case 4: tile_strip(paired, 4, count, to, factor, a, across, along, from, ld, steps, run); break;
-        case 3: tile_strip(paired, 3, count, to, factor, a, across, along, from, ld, steps, run); break;
+        case 4: tile_strip(kind, 4, count, strip); break;
+        case 3: tile_strip(kind, 3, count, strip); break;
 #endif
-        case 2: tile_strip(paired, 2, count, to, factor, a, across, along, from, ld, steps, run); break;
-        case 1: tile_strip(paired, 1, count, to, factor, a, across, along, from, ld, steps, run); break;
+        case 2: tile_strip(kind, 2, count, strip); break;
+        case 1: tile_strip(kind, 1, count, strip); break;
         }
         row += vectors * SIMD_LANES;
     }
@@ -112,13 +138,17 @@ FA_INLINE int64_t tile_run(int64_t head_dim) {
 
 static void qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
-    tile_product(0, rows, keys, s, NULL, row, k.stride / (int64_t)sizeof(float), 1, q, ld, head_dim, tile_run(head_dim));
+    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, .panel = q, .ld = ld,
+                             .steps = head_dim, .run = tile_run(head_dim)};
+    tile_product(TILE_FLOAT32, rows, keys, x);
 }
 
 static void pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                int64_t v_head_dim) {
     const float *row = (const float *)(const void *)(v.at + from * v.stride);
-    tile_product(0, rows, v_head_dim, o, alpha, row, 1, v.stride / (int64_t)sizeof(float), p, ld, keys, keys > 0 ? keys : 1);
+    const tile_operands x = {.c = o, .alpha = alpha, .a = row, .across = 1, .along = v.stride / (int64_t)sizeof(float),
+                             .panel = p, .ld = ld, .steps = keys, .run = keys > 0 ? keys : 1};
+    tile_product(TILE_FLOAT32, rows, v_head_dim, x);
 }
 
 static float power(const float *p, int ld, int row, int64_t key) { return p[key * ld + row]; }

@@ -68,7 +68,8 @@ typedef struct fa_matrix {
 typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
-    int block_keys; /* keys in one step of the loop: S must stay near, beside the rows of K or V in use */
+    int fewest_rows; /* of a panel, for which what has to be prepared pays off; fewer are for the float32 products */
+    int block_keys; /* keys in one step of the loop, at most: S must stay near, beside the rows of K or V in use */
     int in_place;   /* float32 keys and values need no room, and p may be s */
     int sums;       /* pv also sums p as it is multiplied, rounded, into row fa_sums_row of o: the better divisor */
     int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
@@ -84,6 +85,10 @@ typedef struct fa_products {
     /* The stored keys or values as qk and pv want them. */
     fa_matrix (*keys)(float *room, fa_matrix stored, int64_t keys, int64_t head_dim);
     fa_matrix (*values)(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim);
+
+    /* Whether scale times the scores of these keys, and sums of these values, are as exact as those of bfloat16 that float32 adds
+     * up. The float32 products take the block where they are not, so sums has to be 0. Null: always. */
+    int (*fits)(const float *q, int ld, fa_matrix k, int64_t keys, fa_matrix v, float scale);
 
     /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; rows of s up to a multiple of FA_SUM_RUN may be written. */
     void (*qk)(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
@@ -103,10 +108,11 @@ typedef struct fa_products {
     float (*power)(const float *p, int ld, int row, int64_t key);
 } fa_products;
 
+/* n, at least 0, up to a multiple of step. */
+static inline int64_t fa_round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 /* The first row of o that no value has, rounded up to tiles. */
-static inline int64_t fa_sums_row(int64_t v_head_dim) {
-    return (v_head_dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
-}
+static inline int64_t fa_sums_row(int64_t v_head_dim) { return fa_round_up(v_head_dim, FA_ROW_STEP); }
 
 /* What is done in float32 lanes whatever the products, and the products of few rows. */
 typedef struct fa_ukernel {
@@ -147,14 +153,17 @@ typedef struct fa_ukernel {
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 
-/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than. */
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
+/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than, and, if
+ * it is wanted, for the logarithm of the sum: that is float32 whatever the dtype. */
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
+                                            int lse_wanted);
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
-extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_amx;
+extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_int16_avx512;
+extern const fa_products fastattn_products_bfloat16_amx;
 extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;
 
 #endif

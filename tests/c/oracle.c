@@ -106,12 +106,15 @@ static int block_visible(const fastattn_attention_args *a, int64_t b, int64_t h,
 }
 
 struct rounding oracle_rounding(const fastattn_attention_args *a) {
-    struct rounding rounding = {FLT_EPSILON / 2, FLT_EPSILON / 2};
+    struct rounding rounding = {FLT_EPSILON / 2, FLT_EPSILON / 2, 0};
     fastattn_plan_info info = {.size = sizeof info};
     CHECK_STATUS(fastattn_explain(a, &info), FASTATTN_OK);
     if (strncmp(info.kernel, "float32_", 8) == 0)
         return rounding;
-    if (strncmp(info.kernel, "bfloat16_", 9) == 0) {
+    if (strncmp(info.kernel, "int16_", 6) == 0) {
+        rounding.score = rounding.column = 0x1p-12;
+        rounding.weight = 0x1p-8;
+    } else if (strncmp(info.kernel, "bfloat16_", 9) == 0) {
         rounding.weight = 0x1p-8;
         if (a->q_dtype != FASTATTN_BFLOAT16)
             rounding.score = 0x1p-8;
@@ -120,6 +123,24 @@ struct rounding oracle_rounding(const fastattn_attention_args *a) {
     else
         rounding.weight = 0x1p-16; /* a sum of two bfloat16, as the values are */
     return rounding;
+}
+
+/* The largest value of a column among the visible keys, and those that may share a block with them. */
+static double largest_nearby(const fastattn_attention_args *a, int64_t b, int64_t h_kv, int64_t d, const char *visible,
+                             int64_t length) {
+    enum { BLOCK_KEYS = 64 };
+    int64_t first = length, last = 0;
+    for (int64_t j = 0; j < length; j++)
+        if (visible[j]) {
+            first = j < first ? j : first;
+            last = j;
+        }
+    double largest = 0;
+    for (int64_t j = first - BLOCK_KEYS < 0 ? 0 : first - BLOCK_KEYS; j < length && j <= last + BLOCK_KEYS; j++) {
+        const double value = fabs(load(a->kv_dtype, element(a->v, a->v_strides, a->kv_dtype, b, h_kv, j, d)));
+        if (isfinite(value)) largest = fmax(largest, value);
+    }
+    return largest;
 }
 
 void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, struct rounding rounding,
@@ -211,6 +232,8 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
                 result->out_tolerance[d] += weight * fabs(value) * (terms[j] + 2 * rounding.weight + accumulation);
             }
         }
+        for (int64_t d = 0; d < a->v_head_dim && rounding.column > 0; d++)
+            result->out_tolerance[d] += rounding.column * largest_nearby(a, b, h_kv, d, visible, length);
         result->lse = maximum + log(sum);
         result->lse_tolerance = unsure / sum + accumulation + rounding.weight + 2 * FLT_EPSILON * fabs(result->lse);
         for (int64_t d = 0; d < a->v_head_dim; d++) {

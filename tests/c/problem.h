@@ -95,9 +95,10 @@ void spec_context(const struct spec *spec, uint64_t seed);
 uint8_t *problem_snapshot(const struct problem *problem);
 int problem_equals(const struct problem *problem, const uint8_t *snapshot);
 
-/* The unit roundings that the arithmetic of a call may show: of a score's terms, and of the weights p. */
+/* The unit roundings that the arithmetic of a call may show: of a score's terms, of the weights p, and of the values, which may
+ * share one with the largest of a column. */
 struct rounding {
-    double score, weight;
+    double score, weight, column;
 };
 struct rounding oracle_rounding(const fastattn_attention_args *args);
 

@@ -468,6 +468,7 @@ static void check_block(const fa_products *x, fastattn_dtype dtype, double score
     const int64_t item = (int64_t)dtype_size(dtype), rows = c.first + c.rows;
     const int64_t tiled = (block + 2 * FA_TILE - 1) / FA_TILE * FA_TILE + FA_TILE;
     const int64_t dim = (head_dim + FA_TILE - 1) / FA_TILE * FA_TILE, v_dim = (v_head_dim + FA_TILE - 1) / FA_TILE * FA_TILE;
+    const int integers = strncmp(x->name, "int16_", 6) == 0; /* with a rounding that they share, as fixed.h says */
     const float unit = 0.7f;
     context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->name,
             (long long)keys, (long long)block, (long long)from, (long long)head_dim, (long long)v_head_dim, c.first,
@@ -496,27 +497,34 @@ static void check_block(const fa_products *x, fastattn_dtype dtype, double score
     x->qk(s + c.first, q + c.first, c.ld, c.rows, keys_made, from, keys, head_dim);
     for (int64_t j = 0; j < keys; j++)
         for (int r = c.first; r < rows; r++) {
-            double sum = 0, magnitude = 0;
+            double sum = 0, magnitude = 0, of_query[2] = {0}, of_key[2] = {0}; /* the length, squared, and the sum */
             for (int64_t d = 0; d < head_dim; d++) {
-                double term = -load(dtype, (const char *)rows_of[r] + d * item) *
-                              load(dtype, k + (from + j) * (head_dim + gap) * item + d * item);
-                sum += term;
-                magnitude += fabs(term);
+                const double q_d = -load(dtype, (const char *)rows_of[r] + d * item);
+                const double k_d = load(dtype, k + (from + j) * (head_dim + gap) * item + d * item);
+                sum += q_d * k_d;
+                magnitude += fabs(q_d * k_d);
+                of_query[0] += q_d * q_d, of_query[1] += fabs(q_d);
+                of_key[0] += k_d * k_d, of_key[1] += fabs(k_d);
             }
+            const double shared = sqrt(of_query[0]) * of_key[1] + sqrt(of_key[0]) * of_query[1];
             check_close("s", j, r, s[j * c.ld + r], sum,
-                        (FLT_EPSILON * (2 + sqrt((double)head_dim)) + score_rounding) * magnitude);
+                        (FLT_EPSILON * (2 + sqrt((double)head_dim)) + score_rounding) * magnitude +
+                            (integers ? 0x1.1p-15 * shared : 0));
             if (j % 7 == 3) s[j * c.ld + r] = -INFINITY; /* hidden */
             scores[j * c.ld + r] = s[j * c.ld + r];
         }
     x->softmax(s + c.first, p + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
     for (int r = c.first; r < rows; r++) {
-        double top = old_m[r], sum = 0;
-        for (int64_t j = 0; j < keys; j++) top = fmax(top, scores[j * c.ld + r]);
+        double top = old_m[r], of_block = -INFINITY, sum = 0;
+        for (int64_t j = 0; j < keys; j++) of_block = fmax(of_block, scores[j * c.ld + r]);
+        top = fmax(top, of_block);
+        const double shared = integers ? 0x1.1p-14 * exp2((double)unit * (of_block - m[r])) : 0;
         CHECK(m[r] >= old_m[r] && m[r] <= top && exp2(unit * (top - m[r])) <= FA_MOST_POWER, "m[%d] is %g, from %g to %g", r,
               (double)m[r], (double)old_m[r], top);
         for (int64_t j = 0; j < keys; j++) {
             double power = exp2((double)unit * (scores[j * c.ld + r] - m[r]));
-            check_close("p", j, r, x->power(p, c.ld, r, j), power, (x->sums ? 0x1.1p-8 : x->in_parts ? 0x1p-15 : 4e-6) * power);
+            check_close("p", j, r, x->power(p, c.ld, r, j), power,
+                        (x->sums ? 0x1.1p-8 : x->in_parts ? 0x1p-15 : 4e-6) * power + shared);
             sum += power;
         }
         const double fade = exp2((double)unit * (old_m[r] - m[r]));
@@ -532,14 +540,19 @@ static void check_block(const fa_products *x, fastattn_dtype dtype, double score
         if (x->sums)
             check_close("sums", 0, r, o[fa_sums_row(v_head_dim) * c.ld + r], sums, 4e-6 * sums);
         for (int64_t d = 0; d < v_head_dim; d++) {
-            double sum = (r % 3 == 0 ? 0 : (double)d) * alpha[r], magnitude = fabs(sum);
+            double sum = (r % 3 == 0 ? 0 : (double)d) * alpha[r], magnitude = fabs(sum), largest = 0, powers = 0;
+            for (int64_t j = 0; j < block; j++)
+                largest = fmax(largest, fabs(load(dtype, v - j * (v_head_dim + gap) * item + d * item)));
             for (int64_t j = 0; j < keys; j++) {
-                double term = x->power(p, c.ld, r, j) *
-                              load(dtype, v - (from + j) * (v_head_dim + gap) * item + d * item);
+                const double power = x->power(p, c.ld, r, j);
+                const double term = power * load(dtype, v - (from + j) * (v_head_dim + gap) * item + d * item);
                 sum += term;
                 magnitude += fabs(term);
+                powers += power;
             }
-            check_close("o", d, r, o[d * c.ld + r], sum, (FLT_EPSILON * (2 + sqrt((double)keys)) + score_rounding) * magnitude);
+            check_close("o", d, r, o[d * c.ld + r], sum,
+                        (FLT_EPSILON * (2 + sqrt((double)keys)) + score_rounding) * magnitude +
+                            (integers ? 0x1p-12 * largest * powers : 0));
         }
     }
     free(scores);
@@ -551,6 +564,7 @@ static void check_blocks(const fa_products *x, fastattn_dtype dtype, double roun
     static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {1, 8, 31, 32, 33, 64, 72, 128, 160};
     for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
         const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
+        if (block > x->block_keys) continue;
         check_block(x, dtype, rounding, columns[e % COUNT(columns)], dims[e / COUNT(blocks)], dims[e * 5 % COUNT(dims)], block,
                     from, block - from, (int64_t)(e % 2), e % 4 == 0 ? 40 : 3);
     }
@@ -563,12 +577,54 @@ TEST_EACH_ISA(slot_products_as_a_chain) {
         {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
     table();
     for (size_t n = 0; n < COUNT(kinds); n++) {
-        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
-        check_blocks(x, kinds[n].dtype, strncmp(x->name, "float32_", 8) ? kinds[n].rounding : 0);
+        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision, 0);
+        const int rounded = strncmp(x->name, "float32_", 8) != 0 && strncmp(x->name, "int16_", 6) != 0;
+        check_blocks(x, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16)) /* chosen or not */
-        check_blocks(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
+    if (test_isa != FASTATTN_ISA_AVX512) return;
+    /* Chosen or not. */
+    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_blocks(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
+    for (size_t n = 0; n < COUNT(dtypes) && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
+        check_blocks(&fastattn_products_int16_avx512, dtypes[n], 0);
+#endif
+}
+
+/* Blocks of integers fit as long as what they share leaves enough to each. */
+TEST_EACH_ISA(slot_fits) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    enum { ROWS = 64, KEYS = 40, DIM = 72 };
+    const fa_products *x = &fastattn_products_int16_avx512;
+    static const struct { const char *what; float factor, offset; int fits[3]; } changes[] = {
+        /* of one row of q, k and v */
+        {"nothing", 1, 0, {1, 1, 1}},         {"zeros", 0, 0, {1, 1, 1}},          {"four times as large", 4, 0, {1, 1, 1}},
+        {"four times as small", 0.25f, 0, {1, 1, 1}}, {"64 times as large", 64, 0, {0, 0, 0}},
+        {"64 times as small", 0x1p-6f, 0, {1, 1, 0}}, {"tiny", 0x1p-60f, 0, {0, 0, 0}}, {"huge", 0x1p60f, 0, {0, 0, 0}},
+        {"subnormal", 0x1p-130f, 0, {0, 0, 0}},       {"infinite", 1, INFINITY, {0, 0, 0}}, {"NaN", 1, NAN, {0, 0, 0}}};
+    table();
+    if (test_isa != FASTATTN_ISA_AVX512 || !fastattn_cpu_has(FA_CPU_AVX512_VNNI)) return;
+    for (size_t e = 0; e < COUNT(changes) * 3 * 2; e++) {
+        const fastattn_dtype dtype = e % 2 ? FASTATTN_BFLOAT16 : FASTATTN_FLOAT32;
+        const size_t operand = e / 2 % 3, n = e / 6;
+        const int64_t item = (int64_t)dtype_size(dtype), stride = DIM * item;
+        context("%s in operand %d, of dtype %d", changes[n].what, (int)operand, (int)dtype);
+        const void *rows_of[ROWS];
+        char *rows[3] = {random_rows(rows_of, ROWS, ROWS, DIM, stride, dtype),
+                         (char *)(uintptr_t)stored_rows("k", KEYS, DIM, stride, dtype),
+                         (char *)(uintptr_t)stored_rows("v", KEYS, DIM, stride, dtype)};
+        char *changed = rows[operand] + 17 * stride;
+        for (int64_t d = 0; d < DIM; d++)
+            store(dtype, changed + d * item, load(dtype, changed + d * item) * changes[n].factor + (d == 70 ? changes[n].offset : 0));
+        float *q = panel("q", FA_TILE * 3, ROWS);
+        float *k_room = panel("k room", KEYS + FA_TILE, FA_TILE * 3), *v_room = panel("v room", KEYS + FA_TILE, FA_TILE * 3);
+        guard_seal();
+        x->pack(q, ROWS, rows_of, ROWS, DIM, dtype, 1.0f);
+        const fa_matrix k = x->keys(k_room, matrix(rows[1], stride, dtype), KEYS, DIM);
+        const fa_matrix v = x->values(v_room, matrix(rows[2], stride, dtype), KEYS, DIM);
+        CHECK(x->fits(q, ROWS, k, KEYS, v, -0.1f) == changes[n].fits[operand], "fits: %d", !changes[n].fits[operand]);
+        guard_check();
+        guard_release();
+    }
 #endif
 }
 
