@@ -109,16 +109,16 @@ FA_INLINE simd_f quick_exp2(simd_f x) {
     return _mm512_scalef_ps(p, x);
 }
 
-/* The powers of one key; scaled_top is c * top. Where they are rounded to bfloat16 one rounding more does no harm. */
-FA_INLINE simd_f power_of(int planes, const float *s, simd_f top, simd_f c, simd_f scaled_top) {
-    const simd_f x = simd_load(s);
-    return planes == 1 ? quick_exp2(simd_fms(x, c, scaled_top)) : exp2_of(simd_sub(x, top), c);
+/* The powers of one key. The difference first: c times a score may overflow, as with a bias of -FLT_MAX. */
+FA_INLINE simd_f power_of(int planes, const float *s, simd_f top, simd_f c) {
+    const simd_f x = simd_sub(simd_load(s), top);
+    return planes == 1 ? quick_exp2(simd_mul(x, c)) : exp2_of(x, c);
 }
 
 FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, float *p, ptrdiff_t ld, int64_t keys, float c,
                                  float *m, float *l, float *alpha) {
     const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
-    simd_f top[4], base[4], scaled[4], sum[4];
+    simd_f top[4], base[4], sum[4];
     simd_m stale[4];
     FA_UNROLL for (int v = 0; v < vectors; v++) {
         top[v] = simd_load(m + v * SIMD_LANES);
@@ -135,15 +135,14 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, floa
             }
             /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
             base[v] = simd_select(simd_eq(top[v], lowest), zero, top[v]);
-            scaled[v] = simd_mul(base[v], scale);
             sum[v] = zero;
         }
         for (int64_t j = 0; j < keys; j += 2)
             FA_UNROLL for (int v = 0; v < vectors; v++) {
                 const float *from = s + j * ld + v * SIMD_LANES;
                 float *to = p + j / 2 * planes * ld + v * SIMD_LANES;
-                const simd_f even = power_of(planes, from, base[v], scale, scaled[v]);
-                const simd_f odd = j + 1 < keys ? power_of(planes, from + ld, base[v], scale, scaled[v]) : zero;
+                const simd_f even = power_of(planes, from, base[v], scale);
+                const simd_f odd = j + 1 < keys ? power_of(planes, from + ld, base[v], scale) : zero;
                 sum[v] = simd_add(sum[v], simd_add(even, odd));
                 if (planes == 1) {
                     _mm512_storeu_si512(to, upper_halves(rounded_up(even), rounded_up(odd)));
