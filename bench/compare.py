@@ -146,7 +146,7 @@ def _selected(case, args):
 
 
 def _sensible(case, peer):
-    return peer != "fastattn-float32" or case.dtype != "float32"
+    return peer != "fastattn-float32" or (case.dtype, case.precision) != ("float32", "highest")
 
 
 def _parser():
@@ -156,7 +156,7 @@ def _parser():
     parser.add_argument(
         "--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"), help="storage types"
     )
-    parser.add_argument("--precision", nargs="+", default=["highest"], choices=("highest", "high"))
+    parser.add_argument("--precision", nargs="+", default=["highest"], choices=("highest", "high", "medium"))
     parser.add_argument("--isa", choices=_LIMITS, help="limit every side to this instruction set")
     parser.add_argument("--threads", type=_bench.positive, default=fastattn.get_num_threads(), metavar="N")
     parser.add_argument("--rounds", type=_bench.positive, default=9, metavar="N")

@@ -46,6 +46,12 @@ CASES = (
     *(replace(case, dtype="bfloat16") for case in _FLOAT32),
     *(replace(case, dtype="float16") for case in _FLOAT32),
     *(replace(case, precision="high") for case in _FLOAT32 if case.name in _TORCH_AMX),
+    *(
+        replace(case, dtype=dtype, precision="medium")
+        for dtype in ("float32", "float16", "bfloat16")
+        for case in _FLOAT32
+        if case.name in _TORCH_AMX
+    ),
 )
 
 
@@ -62,7 +68,7 @@ def target(case, peer, isa):
         return 1.0 if large and case.name in _TORCH_FLOAT32 else None
     if exact:
         return _TORCH_FLOAT32.get(case.name)
-    if isa == "amx" and case.name in _TORCH_AMX:
+    if isa == "amx" and case.name in _TORCH_AMX and case.precision != "medium":
         return _TORCH_AMX[case.name][("bfloat16", "float16", "float32").index(case.dtype)]
     return None
 
@@ -72,6 +78,6 @@ def error_limit(case, peer, peer_error, values):
 
     A single query has too few outputs for that: which side's largest error is the larger one would be chance.
     """
-    if case.precision == "high":
-        return 2.0**-14 * float(abs(values).max())
+    if case.precision != "highest" and case.dtype != "bfloat16":
+        return {"high": 2.0**-14, "medium": 2.0**-8}[case.precision] * float(abs(values).max())
     return peer_error if peer == "torch" and case.shape[3] > 1 else None

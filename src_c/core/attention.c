@@ -39,6 +39,7 @@ typedef struct fa_work {
     char *finite_v;
     float *q[FA_WAYS];
     int packed[FA_WAYS];      /* q is there */
+    int misfits;              /* blocks in a row that did not fit the products */
     int q_finite;             /* all queries are, as far as that matters */
     int few;                  /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
     int64_t q_pitch, o_pitch; /* of them then */
@@ -288,13 +289,16 @@ static void prepare_operands(fa_work *w, fa_operands *x, int way, const fa_key_b
 }
 
 /* The operands as the products of the call want them, or, for what does not fit those, as float32 products do. A power that is 0
- * to them must still meet an infinity. */
+ * to them must still meet an infinity; and where block after block does not fit, the rest of the panel is not tried. */
 static void choose_way(fa_work *w, fa_operands *x, const fa_key_block *block, fa_matrix values) {
+    enum { TRIALS = 4 };
     const fa_products *products = w->products;
-    if (!products->fits || !x->careful) {
+    if (!products->fits || (!x->careful && w->misfits < TRIALS)) {
         prepare_operands(w, x, FA_PREFERRED, block, values);
-        if (!products->fits || products->fits(w->q[FA_PREFERRED], w->call->rows.ld, x->k, block->keys, x->v, w->call->args->scale))
-            return;
+        const int fits = !products->fits || products->fits(w->q[FA_PREFERRED], w->call->rows.ld, x->k, block->keys, x->v,
+                                                           w->call->args->scale);
+        w->misfits = fits ? 0 : w->misfits + 1;
+        if (fits) return;
     }
     prepare_operands(w, x, FA_EXACT, block, values);
 }

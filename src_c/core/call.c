@@ -119,7 +119,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
-    call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision, args->lse != NULL);
+    call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision);
     call->items = call->panels = 0;
     call->workspace = 0;
     call->splits = 1;

@@ -25,8 +25,7 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     }
 }
 
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
-                                            int lse_wanted) {
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
 #if defined(__x86_64__) && defined(__GNUC__)
     if ((limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
         if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_bfloat16_amx;
@@ -34,13 +33,13 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
         if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_float16_amx;
     }
     const int avx512 = limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX;
-    if (avx512 && (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM)) {
-        if (fastattn_cpu_has(FA_CPU_FAST_BF16)) return &fastattn_products_bfloat16_avx512;
-        const int exact_scores = lse_wanted && precision != FASTATTN_PRECISION_MEDIUM;
-        if (fastattn_cpu_has(FA_CPU_AVX512_VNNI) && !exact_scores) return &fastattn_products_int16_avx512;
-    }
+    if (avx512 && fastattn_cpu_has(FA_CPU_FAST_BF16) &&
+        (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
+        return &fastattn_products_bfloat16_avx512;
+    if (avx512 && fastattn_cpu_has(FA_CPU_AVX512_VNNI) && precision == FASTATTN_PRECISION_MEDIUM)
+        return &fastattn_products_int16_avx512;
 #else
-    (void)q_dtype, (void)precision, (void)lse_wanted;
+    (void)q_dtype, (void)precision;
 #endif
     return fastattn_ukernel_select(limit)->products;
 }

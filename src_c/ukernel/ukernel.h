@@ -153,10 +153,8 @@ typedef struct fa_ukernel {
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 
-/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than, and, if
- * it is wanted, for the logarithm of the sum: that is float32 whatever the dtype. */
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
-                                            int lse_wanted);
+/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than. */
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;

@@ -577,7 +577,7 @@ TEST_EACH_ISA(slot_products_as_a_chain) {
         {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
     table();
     for (size_t n = 0; n < COUNT(kinds); n++) {
-        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision, 0);
+        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
         const int rounded = strncmp(x->name, "float32_", 8) != 0 && strncmp(x->name, "int16_", 6) != 0;
         check_blocks(x, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
