@@ -60,8 +60,8 @@ static void plan_bundles(fa_call *call) {
 static int plan_threads(const fa_call *call) {
     const double enough = 2e6;
     const fastattn_attention_args *a = call->args;
-    const double work = (double)call->items * (double)(call->bundle * call->rows.ld) * (double)fa_min(call->split_keys, a->kv_len) *
-                        (double)(a->head_dim + a->v_head_dim);
+    const double work = (double)call->items * (double)(call->bundle * call->rows.ld) *
+                        (double)fa_min(call->split_keys, a->kv_len) * (double)(a->head_dim + a->v_head_dim);
     int64_t threads = fa_min(a->num_threads, call->items);
     if (threads < 1 || work < 2 * enough) return 1;
     return (int)(work / enough < (double)threads ? work / enough : (double)threads);

@@ -195,7 +195,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
 }
 
 /* A table of products of numbers in so many planes, with so many cross products. */
-#define AMX_TABLE(suffix, planes, qk_products, pv_products, block_keys)                                              \
+#define AMX_TABLE(suffix, planes, qk_products, pv_products, block_size)                                              \
     PAIRS_SLOTS(suffix, planes)                                                                                      \
     static fa_matrix suffix##_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {                  \
         return amx_keys(planes, room, stored, keys, head_dim);                                                       \
@@ -212,9 +212,10 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
         amx_pv(planes, pv_products, o, alpha, p, ld, rows, v, from, keys, v_head_dim);                               \
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
-        #suffix,         FASTATTN_ISA_AMX, FA_FEW_ROWS + 1, block_keys,  0,           planes == 1,      planes > 1,  amx_enter, amx_leave, \
-        suffix##_pack, suffix##_keys,    suffix##_values, NULL, suffix##_qk, \
-        suffix##_softmax, suffix##_pv, suffix##_power};
+        .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FA_FEW_ROWS + 1, .block_keys = block_size,          \
+        .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = suffix##_pack,  \
+        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax,            \
+        .pv = suffix##_pv, .power = suffix##_power};
 
 AMX_TABLE(bfloat16_amx, 1, 1, 1, 128)
 AMX_TABLE(bfloat16x3_amx, 2, 3, 3, 64)

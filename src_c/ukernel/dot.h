@@ -47,7 +47,9 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 
 PAIRS_SLOTS(dot, 1)
 
-const fa_products fastattn_products_bfloat16_avx512 = {"bfloat16_avx512", FASTATTN_ISA_AVX512, FA_FEW_ROWS + 1, 64, 0, 1, 0, NULL, NULL,
-                                                       dot_pack, dot_keys, dot_values, NULL, dot_qk, dot_softmax, dot_pv, dot_power};
+const fa_products fastattn_products_bfloat16_avx512 = {
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FA_FEW_ROWS + 1, .block_keys = 64, .sums = 1,
+    .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
+    .power = dot_power};
 
 #endif

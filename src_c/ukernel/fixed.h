@@ -1,5 +1,5 @@
-/* The products of attention by AVX512-VNNI, which multiplies pairs of 16-bit integers at twice the rate of float32: the register
- * tile of tile.h on block floating point. Included by avx512.c.
+/* The products of attention by AVX512-VNNI, which multiplies pairs of 16-bit integers at twice the rate of float32: the
+ * register tile of tile.h on block floating point. Included by avx512.c.
  *
  * Numbers are integers times a power of two that they share: those of a query, those of a key, the powers of a query in a block,
  * and the values of a column in a block. The integers are as long as no sum of products can overflow 32 bits, which makes the
@@ -11,8 +11,8 @@
  * Most bfloat16, having 8 bits, become integers exactly. A number far smaller than its neighbours loses bits, but then it adds
  * little to a sum of products; where it could be all of one, `fits` says so.
  *
- * The units come first: in the first row of the panels and of the values, and as the first number of every key. After the last key
- * stands the largest of their units. */
+ * The powers of two, the units, come first: in the first row of the panels and of the values, and as the first number of every
+ * key. After the last key stands the largest of theirs. */
 #ifdef SIMD_PAIRS
 
 enum { MOST_LENGTH = 32767, POWER_BITS = 13, MOST_VALUE = 4095, FIXED_KEYS = 64 };
@@ -23,7 +23,8 @@ FA_INLINE __m512i units_above(simd_f x) {
     return _mm512_min_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x800000)), _mm512_set1_epi32(0x7f800000));
 }
 
-/* The unit of a query or a key: any small one for zeros, and infinity where there is none, for NaN, infinities, and numbers whose squares leave float32. */
+/* The unit of a query or a key: any small one for zeros, and infinity where there is none, for NaN, infinities, and numbers
+ * whose squares leave float32. */
 FA_INLINE float row_unit(const char *at, int64_t n, fastattn_dtype dtype) {
     __m512i bits = _mm512_setzero_si512();
     simd_f squares = simd_set1(0.0f);
@@ -115,8 +116,9 @@ static fa_matrix fixed_keys(float *room, fa_matrix stored, int64_t keys, int64_t
     return made;
 }
 
-/* When one key's largest value is not within the factor SPREAD of another's, the units are made infinite: a row that sees but the
- * smaller ones would see too little of them. (Keys whose values are all 0 are no matter.) */
+/* When one key's largest value is not within the factor SPREAD of another's, a row that sees but the smaller ones would see too
+ * little of them, and of tiny values the products with a power may underflow: no unit is right then, and the first is made
+ * infinite. (Keys whose values are all 0 are no matter.) */
 static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     enum { SPREAD = 8 };
     uint32_t largest_of[FIXED_KEYS], most = 0, least = 0x7f800000;
@@ -128,13 +130,14 @@ static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64
     float bounds[2];
     memcpy(&bounds[0], &least, sizeof least);
     memcpy(&bounds[1], &most, sizeof most);
-    if (!(bounds[1] < INFINITY && bounds[1] <= SPREAD * bounds[0])) room[0] = INFINITY;
+    if (most > 0 && !(bounds[1] > 0x1p-60f && bounds[1] < INFINITY && bounds[1] <= SPREAD * bounds[0])) room[0] = INFINITY;
     const fa_matrix made = {(const char *)room, fa_sums_row(v_head_dim) * (int64_t)sizeof(float), stored.dtype};
     return made;
 }
 
-/* What the rounding to integers adds to a score is up to half a unit in every number of the query times that of the key and the
- * other way round, in all 2**14 units of both at random: scale * 2**14 of them may be 2**-9, the rounding of a power to bfloat16. */
+/* What the rounding to integers adds to a score is up to half a unit in every number of the query, times the key, and the other
+ * way round: at random, 2**14 times the product of the units. With the scale that may be 2**-9, what rounding the power to
+ * bfloat16 would add. */
 static int fixed_fits(const float *q, int ld, fa_matrix k, int64_t keys, fa_matrix v, float scale) {
     simd_f largest = simd_load(q);
     for (int row = SIMD_LANES; row < ld; row += SIMD_LANES) largest = simd_max(largest, simd_load(q + row));
@@ -196,6 +199,7 @@ static void fixed_softmax(float *s, float *p, int ld, int rows, int64_t keys, fl
 
 static void fixed_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                      int64_t v_head_dim) {
+    const unsigned found = subnormals_are_zero();
     const int64_t steps = (keys + 1) / 2;
     const float *units = (const float *)(const void *)v.at;
     const float *pairs = (const float *)(const void *)(v.at + (1 + from / 2) * v.stride);
@@ -203,6 +207,7 @@ static void fixed_pv(float *o, const float *alpha, const float *p, int ld, int r
                              .panel = p + ld, .ld = ld, .steps = steps, .run = steps > 0 ? steps : 1, .units = units,
                              .lane_units = p};
     tile_product(TILE_INT16, rows, v_head_dim, x);
+    _mm_setcsr(found);
 }
 
 static float fixed_power(const float *p, int ld, int row, int64_t key) {
@@ -211,8 +216,9 @@ static float fixed_power(const float *p, int ld, int row, int64_t key) {
     return (float)pair[key % 2] * p[row];
 }
 
-const fa_products fastattn_products_int16_avx512 = {"int16_avx512", FASTATTN_ISA_AVX512, SIMD_LANES + 1, FIXED_KEYS, 0, 0, 0, NULL, NULL,
-                                                    fixed_pack, fixed_keys, fixed_values, fixed_fits, fixed_qk, fixed_softmax,
-                                                    fixed_pv, fixed_power};
+const fa_products fastattn_products_int16_avx512 = {
+    .name = "int16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = SIMD_LANES + 1, .block_keys = FIXED_KEYS,
+    .pack = fixed_pack, .keys = fixed_keys, .values = fixed_values, .fits = fixed_fits,
+    .qk = fixed_qk, .softmax = fixed_softmax, .pv = fixed_pv, .power = fixed_power};
 
 #endif

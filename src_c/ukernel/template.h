@@ -27,8 +27,10 @@
 #include "tile.h"
 #include "few.h"
 
-#define FA_TABLE(suffix, isa, block_keys)                                                                        \
-    static const fa_products products = {"float32_" #suffix, isa, 1, block_keys, 1, 0, 0, NULL, NULL, pack, widened, \
-                                         widened, NULL, qk,      softmax,    pv, power};                    \
-    const fa_ukernel fastattn_ukernel_##suffix = {&products, widen,  fetch,  mask,  scores, \
-                                                  qk_few,    pv_few, all_finite, unpack};
+#define FA_TABLE(suffix, instructions, block_size)                                                                      \
+    static const fa_products products = {.name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1,             \
+                                         .block_keys = block_size, .in_place = 1, .pack = pack, .keys = widened,        \
+                                         .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power};    \
+    const fa_ukernel fastattn_ukernel_##suffix = {.products = &products, .widen = widen, .fetch = fetch, .mask = mask,  \
+                                                  .scores = scores, .qk_few = qk_few, .pv_few = pv_few,                 \
+                                                  .finite = all_finite, .unpack = unpack};
