@@ -23,58 +23,78 @@ FA_INLINE __m512i units_above(simd_f x) {
     return _mm512_min_epi32(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x800000)), _mm512_set1_epi32(0x7f800000));
 }
 
-/* The unit of a query or a key: any small one for zeros, and infinity where there is none, for NaN, infinities, and numbers
- * whose squares leave float32. */
-FA_INLINE float row_unit(const char *at, int64_t n, fastattn_dtype dtype) {
-    __m512i bits = _mm512_setzero_si512();
-    simd_f squares = simd_set1(0.0f);
-    for (int64_t d = 0; d < n; d += SIMD_LANES) {
-        const simd_f x = load_as(at + d * fa_size_of(dtype), n - d, dtype);
-        bits = _mm512_or_si512(bits, _mm512_castps_si512(simd_abs(x)));
-        squares = simd_fma(x, x, squares);
+/* The units of SIMD_LANES queries or keys: any small one for zeros, and infinity where there is none, for NaN, infinities, and
+ * numbers whose squares leave float32. */
+FA_INLINE simd_f row_units(const char *const *rows, int64_t n, fastattn_dtype dtype) {
+    simd_f squares[SIMD_LANES];
+    for (int r = 0; r < SIMD_LANES; r++) {
+        squares[r] = simd_set1(0.0f);
+        for (int64_t d = 0; d < n; d += SIMD_LANES) {
+            const simd_f x = load_as(rows[r] + d * fa_size_of(dtype), n - d, dtype);
+            squares[r] = simd_fma(x, x, squares[r]);
+        }
     }
-    const float square = _mm512_reduce_add_ps(squares);
-    if (square > 0x1p-80f && square < 0x1p80f)
-        return _mm512_cvtss_f32(_mm512_castsi512_ps(units_above(simd_set1(sqrtf(square) * (1.0f / MOST_LENGTH)))));
-    return _mm512_test_epi32_mask(bits, bits) ? INFINITY : 0x1p-100f;
+    const simd_f square = simd_sum_lanes(squares);
+    simd_f units = _mm512_castsi512_ps(units_above(simd_mul(_mm512_sqrt_ps(square), simd_set1(1.0f / MOST_LENGTH))));
+    const unsigned odd = _mm512_cmp_ps_mask(square, simd_set1(0x1p-80f), _CMP_NGT_UQ) |
+                         _mm512_cmp_ps_mask(square, simd_set1(0x1p80f), _CMP_NLT_UQ);
+    for (int r = 0; r < SIMD_LANES && odd >> r; r++) {
+        if (!(odd >> r & 1)) continue;
+        __m512i bits = _mm512_setzero_si512();
+        for (int64_t d = 0; d < n; d += SIMD_LANES)
+            bits = _mm512_or_si512(bits, _mm512_castps_si512(simd_abs(load_as(rows[r] + d * fa_size_of(dtype), n - d, dtype))));
+        units = simd_select((simd_m)(1 << r), simd_set1(_mm512_test_epi32_mask(bits, bits) ? INFINITY : 0x1p-100f), units);
+    }
+    return units;
 }
 
 /* 32 numbers, of which n are there and the others 0, times factor, as integers in their order. */
 FA_INLINE void words_of(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float factor) {
-    __m256i words[2];
+    __m512i half[2];
     (void)planes;
-    for (int half = 0; half < 2; half++) {
-        const int64_t d = half * SIMD_LANES, left = n - d < 0 ? 0 : n - d;
+    for (int i = 0; i < 2; i++) {
+        const int64_t d = i * SIMD_LANES, left = n - d < 0 ? 0 : n - d;
         const simd_f x = load_as(at + (left ? d * fa_size_of(dtype) : 0), left, dtype);
-        words[half] = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(simd_mul(x, simd_set1(factor))));
+        half[i] = _mm512_cvtps_epi32(simd_mul(x, simd_set1(factor)));
     }
-    to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(words[0]), words[1], 1);
+    to[0] = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), _mm512_packs_epi32(half[0], half[1]));
 }
 
 FA_INLINE void fixed_pack_of(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, float sign,
                              fastattn_dtype dtype) {
     float factors[FA_PANEL_ROWS];
-    for (int row = 0; row < rows; row++) {
-        q[row] = row_unit((const char *)rows_of[row], head_dim, dtype);
-        factors[row] = sign / q[row];
+    for (int row = 0; row < rows; row += SIMD_LANES) {
+        const simd_f units = row_units((const char *const *)(rows_of + row), head_dim, dtype);
+        simd_store(q + row, units);
+        simd_store(factors + row, simd_div(simd_set1(sign), units));
     }
     pairs_pack(1, words_of, q + ld, ld, rows_of, rows, head_dim, dtype, factors);
 }
 
 static int64_t key_pitch(int64_t head_dim) { return 1 + fa_round_up(head_dim, HALVES) / 2; }
 
-FA_INLINE void fixed_keys_of(float *to, const char *from, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
-    float largest = 0.0f;
-    for (int64_t j = 0; j < keys; j++, from += stride, to += key_pitch(head_dim)) {
-        to[0] = row_unit(from, head_dim, dtype);
-        largest = to[0] > largest ? to[0] : largest;
-        for (int64_t d = 0; d < head_dim; d += HALVES) {
-            __m512i words[2];
-            words_of(1, words, from + d * fa_size_of(dtype), head_dim - d, dtype, 1.0f / to[0]);
-            _mm512_storeu_si512(to + 1 + d / 2, words[0]);
+FA_INLINE void fixed_keys_of(float *room, const char *from, int64_t stride, int64_t keys, int64_t head_dim,
+                             fastattn_dtype dtype) {
+    simd_f largest = simd_set1(0.0f);
+    for (int64_t first = 0; first < keys; first += SIMD_LANES) {
+        const char *rows[SIMD_LANES];
+        float units[SIMD_LANES], factors[SIMD_LANES];
+        for (int r = 0; r < SIMD_LANES; r++) rows[r] = from + (first + r < keys ? first + r : keys - 1) * stride;
+        const simd_f found = row_units(rows, head_dim, dtype);
+        largest = simd_max(largest, found);
+        simd_store(units, found);
+        simd_store(factors, simd_div(simd_set1(1.0f), found));
+        for (int r = 0; r < SIMD_LANES && first + r < keys; r++) {
+            float *to = room + (first + r) * key_pitch(head_dim);
+            to[0] = units[r];
+            for (int64_t d = 0; d < head_dim; d += HALVES) {
+                __m512i words[2];
+                words_of(1, words, rows[r] + d * fa_size_of(dtype), head_dim - d, dtype, factors[r]);
+                _mm512_storeu_si512(to + 1 + d / 2, words[0]);
+            }
         }
     }
-    to[0] = largest;
+    room[keys * key_pitch(head_dim)] = _mm512_reduce_max_ps(largest);
 }
 
 /* Values of two keys side by side; and the largest value of each key, as bits: an order in which NaN is above infinity. */
