@@ -299,7 +299,7 @@ SIZES_APART = {
     "values have a large number": lambda q, k, v: (q, k, v * np.where(np.arange(64) == 7, 50, 1)),
     "all are large": lambda q, k, v: (q * 2**7, k * 2**7, v * 2**7),
     "all are tiny": lambda q, k, v: (q * 2.0**-12, k * 2.0**-12, v * 2.0**-12),
-    "values are next to nothing": lambda q, k, v: (q, k, v * 2.0**-120),
+    "values are next to nothing": lambda q, k, v: (q, k, v * 2.0**-100),
 }
 
 
