@@ -252,6 +252,22 @@ static uint32_t random_pair(struct rng *rng, enum kind kind) {
     return random_float(rng, kind) >> 16 | (random_float(rng, kind) & 0xffff0000u);
 }
 
+/* out = c + a * b in three tiles, whose numbers are part of the instructions; returns what becomes of mxcsr. */
+#define DEFINE_MULTIPLY(name, tile_c, tile_a, tile_b)                                              \
+    static unsigned name(void *out, const void *c, const void *a, const void *b, unsigned mxcsr) { \
+        TILE_LOAD(tile_c, c, ROW_BYTES);                                                           \
+        TILE_LOAD(tile_a, a, ROW_BYTES);                                                           \
+        TILE_LOAD(tile_b, b, ROW_BYTES);                                                           \
+        _mm_setcsr(mxcsr);                                                                         \
+        TILE_PRODUCT(tile_c, tile_a, tile_b);                                                      \
+        const unsigned after = _mm_getcsr();                                                       \
+        _mm_setcsr(DEFAULT_MXCSR);                                                                 \
+        TILE_STORE(tile_c, out, ROW_BYTES);                                                        \
+        return after;                                                                              \
+    }
+DEFINE_MULTIPLY(multiply_012, 0, 1, 2)
+DEFINE_MULTIPLY(multiply_673, 6, 7, 3)
+
 /* With the caller's rounding, flushing and exceptions set at random: they change nothing, and nothing changes them. */
 TEST(emulator_products) {
     static uint32_t a[ROWS][PAIRS], b[PAIRS][LANES], c[ROWS][LANES], out[ROWS][LANES];
@@ -281,26 +297,7 @@ TEST(emulator_products) {
         }
         load_config(&config);
         const unsigned mxcsr = DEFAULT_MXCSR | ((unsigned)random_bits(&rng) & (0xe040 | 0x3f));
-        unsigned after;
-        if (round % 2) {
-            TILE_LOAD(0, c, ROW_BYTES);
-            TILE_LOAD(1, a, ROW_BYTES);
-            TILE_LOAD(2, b, ROW_BYTES);
-            _mm_setcsr(mxcsr);
-            TILE_PRODUCT(0, 1, 2);
-            after = _mm_getcsr();
-            _mm_setcsr(DEFAULT_MXCSR);
-            TILE_STORE(0, out, ROW_BYTES);
-        } else {
-            TILE_LOAD(6, c, ROW_BYTES);
-            TILE_LOAD(7, a, ROW_BYTES);
-            TILE_LOAD(3, b, ROW_BYTES);
-            _mm_setcsr(mxcsr);
-            TILE_PRODUCT(6, 7, 3);
-            after = _mm_getcsr();
-            _mm_setcsr(DEFAULT_MXCSR);
-            TILE_STORE(6, out, ROW_BYTES);
-        }
+        const unsigned after = (round % 2 ? multiply_012 : multiply_673)(out, c, a, b, mxcsr);
         CHECK(after == mxcsr, "MXCSR was %#x and became %#x", mxcsr, after);
         product(rows, pairs, columns, c, a, b);
         for (int m = 0; m < rows; m++)

@@ -1,26 +1,13 @@
-/* Every slot of an instruction set's table against its sentence in ukernel.h, in double precision, on edge sizes and
- * guarded buffers. Bytes that a slot has no business with keep their pattern. */
-#include "problem.h"
+/* Every slot of an instruction set's table, and of its float32 products, against its sentence in ukernel.h, in double
+ * precision, on edge sizes and guarded buffers. Bytes that a slot has no business with keep their pattern. */
+#include "slots.h"
 
 #include <float.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu/cpu.h"
-#include "ukernel/ukernel.h"
-
 static const int64_t edges[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,  13,  15,
                                 16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
-static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
-static struct rng rng;
-
-static const fa_ukernel *table(void) {
-    const fa_ukernel *uk = fastattn_ukernel_select(test_isa);
-    CHECK(uk != NULL, "no table");
-    rng.state = 1;
-    return uk;
-}
 
 static const fa_products *products(void) { return table()->products; }
 
@@ -28,25 +15,10 @@ static fa_matrix matrix(const void *at, int64_t stride, fastattn_dtype dtype) {
     return (fa_matrix){at, stride, dtype};
 }
 
-/* Columns of a panel: its leading dimension, and the part of it that a slot is called for. */
-static const struct columns {
-    int ld, first, rows;
-} columns[] = {{16, 0, 16}, {32, 0, 32}, {32, 16, 16}, {48, 0, 48}, {64, 0, 64}, {64, 16, 32}, {64, 48, 16}};
-
-enum { UNTOUCHED = 12345 };
-
 static float *random_floats(const char *name, int64_t count, double amplitude) {
     float *x = guard_input(name, (size_t)count * 4, 4, GUARD_BEHIND);
     for (int64_t n = 0; n < count; n++)
         x[n] = (float)(amplitude * random_signed(&rng));
-    return x;
-}
-
-/* A panel is aligned and its size is a multiple of the alignment, so that it lies flush at both of its ends. */
-static float *panel(const char *name, int64_t rows, int ld) {
-    float *x = guard_output(name, (size_t)(rows * ld) * 4, 64, GUARD_BEHIND);
-    for (int64_t n = 0; n < rows * ld; n++)
-        x[n] = UNTOUCHED;
     return x;
 }
 
@@ -57,11 +29,6 @@ static float *random_panel(const char *name, int64_t rows, int ld, double amplit
     return x;
 }
 
-static void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance) {
-    CHECK(isnan(wanted) ? isnan(got) : got == wanted || fabs(got - wanted) <= tolerance,
-          "%s[%lld][%lld] is %.9g, should be %.9g", what, (long long)row, (long long)column, got, wanted);
-}
-
 /* Nothing outside of the columns was written. */
 static void check_outside(const char *what, const float *x, int64_t rows, struct columns c) {
     for (int64_t n = 0; n < rows; n++)
@@ -70,20 +37,6 @@ static void check_outside(const char *what, const float *x, int64_t rows, struct
                   what, (long long)n, i);
     guard_check();
     guard_release();
-}
-
-/* Row pointers into an array of `rows` rows of `count` elements with a gap between them; the last rows may repeat. */
-static char *random_rows(const void *rows_of[FA_PANEL_ROWS], int rows, int distinct, int64_t count, int64_t stride,
-                         fastattn_dtype dtype) {
-    char *x = guard_input("rows", (size_t)((distinct - 1) * stride + count * (int64_t)dtype_size(dtype)),
-                          dtype_size(dtype), GUARD_BEHIND);
-    for (int r = 0; r < rows; r++)
-        rows_of[r] = x + (r < distinct ? r : distinct - 1) * stride;
-    for (int r = 0; r < distinct; r++)
-        for (int64_t d = 0; d < count; d++)
-            store(dtype, x + r * stride + d * (int64_t)dtype_size(dtype),
-                  dtype == FASTATTN_BOOL ? 1 : 3 * random_signed(&rng));
-    return x;
 }
 
 TEST_EACH_ISA(slot_pack) {
@@ -177,13 +130,10 @@ TEST_EACH_ISA(slot_qk) {
         uk->qk(s + c.first, q + c.first, c.ld, c.rows, matrix(k, stride * 4, FASTATTN_FLOAT32), 0, keys, head_dim);
         for (int64_t j = 0; j < keys; j++)
             for (int r = c.first; r < c.first + c.rows; r++) {
-                double sum = 0, magnitude = 0;
-                for (int64_t d = 0; d < head_dim; d++) {
-                    double term = (double)k[j * stride + d] * q[d * c.ld + r];
-                    sum += term;
-                    magnitude += fabs(term);
-                }
-                check_close("s", j, r, s[j * c.ld + r], sum, FLT_EPSILON * (2 + sqrt((double)head_dim)) * magnitude);
+                struct sum sum = {0, 0};
+                for (int64_t d = 0; d < head_dim; d++)
+                    add(&sum, (double)k[j * stride + d] * q[d * c.ld + r]);
+                check_close("s", j, r, s[j * c.ld + r], sum.value, rounding_of_sum(head_dim) * sum.magnitude);
             }
         check_outside("s", s, keys, c);
     }
@@ -211,101 +161,72 @@ TEST_EACH_ISA(slot_pv) {
         uk->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, matrix(v, stride * 4, FASTATTN_FLOAT32), 0, keys, dim);
         for (int64_t d = 0; d < dim; d++)
             for (int r = c.first; r < c.first + c.rows; r++) {
-                double sum = (double)before[d * c.ld + r] * alpha[r], magnitude = fabs(sum);
-                for (int64_t j = 0; j < keys; j++) {
-                    double term = (double)v[j * stride + d] * p[j * c.ld + r];
-                    sum += term;
-                    magnitude += fabs(term);
-                }
-                check_close("o", d, r, o[d * c.ld + r], sum, FLT_EPSILON * (2 + sqrt((double)keys)) * magnitude);
+                struct sum sum = {0, 0};
+                add(&sum, (double)before[d * c.ld + r] * alpha[r]);
+                for (int64_t j = 0; j < keys; j++)
+                    add(&sum, (double)v[j * stride + d] * p[j * c.ld + r]);
+                check_close("o", d, r, o[d * c.ld + r], sum.value, rounding_of_sum(keys) * sum.magnitude);
             }
         check_outside("o", o, dim, c);
     }
 }
 
-/* `keys` rows of a storage type, flush against a guard page, with NaN in the gaps; the first of them in the order of reading. */
-static const char *stored_rows(const char *name, int64_t keys, int64_t dim, int64_t stride, fastattn_dtype dtype) {
-    const int64_t item = (int64_t)dtype_size(dtype), span = (keys - 1) * llabs((long long)stride);
-    char *x = guard_input(name, (size_t)(span + dim * item), (size_t)item, GUARD_BEHIND);
-    memset(x, 0xFF, (size_t)(span + dim * item));
-    if (stride < 0)
-        x += span;
-    for (int64_t j = 0; j < keys; j++)
-        for (int64_t d = 0; d < dim; d++)
-            store(dtype, x + j * stride + d * item, random_signed(&rng));
-    return x;
-}
+/* Case e of the products of few rows: their sizes, and the keys or values. */
+struct few {
+    int rows, ld;
+    int64_t dim, pitch, keys;
+    fa_matrix stored;
+};
 
-/* Sizes and a stride in bytes for case e of the two products of few rows. */
-static int64_t few_case(size_t e, fastattn_dtype *dtype, int *rows, int64_t *dim, int64_t *keys) {
-    *dtype = dtypes[e % COUNT(dtypes)];
-    *rows = 1 + (int)(e % FA_FEW_ROWS);
-    *dim = edges[e / (2 * FA_FEW_ROWS)];
-    *keys = edges[e * 7 % COUNT(edges)];
-    const int64_t gap = (int64_t)(e % 3);
-    return (e % 4 == 1 ? -*dim - gap : e % 4 == 2 ? 0 : *dim + gap) * (int64_t)dtype_size(*dtype);
+enum { FEW_CASES = (int)COUNT(edges) * 2 * FA_FEW_ROWS };
+
+static struct few few_case(const char *slot, size_t e) {
+    const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
+    const int rows = 1 + (int)(e % FA_FEW_ROWS), ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
+    const int64_t dim = edges[e / (2 * FA_FEW_ROWS)], keys = edges[e * 7 % COUNT(edges)], gap = (int64_t)(e % 3);
+    const int64_t stride = (e % 4 == 1 ? -dim - gap : e % 4 == 2 ? 0 : dim + gap) * (int64_t)dtype_size(dtype);
+    context("%s %d rows, %lld x %lld, stride %lld, dtype %d", slot, rows, (long long)keys, (long long)dim, (long long)stride,
+            (int)dtype);
+    return (struct few){rows, ld, dim, fa_round_up(dim, FA_ROW_STEP), keys, stored_rows("stored", keys, dim, stride, dtype)};
 }
 
 TEST_EACH_ISA(slot_qk_few) {
     const fa_ukernel *uk = table();
-    for (size_t e = 0; e < COUNT(edges) * 2 * FA_FEW_ROWS; e++) {
-        fastattn_dtype dtype;
-        int rows;
-        int64_t head_dim, keys;
-        const int64_t stride = few_case(e, &dtype, &rows, &head_dim, &keys);
-        const int64_t pitch = (head_dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
-        const int ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
-        context("qk_few %d rows, %lld x %lld, stride %lld, dtype %d", rows, (long long)keys, (long long)head_dim,
-                (long long)stride, (int)dtype);
-        float *q = panel("q", rows, (int)pitch);
-        for (int r = 0; r < rows; r++)
-            for (int64_t d = 0; d < pitch; d++)
-                q[r * pitch + d] = d < head_dim ? (float)random_signed(&rng) : 0.0f;
-        const char *k = stored_rows("k", keys, head_dim, stride, dtype);
-        float *s = panel("s", keys, ld);
+    for (size_t e = 0; e < FEW_CASES; e++) {
+        const struct few x = few_case("qk_few", e);
+        float *q = panel("q", x.rows, (int)x.pitch), *s = panel("s", x.keys, x.ld);
+        for (int r = 0; r < x.rows; r++)
+            for (int64_t d = 0; d < x.pitch; d++)
+                q[r * x.pitch + d] = d < x.dim ? (float)random_signed(&rng) : 0.0f;
         guard_seal();
-        uk->qk_few(s, ld, q, pitch, rows, matrix(k, stride, dtype), keys, head_dim);
-        for (int64_t j = 0; j < keys; j++)
-            for (int r = 0; r < rows; r++) {
-                double sum = 0, magnitude = 0;
-                for (int64_t d = 0; d < head_dim; d++) {
-                    double term = load(dtype, k + j * stride + d * (int64_t)dtype_size(dtype)) * (double)q[r * pitch + d];
-                    sum += term;
-                    magnitude += fabs(term);
-                }
-                check_close("s", j, r, s[j * ld + r], sum, FLT_EPSILON * (2 + sqrt((double)head_dim)) * magnitude);
+        uk->qk_few(s, x.ld, q, x.pitch, x.rows, x.stored, x.keys, x.dim);
+        for (int64_t j = 0; j < x.keys; j++)
+            for (int r = 0; r < x.rows; r++) {
+                struct sum sum = {0, 0};
+                for (int64_t d = 0; d < x.dim; d++)
+                    add(&sum, stored_number(x.stored, j, d) * (double)q[r * x.pitch + d]);
+                check_close("s", j, r, s[j * x.ld + r], sum.value, rounding_of_sum(x.dim) * sum.magnitude);
             }
-        check_outside("s", s, keys, (struct columns){ld, 0, rows});
+        check_outside("s", s, x.keys, (struct columns){x.ld, 0, x.rows});
     }
 }
 
 TEST_EACH_ISA(slot_pv_few) {
     const fa_ukernel *uk = table();
-    for (size_t e = 0; e < COUNT(edges) * 2 * FA_FEW_ROWS; e++) {
-        fastattn_dtype dtype;
-        int rows;
-        int64_t dim, keys;
-        const int64_t stride = few_case(e, &dtype, &rows, &dim, &keys);
-        const int64_t pitch = (dim + FA_ROW_STEP - 1) / FA_ROW_STEP * FA_ROW_STEP;
-        const int ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
-        float before[FA_FEW_ROWS * 144];
-        context("pv_few %d rows, %lld x %lld, stride %lld, dtype %d", rows, (long long)keys, (long long)dim,
-                (long long)stride, (int)dtype);
-        const float *p = random_panel("p", keys, ld, 1), *alpha = random_panel("alpha", 1, ld, 1);
-        const char *v = stored_rows("v", keys, dim, stride, dtype);
-        float *o = random_panel("o", rows, (int)pitch, 1);
-        memcpy(before, o, (size_t)(rows * pitch) * 4);
+    for (size_t e = 0; e < FEW_CASES; e++) {
+        const struct few x = few_case("pv_few", e);
+        const float *p = random_panel("p", x.keys, x.ld, 1), *alpha = random_panel("alpha", 1, x.ld, 1);
+        float *o = random_panel("o", x.rows, (int)x.pitch, 1), before[FA_FEW_ROWS * 144];
+        memcpy(before, o, (size_t)(x.rows * x.pitch) * 4);
         guard_seal();
-        uk->pv_few(o, pitch, alpha, p, ld, rows, matrix(v, stride, dtype), keys, dim);
-        for (int r = 0; r < rows; r++)
-            for (int64_t d = 0; d < dim; d++) {
-                double sum = (double)before[r * pitch + d] * alpha[r], magnitude = fabs(sum);
-                for (int64_t j = 0; j < keys; j++) {
-                    double term = load(dtype, v + j * stride + d * (int64_t)dtype_size(dtype)) * (double)p[j * ld + r];
-                    sum += term;
-                    magnitude += fabs(term);
-                }
-                check_close("o", r, d, o[r * pitch + d], sum, FLT_EPSILON * (2 + sqrt((double)keys)) * magnitude);
+        uk->pv_few(o, x.pitch, alpha, p, x.ld, x.rows, x.stored, x.keys, x.dim);
+        for (int r = 0; r < x.rows; r++)
+            for (int64_t d = 0; d < x.dim; d++) {
+                struct sum sum = {0, 0};
+                add(&sum, (double)before[r * x.pitch + d] * alpha[r]);
+                for (int64_t j = 0; j < x.keys; j++)
+                    add(&sum, stored_number(x.stored, j, d) * (double)p[j * x.ld + r]);
+                check_close("o", r, d, o[r * x.pitch + d], sum.value, rounding_of_sum(x.keys) * sum.magnitude);
             }
         guard_check();
         guard_release();
@@ -461,189 +382,22 @@ TEST_EACH_ISA(slot_softmax) {
     }
 }
 
-/* A block through any table of products: what is made of it, only its own slots can read, so they are tested as a chain, each on
- * what the one before has really made. Weights are taken as the table rounds them. */
-static void check_block(const fa_products *x, fastattn_dtype dtype, double score_rounding, struct columns c, int64_t head_dim,
-                        int64_t v_head_dim, int64_t block, int64_t from, int64_t keys, int64_t gap, double growth) {
-    const int64_t item = (int64_t)dtype_size(dtype), rows = c.first + c.rows;
-    const int64_t tiled = (block + 2 * FA_TILE - 1) / FA_TILE * FA_TILE + FA_TILE;
-    const int64_t dim = (head_dim + FA_TILE - 1) / FA_TILE * FA_TILE, v_dim = (v_head_dim + FA_TILE - 1) / FA_TILE * FA_TILE;
-    const int integers = strncmp(x->name, "int16_", 6) == 0; /* with a rounding that they share, as fixed.h says */
-    const float unit = 0.7f;
-    context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->name,
-            (long long)keys, (long long)block, (long long)from, (long long)head_dim, (long long)v_head_dim, c.first,
-            c.first + c.rows, c.ld, (int)dtype);
-    const void *rows_of[FA_PANEL_ROWS];
-    random_rows(rows_of, (int)rows, (int)rows, head_dim, (head_dim + gap) * item, dtype);
-    for (int r = (int)rows; r < c.ld; r++) rows_of[r] = rows_of[rows - 1];
-    const char *k = stored_rows("k", block, head_dim, (head_dim + gap) * item, dtype);
-    const char *v = stored_rows("v", block, v_head_dim, -(v_head_dim + gap) * item, dtype);
-    float *q = panel("q", dim, c.ld), *s = panel("s", tiled, c.ld), *o = panel("o", v_dim + FA_TILE, c.ld);
-    float *p = x->in_place ? s : panel("p", tiled, c.ld), *k_room = panel("k room", tiled, (int)dim);
-    float *v_room = panel("v room", tiled, (int)v_dim), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld);
-    float *alpha = panel("alpha", 1, c.ld), old_m[FA_PANEL_ROWS];
-    double *scores = malloc((size_t)(keys * c.ld) * sizeof *scores);
-    CHECK(scores != NULL, "out of memory");
-    for (int r = c.first; r < rows; r++) {
-        old_m[r] = m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -growth / unit : 4 * random_signed(&rng));
-        l[r] = r % 3 == 0 ? 0 : 3;
-        for (int64_t d = 0; d < fa_sums_row(v_head_dim) + 1; d++) o[d * c.ld + r] = r % 3 == 0 ? 0 : (float)d;
-    }
-    guard_seal();
-    if (x->enter) x->enter();
-    x->pack(q, c.ld, rows_of, c.ld, head_dim, dtype, -1.0f);
-    const fa_matrix keys_made = x->keys(k_room, matrix(k, (head_dim + gap) * item, dtype), block, head_dim);
-    const fa_matrix values_made = x->values(v_room, matrix(v, -(v_head_dim + gap) * item, dtype), block, v_head_dim);
-    x->qk(s + c.first, q + c.first, c.ld, c.rows, keys_made, from, keys, head_dim);
-    for (int64_t j = 0; j < keys; j++)
-        for (int r = c.first; r < rows; r++) {
-            double sum = 0, magnitude = 0, of_query[2] = {0}, of_key[2] = {0}; /* the length, squared, and the sum */
-            for (int64_t d = 0; d < head_dim; d++) {
-                const double q_d = -load(dtype, (const char *)rows_of[r] + d * item);
-                const double k_d = load(dtype, k + (from + j) * (head_dim + gap) * item + d * item);
-                sum += q_d * k_d;
-                magnitude += fabs(q_d * k_d);
-                of_query[0] += q_d * q_d, of_query[1] += fabs(q_d);
-                of_key[0] += k_d * k_d, of_key[1] += fabs(k_d);
-            }
-            const double shared = sqrt(of_query[0]) * of_key[1] + sqrt(of_key[0]) * of_query[1];
-            check_close("s", j, r, s[j * c.ld + r], sum,
-                        (FLT_EPSILON * (2 + sqrt((double)head_dim)) + score_rounding) * magnitude +
-                            (integers ? 0x1.1p-15 * shared : 0));
-            if (j % 7 == 3) s[j * c.ld + r] = -INFINITY; /* hidden */
-            scores[j * c.ld + r] = s[j * c.ld + r];
-        }
-    x->softmax(s + c.first, p + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
-    for (int r = c.first; r < rows; r++) {
-        double top = old_m[r], of_block = -INFINITY, sum = 0;
-        for (int64_t j = 0; j < keys; j++) of_block = fmax(of_block, scores[j * c.ld + r]);
-        top = fmax(top, of_block);
-        const double shared = integers ? 0x1.1p-14 * exp2((double)unit * (of_block - m[r])) : 0;
-        CHECK(m[r] >= old_m[r] && m[r] <= top && exp2(unit * (top - m[r])) <= FA_MOST_POWER, "m[%d] is %g, from %g to %g", r,
-              (double)m[r], (double)old_m[r], top);
-        for (int64_t j = 0; j < keys; j++) {
-            double power = exp2((double)unit * (scores[j * c.ld + r] - m[r]));
-            check_close("p", j, r, x->power(p, c.ld, r, j), power,
-                        (x->sums ? 0x1.1p-8 : x->in_parts ? 0x1p-15 : 4e-6) * power + shared);
-            sum += power;
-        }
-        const double fade = exp2((double)unit * (old_m[r] - m[r]));
-        check_close("alpha", 0, r, alpha[r], fade, 4e-6 * fade);
-        sum += fade * (r % 3 == 0 ? 0 : 3);
-        check_close("l", 0, r, l[r], sum, 4e-6 * sum);
-    }
-    x->pv(o + c.first, alpha + c.first, p + c.first, c.ld, c.rows, values_made, from, keys, v_head_dim);
-    if (x->leave) x->leave();
-    for (int r = c.first; r < rows; r++) {
-        double sums = (r % 3 == 0 ? 0 : (double)fa_sums_row(v_head_dim)) * alpha[r];
-        for (int64_t j = 0; j < keys; j++) sums += x->power(p, c.ld, r, j);
-        if (x->sums)
-            check_close("sums", 0, r, o[fa_sums_row(v_head_dim) * c.ld + r], sums, 4e-6 * sums);
-        for (int64_t d = 0; d < v_head_dim; d++) {
-            double sum = (r % 3 == 0 ? 0 : (double)d) * alpha[r], magnitude = fabs(sum), largest = 0, powers = 0;
-            for (int64_t j = 0; j < block; j++)
-                largest = fmax(largest, fabs(load(dtype, v - j * (v_head_dim + gap) * item + d * item)));
-            for (int64_t j = 0; j < keys; j++) {
-                const double power = x->power(p, c.ld, r, j);
-                const double term = power * load(dtype, v - (from + j) * (v_head_dim + gap) * item + d * item);
-                sum += term;
-                magnitude += fabs(term);
-                powers += power;
-            }
-            check_close("o", d, r, o[d * c.ld + r], sum,
-                        (FLT_EPSILON * (2 + sqrt((double)keys)) + score_rounding) * magnitude +
-                            (integers ? 0x1p-12 * largest * powers : 0));
-        }
-    }
-    free(scores);
-    guard_check();
-    guard_release();
-}
-
-static void check_blocks(const fa_products *x, fastattn_dtype dtype, double rounding) {
-    static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {1, 8, 31, 32, 33, 64, 72, 128, 160};
-    for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
-        const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
-        if (block > x->block_keys) continue;
-        check_block(x, dtype, rounding, columns[e % COUNT(columns)], dims[e / COUNT(blocks)], dims[e * 5 % COUNT(dims)], block,
-                    from, block - from, (int64_t)(e % 2), e % 4 == 0 ? 40 : 3);
-    }
-}
-
-TEST_EACH_ISA(slot_products_as_a_chain) {
-    static const struct { fastattn_dtype dtype; fastattn_precision precision; double rounding; } kinds[] = {
-        {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST, 0},     {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH, 0x1p-15},
-        {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM, 0x1p-7}, {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST, 0x1p-16},
-        {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
-    table();
-    for (size_t n = 0; n < COUNT(kinds); n++) {
-        const fa_products *x = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
-        const int rounded = strncmp(x->name, "float32_", 8) != 0 && strncmp(x->name, "int16_", 6) != 0;
-        check_blocks(x, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
-    }
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (test_isa != FASTATTN_ISA_AVX512) return;
-    /* Chosen or not. */
-    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_blocks(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
-    for (size_t n = 0; n < COUNT(dtypes) && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
-        check_blocks(&fastattn_products_int16_avx512, dtypes[n], 0);
-#endif
-}
-
-/* Blocks of integers fit as long as what they share leaves enough to each. */
-TEST_EACH_ISA(slot_fits) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    enum { ROWS = 64, KEYS = 40, DIM = 72 };
-    const fa_products *x = &fastattn_products_int16_avx512;
-    static const struct { const char *what; float factor, offset; int fits[3]; } changes[] = {
-        /* of one row of q, k and v */
-        {"nothing", 1, 0, {1, 1, 1}},         {"zeros", 0, 0, {1, 1, 1}},          {"four times as large", 4, 0, {1, 1, 1}},
-        {"four times as small", 0.25f, 0, {1, 1, 1}}, {"64 times as large", 64, 0, {0, 0, 0}},
-        {"64 times as small", 0x1p-6f, 0, {1, 1, 0}}, {"tiny", 0x1p-60f, 0, {0, 0, 0}}, {"huge", 0x1p60f, 0, {0, 0, 0}},
-        {"subnormal", 0x1p-130f, 0, {0, 0, 0}},       {"infinite", 1, INFINITY, {0, 0, 0}}, {"NaN", 1, NAN, {0, 0, 0}}};
-    table();
-    if (test_isa != FASTATTN_ISA_AVX512 || !fastattn_cpu_has(FA_CPU_AVX512_VNNI)) return;
-    for (size_t e = 0; e < COUNT(changes) * 3 * 2; e++) {
-        const fastattn_dtype dtype = e % 2 ? FASTATTN_BFLOAT16 : FASTATTN_FLOAT32;
-        const size_t operand = e / 2 % 3, n = e / 6;
-        const int64_t item = (int64_t)dtype_size(dtype), stride = DIM * item;
-        context("%s in operand %d, of dtype %d", changes[n].what, (int)operand, (int)dtype);
-        const void *rows_of[ROWS];
-        char *rows[3] = {random_rows(rows_of, ROWS, ROWS, DIM, stride, dtype),
-                         (char *)(uintptr_t)stored_rows("k", KEYS, DIM, stride, dtype),
-                         (char *)(uintptr_t)stored_rows("v", KEYS, DIM, stride, dtype)};
-        char *changed = rows[operand] + 17 * stride;
-        for (int64_t d = 0; d < DIM; d++)
-            store(dtype, changed + d * item, load(dtype, changed + d * item) * changes[n].factor + (d == 70 ? changes[n].offset : 0));
-        float *q = panel("q", FA_TILE * 3, ROWS);
-        float *k_room = panel("k room", KEYS + FA_TILE, FA_TILE * 3), *v_room = panel("v room", KEYS + FA_TILE, FA_TILE * 3);
-        guard_seal();
-        x->pack(q, ROWS, rows_of, ROWS, DIM, dtype, 1.0f);
-        const fa_matrix k = x->keys(k_room, matrix(rows[1], stride, dtype), KEYS, DIM);
-        const fa_matrix v = x->values(v_room, matrix(rows[2], stride, dtype), KEYS, DIM);
-        CHECK(x->fits(q, ROWS, k, KEYS, v, -0.1f) == changes[n].fits[operand], "fits: %d", !changes[n].fits[operand]);
-        guard_check();
-        guard_release();
-    }
-#endif
-}
-
 TEST_EACH_ISA(slot_finite) {
     static const float poisons[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX, FLT_TRUE_MIN};
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(poisons) * COUNT(dtypes); n++) {
             const fastattn_dtype dtype = dtypes[n / COUNT(poisons)];
-            const int64_t item = (int64_t)dtype_size(dtype), dim = edges[e], keys = edges[e * 5 % COUNT(edges)];
-            const int64_t stride = (n % 2 ? dim : -dim - 2) * item;
+            const int64_t dim = edges[e], keys = edges[e * 5 % COUNT(edges)];
+            const int64_t stride = (n % 2 ? dim : -dim - 2) * (int64_t)dtype_size(dtype);
             context("finite %lld x %lld of dtype %d", (long long)keys, (long long)dim, (int)dtype);
-            const char *v = stored_rows("v", keys, dim, stride, dtype);
-            CHECK(uk->finite(matrix(v, stride, dtype), keys, dim) == 1, "finite numbers");
-            char *victim = (char *)(uintptr_t)v + random_between(&rng, 0, keys - 1) * stride +
-                           random_between(&rng, 0, dim - 1) * item;
+            const fa_matrix v = stored_rows("v", keys, dim, stride, dtype);
+            CHECK(uk->finite(v, keys, dim) == 1, "finite numbers");
+            const int64_t key = random_between(&rng, 0, keys - 1);
+            char *victim = stored_at(v, key, random_between(&rng, 0, dim - 1));
             store(dtype, victim, poisons[n % COUNT(poisons)]);
             const double poison = load(dtype, victim);
-            CHECK(uk->finite(matrix(v, stride, dtype), keys, dim) == isfinite(poison), "with %g", poison);
+            CHECK(uk->finite(v, keys, dim) == isfinite(poison), "with %g", poison);
             guard_release();
         }
 }
