@@ -58,15 +58,19 @@ def test_very_many_keys(q_len):
 
 
 @pytest.mark.parametrize("axis", ["batch", "heads", "q_len", "kv_len", "head_dim", "v_head_dim"])
-def test_zero_size_axes(axis):
-    shape = {"batch": 2, "heads": 3, "q_len": 4, "kv_len": 5, "head_dim": 6, "v_head_dim": 7, axis: 0}
-    q, k, v = random_qkv(**shape)
+@pytest.mark.parametrize("q_len", [4, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_size_axes(axis, q_len, dtype):
+    shape = {"batch": 2, "heads": 3, "q_len": q_len, "kv_len": 5, "head_dim": 6, "v_head_dim": 7, axis: 0}
+    q, k, v = random_qkv(**shape, dtype=dtype)
     out, lse = assert_matches(q, k, v)
     if axis == "kv_len":
         assert not out.any() and (lse == -INF).all()
     if axis == "head_dim":  # every logit is 0
-        np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape), rtol=1e-5)
-    assert_matches(q, k, v, causal=True, mask=np.ones((4 * (axis != "q_len"), 5 * (axis != "kv_len")), bool))
+        mean = v.astype(np.float32).mean(axis=2, keepdims=True)
+        rtol = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+        np.testing.assert_allclose(out.astype(np.float32), np.broadcast_to(mean, out.shape), rtol=rtol)
+    assert_matches(q, k, v, causal=True, mask=np.ones((q_len * (axis != "q_len"), 5 * (axis != "kv_len")), bool))
 
 
 def test_no_keys_but_a_sink():

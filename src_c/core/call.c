@@ -78,9 +78,10 @@ static fastattn_status plan_memory(fa_call *call) {
     const int64_t ld = call->rows.ld, keys = call->block_keys;
     fa_scratch *m = &call->scratch;
     size_t bytes = 0;
-    /* Products may pad keys and the numbers of one to whole tiles, and values by half a tile more. */
-    const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(a->head_dim, FA_TILE);
-    const int64_t tiled_v_dim = fa_round_up(a->v_head_dim, FA_TILE);
+    /* Products may pad keys and the numbers of one to whole tiles, of which there is one at least, and values by half a tile
+     * more. */
+    const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(fa_max(a->head_dim, 1), FA_TILE);
+    const int64_t tiled_v_dim = fa_round_up(fa_max(a->v_head_dim, 1), FA_TILE);
     const int in_place = call->products->in_place;
     m->s = take(&bytes, tiled_keys * ld, sizeof(float));
     m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));

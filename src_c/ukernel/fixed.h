@@ -137,8 +137,8 @@ static fa_matrix fixed_keys(float *room, fa_matrix stored, int64_t keys, int64_t
 }
 
 /* When one key's largest value is not within the factor SPREAD of another's, a row that sees but the smaller ones would see too
- * little of them, and of tiny values the products with a power may underflow: no unit is right then, and the first is made
- * infinite. (Keys whose values are all 0 are no matter.) */
+ * little of them, and of tiny values the products with a power may underflow: no unit is right then, and nothing is returned.
+ * (Keys whose values are all 0 are no matter.) */
 static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     enum { SPREAD = 8 };
     uint32_t largest_of[FIXED_KEYS], most = 0, least = 0x7f800000;
@@ -150,8 +150,8 @@ static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64
     float bounds[2];
     memcpy(&bounds[0], &least, sizeof least);
     memcpy(&bounds[1], &most, sizeof most);
-    if (most > 0 && !(bounds[1] > 0x1p-60f && bounds[1] < INFINITY && bounds[1] <= SPREAD * bounds[0])) room[0] = INFINITY;
-    const fa_matrix made = {(const char *)room, fa_sums_row(v_head_dim) * (int64_t)sizeof(float), stored.dtype};
+    const int right = most == 0 || (bounds[1] > 0x1p-60f && bounds[1] < INFINITY && bounds[1] <= SPREAD * bounds[0]);
+    const fa_matrix made = {right ? (const char *)room : NULL, fa_sums_row(v_head_dim) * (int64_t)sizeof(float), stored.dtype};
     return made;
 }
 
@@ -161,8 +161,8 @@ static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64
 static int fixed_fits(const float *q, int ld, fa_matrix k, int64_t keys, fa_matrix v, float scale) {
     simd_f largest = simd_load(q);
     for (int row = SIMD_LANES; row < ld; row += SIMD_LANES) largest = simd_max(largest, simd_load(q + row));
-    const float of_keys = *(const float *)(const void *)(k.at + keys * k.stride), of_values = *(const float *)(const void *)v.at;
-    return fabsf(scale) * (_mm512_reduce_max_ps(largest) * of_keys) <= 0x1p-23f && of_values < INFINITY;
+    const float of_keys = *(const float *)(const void *)(k.at + keys * k.stride);
+    return v.at && fabsf(scale) * (_mm512_reduce_max_ps(largest) * of_keys) <= 0x1p-23f;
 }
 
 static void fixed_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {

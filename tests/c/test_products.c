@@ -34,7 +34,8 @@ static int integers(const fa_products *by) { return strncmp(by->name, "int16_", 
 static void prepare(struct chain *x) {
     const struct columns c = x->c;
     const int64_t item = (int64_t)dtype_size(x->dtype), tiled = fa_round_up(x->block + FA_TILE, FA_TILE) + FA_TILE;
-    const int64_t dim = fa_round_up(x->head_dim, FA_TILE), v_dim = fa_round_up(x->v_head_dim, FA_TILE);
+    const int64_t dim = x->head_dim ? fa_round_up(x->head_dim, FA_TILE) : FA_TILE;
+    const int64_t v_dim = x->v_head_dim ? fa_round_up(x->v_head_dim, FA_TILE) : FA_TILE;
     const int rows = c.first + c.rows;
     context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->by->name,
             (long long)x->keys, (long long)x->block, (long long)x->from, (long long)x->head_dim, (long long)x->v_head_dim,
@@ -158,7 +159,7 @@ static void check_chain(struct chain x) {
 }
 
 static void check_table(const fa_products *by, fastattn_dtype dtype, double rounding) {
-    static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {1, 8, 31, 32, 33, 64, 72, 128, 160};
+    static const int64_t blocks[] = {1, 15, 16, 17, 31, 33, 64, 100, 128}, dims[] = {0, 1, 8, 31, 32, 33, 64, 72, 128, 160};
     for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
         const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
         if (block > by->block_keys) continue;
