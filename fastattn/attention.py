@@ -88,9 +88,9 @@ def attention(
     sinks : array_like, (Hq,), optional
         One extra logit for each head, which takes part in the denominator of the softmax only.
     precision : {"highest", "high", "medium"}
-        How exactly operands are multiplied: in float32, to about 16 bits, or so that the largest error is no larger than that
-        of bfloat16 arithmetic. A lower setting allows a faster unit and never demands one. Products of bfloat16 operands are
-        exact unless it is "medium".
+        How exactly float32 and float16 operands are multiplied: in float32, to about 16 bits, or so that the largest error is
+        no larger than that of bfloat16 arithmetic. A lower setting allows a faster unit and never demands one; products of
+        bfloat16 operands are exact in all three.
     return_lse : bool
         Return also the natural logarithm of the softmax denominator.
     out : array, (B, Hq, Lq, Dv), optional

@@ -218,8 +218,8 @@ def test_targets(judge):
     assert target("batch", "bfloat16", "highest", "torch", "avx512") is None
     assert target("batch", "float32", "highest", "torch", "avx2") is None
     assert target("square-128", "float16", "highest", "fastattn-float32", "avx512") == 0.95
-    assert target("square-128", "bfloat16", "medium", "fastattn-float32", "avx512") == 1.3
-    assert target("square-128", "bfloat16", "medium", "torch", "amx") is None
+    assert target("square-128", "bfloat16", "highest", "fastattn-float32", "avx512") == 1.3
+    assert target("square-128", "float32", "medium", "torch", "amx") is None
     with_target = {name for (name, *_), case in cases.items() if judge.shapes.target(case, "torch", "avx512")}
     assert with_target == {
         *("call", "batch", "masked", "gqa-causal", "square-64", "square-128", "causal-64", "causal-128")

@@ -97,12 +97,12 @@ FASTATTN_API int fastattn_has_openmp(void);
 /* "MAJOR.MINOR.PATCH". */
 FASTATTN_API const char *fastattn_version(void);
 
-/* How exactly products are formed. A lower setting allows a faster unit and never demands one; those of bfloat16 operands are
- * exact unless it is the lowest. */
+/* How exactly products of float32 and float16 operands are formed. A lower setting allows a faster unit and never
+ * demands one; bfloat16 products are exact in all three. */
 typedef enum fastattn_precision {
     FASTATTN_PRECISION_HIGHEST = 0,  /* every product in float32 */
     FASTATTN_PRECISION_HIGH = 1,     /* about 16 bits: operands split into two bfloat16 halves */
-    FASTATTN_PRECISION_MEDIUM = 2    /* no less exact than bfloat16; numbers may share exponents */
+    FASTATTN_PRECISION_MEDIUM = 2    /* at least bfloat16; numbers may share exponents */
 } fastattn_precision;
 
 /* A block-sparse pattern: for each block of block_size query rows, the ascending list of visible blocks of block_size keys.

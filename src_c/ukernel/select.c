@@ -32,12 +32,11 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
         if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_bfloat16x3_amx;
         if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_float16_amx;
     }
-    const int avx512 = limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX;
-    if (avx512 && fastattn_cpu_has(FA_CPU_FAST_BF16) &&
-        (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
-        return &fastattn_products_bfloat16_avx512;
-    if (avx512 && fastattn_cpu_has(FA_CPU_AVX512_VNNI) && precision == FASTATTN_PRECISION_MEDIUM)
-        return &fastattn_products_int16_avx512;
+    if (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) {
+        const int exact = q_dtype == FASTATTN_BFLOAT16, medium = precision == FASTATTN_PRECISION_MEDIUM;
+        if ((exact || medium) && fastattn_cpu_has(FA_CPU_FAST_BF16)) return &fastattn_products_bfloat16_avx512;
+        if (!exact && medium && fastattn_cpu_has(FA_CPU_AVX512_VNNI)) return &fastattn_products_int16_avx512;
+    }
 #else
     (void)q_dtype, (void)precision;
 #endif
