@@ -20,19 +20,27 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Products, and what they make of the keys and values of a block for all panels of an item that come to it. */
+/* Products, and what they make of the keys and values of a run. */
 typedef struct fa_way {
     const fa_products *products;
     float *k_room, *v_room;
-    int64_t first, keys; /* no keys: nothing yet */
     fa_matrix k, v;
+    int made; /* they are there */
 } fa_way;
+
+/* A run of keys and values, which all panels of an item that come to one of its blocks share. */
+typedef struct fa_run {
+    int64_t first, keys;
+    fa_matrix stored_k, stored_v;
+    int finite_k, finite_v; /* -1: not known yet */
+    fa_way ways[FA_WAYS];
+} fa_run;
 
 /* What a worker has at hand while it computes one panel of an item. */
 typedef struct fa_work {
     const fa_call *call;
     const fa_products *products;
-    fa_way *ways;
+    fa_run *run;
     fa_panel panel;
     fa_state state;
     float *s, *p, *bias, *shown;
@@ -58,10 +66,12 @@ static fa_matrix rows_from(fa_matrix m, int64_t row) {
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
     fa_matrix stored_k, stored_v, k, v;
-    fa_way *way; /* by which k and v are made */
+    int64_t skip; /* keys of k and v before the block */
+    const fa_products *products;
+    const float *q;
     float *p;
     fa_score_rules rules;
-    int ruled;   /* the rules change or hide some score */
+    int ruled;   /* the rules change or hide some score, whichever keys are visible by their position */
     int mended;  /* some score has a part in an infinity, and the products are of numbers in parts */
     int careful; /* some row must not be touched by some value that is not finite, or the products cannot take it */
 } fa_operands;
@@ -117,6 +127,17 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
     return rules;
 }
 
+/* The powers of a row and key. */
+static float *powers_at(const fa_operands *x, int row, int64_t key, int ld) {
+    return x->p + key / 2 * x->products->pair_rows * ld + row;
+}
+
+/* Where the scores of `key`, the first of its part, are: in two places by turns. */
+static float *scores_at(const fa_work *w, const fa_products *products, int row, int64_t key) {
+    const int64_t place = key / products->score_keys % 2 * products->score_keys;
+    return w->s + place * w->call->rows.ld + row;
+}
+
 static fa_score_rules rules_at(const fa_score_rules *rules, int row, int64_t key, int ld) {
     fa_score_rules moved = *rules;
     if (rules->slopes) moved.slopes += row, moved.offset += row;
@@ -126,18 +147,18 @@ static fa_score_rules rules_at(const fa_score_rules *rules, int row, int64_t key
 }
 
 /* s = k q, for `rows` rows from `row` on and `keys` keys from `from` of the block on. */
-static void multiply_keys(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
+static void multiply_keys(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const int64_t dim = call->args->head_dim;
     const int ld = call->rows.ld;
     if (w->few)
-        call->uk->qk_few(w->s + row, ld, w->q_rows, w->q_pitch, w->panel.rows, rows_from(x->k, from), keys, dim);
+        call->uk->qk_few(s, ld, w->q_rows, w->q_pitch, w->panel.rows, rows_from(x->k, from), keys, dim);
     else
-        x->way->products->qk(w->s + row, w->q[x->way - w->ways] + row, ld, rows, x->k, from, keys, dim);
+        x->products->qk(s, x->q + row, ld, rows, x->k, x->skip + from, keys, dim);
 }
 
 /* The scores of queries and keys that are not finite, one by one: in parts, an infinity is no number. */
-static void mend_scores(fa_work *w, fa_matrix k, int row, int rows, int64_t from, int64_t keys) {
+static void mend_scores(fa_work *w, float *s, fa_matrix k, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
     const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(a->kv_dtype);
@@ -156,21 +177,21 @@ static void mend_scores(fa_work *w, fa_matrix k, int row, int rows, int64_t from
             float sum = 0.0f;
             for (int64_t d = 0; d < a->head_dim; d++)
                 sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key.at + d * k_size, a->kv_dtype);
-            w->s[j * call->rows.ld + r] = sum;
+            s[j * call->rows.ld + r - row] = sum;
         }
     }
 }
 
 /* o = o alpha + v p, likewise. */
-static void add_values(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
+static void add_values(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
+                       int64_t keys) {
     const fa_call *call = w->call;
     const int64_t dim = w->state.v_head_dim;
     const int ld = call->rows.ld;
-    const float *alpha = w->panel.alpha + row, *p = x->p + row;
     if (w->few)
         call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, rows_from(x->v, from), keys, dim);
     else
-        x->way->products->pv(w->state.o + row, alpha, p, ld, rows, x->v, from, keys, dim);
+        x->products->pv(w->state.o + row, alpha, p, ld, rows, x->v, x->skip + from, keys, dim);
 }
 
 /* The values with 0 for NaN and infinities, in their storage type. */
@@ -205,28 +226,62 @@ static void add_non_finite(fa_work *w, const fa_operands *x, const fa_score_rule
             if (isfinite(value)) continue;
             for (int r = 0; r < real; r++) {
                 float *o = w->few ? w->o_rows + r * w->o_pitch + d : w->state.o + d * ld + row + r;
-                if (w->shown[j * ld + r] != -INFINITY) *o += x->way->products->power(x->p, ld, row + r, j) * value;
+                if (w->shown[j * ld + r] != -INFINITY) *o += x->products->power(x->p, ld, row + r, j) * value;
             }
         }
 }
 
-/* One step of the loop. */
+/* Whether the rules change or hide some score of these rows and keys. */
+static int rules_matter(const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
+    if (x->ruled) return 1;
+    return x->rules.end && (x->rules.begin[row + rows - 1] > (float)from || x->rules.end[row] < (float)(from + keys));
+}
+
+static int any_moved(const float *alpha, int rows) {
+    int moved = 0;
+    for (int r = 0; r < rows; r++) moved |= alpha[r] != 1.0f;
+    return moved;
+}
+
+/* One step of the loop. Scores come in parts, for they take more room than anything else; what has to be prepared or read to add
+ * values pays off for many keys, so those wait until all powers are there, or the maximum moves. */
 static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
+    const fa_products *products = x->products;
     const int ld = call->rows.ld;
-    const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
     fa_state *t = &w->state;
-    float *s = w->s + row;
-
-    multiply_keys(w, x, row, rows, from, keys);
-    if (x->mended) mend_scores(w, x->stored_k, row, rows, from, keys);
-    if (x->ruled)
-        call->uk->scores(s, ld, rows, from, keys, &rules, t->seen + row);
-    else
-        for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
-    x->way->products->softmax(s, x->p + row, ld, rows, keys, call->exponent, t->m + row, t->l + row, w->panel.alpha + row);
-    add_values(w, x, row, rows, from, keys);
-    if (x->careful) add_non_finite(w, x, &rules, row, rows, from, keys);
+    float *l = products->sums && !call->args->lse ? NULL : t->l + row; /* sums are the better divisor */
+    float *alpha = w->panel.alpha + row, *fade = w->panel.fade + row;
+    const int real = (int)fa_min(rows, w->panel.rows - row); /* few rows have nothing of their own beside them */
+    int64_t added = from;
+    int there = 0; /* the scores of the next keys */
+    for (int64_t j = from, n; j < from + keys; j += n) {
+        n = fa_min(products->score_keys, from + keys - j);
+        float *p = powers_at(x, row, j - from, ld), *s = products->in_place ? p : scores_at(w, products, row, j - from);
+        if (!there) multiply_keys(w, x, s, row, rows, j, n);
+        if (x->mended) mend_scores(w, s, x->stored_k, row, rows, j, n);
+        if (rules_matter(x, row, rows, j, n)) {
+            const fa_score_rules rules = rules_at(&x->rules, row, j, ld);
+            call->uk->scores(s, ld, rows, j, n, &rules, t->seen + row);
+        } else
+            for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
+        there = products->softmax_beside && j + n < from + keys;
+        if (there) {
+            const fa_scores next = {scores_at(w, products, row, j + n - from), x->q + row, ld, rows, x->k, x->skip + j + n,
+                                    fa_min(products->score_keys, from + keys - j - n), call->args->head_dim};
+            products->softmax_beside(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha, &next);
+        } else
+            products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
+        if (j > from && !any_moved(alpha, real)) continue;
+        if (j > added) add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, j - added);
+        memcpy(fade, alpha, (size_t)rows * sizeof(float));
+        added = j;
+    }
+    add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, from + keys - added);
+    if (x->careful) {
+        const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
+        add_non_finite(w, x, &rules, row, rows, from, keys);
+    }
 }
 
 /* The steps of a block. At an edge, where it saves a quarter of the work or more, every FA_ROW_STEP rows take just the
@@ -234,7 +289,7 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
 static void steps(fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fa_panel *p = &w->panel;
     const int groups = p->padded / FA_ROW_STEP;
-    int64_t narrowed = 0;
+    int64_t narrowed = 0, first = block->keys, end = 0;
     for (int g = 0; g < groups; g++) {
         int64_t from = w->keys_of[g].from, to = w->keys_of[g].to;
         if (block->partial) {
@@ -243,10 +298,13 @@ static void steps(fa_work *w, const fa_operands *x, const fa_key_block *block) {
         }
         w->keys_of[g].from = from / FA_SUM_RUN * FA_SUM_RUN;
         w->keys_of[g].to = from < to ? fa_min(fa_round_up(to, FA_SUM_RUN), block->keys) : w->keys_of[g].from;
+        if (from >= to) continue;
         narrowed += w->keys_of[g].to - w->keys_of[g].from;
+        first = fa_min(first, w->keys_of[g].from);
+        end = fa_max(end, w->keys_of[g].to);
     }
-    if (4 * narrowed > 3 * groups * block->keys) {
-        step(w, x, 0, p->padded, 0, block->keys);
+    if (4 * narrowed > 3 * groups * (end - first)) {
+        step(w, x, 0, p->padded, first, end - first);
         return;
     }
     for (int g = 0; g < groups; g++) {
@@ -266,41 +324,69 @@ static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key
     w->call->uk->fetch(rows_from(k, block->keys), fa_min(block->keys, after), a->head_dim * size);
 }
 
-/* Sees to it that there is all that these products want of queries, keys and values. */
-static void prepare_operands(fa_work *w, fa_operands *x, int way, const fa_key_block *block, fa_matrix values) {
+/* The run that a block is part of. */
+static fa_run *run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
-    fa_way *made = w->ways + way;
+    fa_run *run = w->run;
+    if (run->first == block->run_first && run->keys == block->run_keys) return run;
+    run->first = block->run_first;
+    run->keys = block->run_keys;
+    run->stored_k = stored_rows(call, a->k, a->k_strides, &w->panel, run->first);
+    run->stored_v = stored_rows(call, a->v, a->v_strides, &w->panel, run->first);
+    run->finite_k = run->finite_v = -1;
+    for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
+    return run;
+}
+
+static int all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t keys, int64_t dim) {
+    if (*known < 0) *known = call->uk->finite(rows, keys, dim);
+    return *known;
+}
+
+/* Sees to it that there is all that these products want of queries, keys and values. */
+static void prepare_operands(fa_work *w, fa_operands *x, int way, const fa_key_block *block) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fa_run *run = w->run;
+    fa_way *by = &run->ways[way];
     if (!w->packed[way]) {
         fastattn_panel_queries(call, &w->panel);
-        made->products->pack(w->q[way], call->rows.ld, w->panel.rows_of, w->panel.padded, a->head_dim, a->q_dtype,
-                             call->sign);
+        by->products->pack(w->q[way], call->rows.ld, w->panel.rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->sign);
         w->packed[way] = 1;
     }
-    if (x->careful || made->first != block->first || made->keys != block->keys) {
-        made->k = made->products->keys(made->k_room, x->stored_k, block->keys, a->head_dim);
-        made->v = made->products->values(made->v_room, values, block->keys, a->v_head_dim);
-        made->first = block->first;
-        made->keys = x->careful ? 0 : block->keys;
+    x->products = by->products;
+    x->q = w->q[way];
+    x->skip = block->first - run->first;
+    if (x->careful) { /* for this panel alone */
+        x->skip = 0;
+        by->made = 0;
+        x->k = by->products->keys(by->k_room, x->stored_k, block->keys, a->head_dim);
+        x->v = by->products->values(by->v_room, finite_values(w, x->stored_v, block->keys), block->keys, a->v_head_dim);
+        return;
     }
-    x->way = made;
-    x->k = made->k;
-    x->v = made->v;
+    if (!by->made) {
+        by->k = by->products->keys(by->k_room, run->stored_k, run->keys, a->head_dim);
+        by->v = by->products->values(by->v_room, run->stored_v, run->keys, a->v_head_dim);
+        by->made = 1;
+    }
+    x->k = by->k;
+    x->v = by->v;
 }
 
 /* The operands as the products of the call want them, or, for what does not fit those, as float32 products do. A power that is 0
- * to them must still meet an infinity; and where block after block does not fit, the rest of the panel is not tried. */
-static void choose_way(fa_work *w, fa_operands *x, const fa_key_block *block, fa_matrix values) {
+ * to them must still meet an infinity; and where run after run does not fit, the rest of the panel is not tried. */
+static void choose_way(fa_work *w, fa_operands *x, const fa_key_block *block) {
     enum { TRIALS = 4 };
     const fa_products *products = w->products;
     if (!products->fits || (!x->careful && w->misfits < TRIALS)) {
-        prepare_operands(w, x, FA_PREFERRED, block, values);
-        const int fits = !products->fits || products->fits(w->q[FA_PREFERRED], w->call->rows.ld, x->k, block->keys, x->v,
-                                                           w->call->args->scale);
+        prepare_operands(w, x, FA_PREFERRED, block);
+        const int fits = !products->fits ||
+                         products->fits(x->q, w->call->rows.ld, x->k, w->run->keys, x->v, w->call->args->scale);
         w->misfits = fits ? 0 : w->misfits + 1;
         if (fits) return;
     }
-    prepare_operands(w, x, FA_EXACT, block, values);
+    prepare_operands(w, x, FA_EXACT, block);
 }
 
 static void run_block(fa_work *w, const fa_key_block *block) {
@@ -309,22 +395,23 @@ static void run_block(fa_work *w, const fa_key_block *block) {
     const unsigned found = block_bias(w, block);
     if (!(found & FA_MASK_SHOWS)) return;
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
-    const fa_matrix k = stored_rows(call, a->k, a->k_strides, &w->panel, block->first);
-    const fa_matrix v = stored_rows(call, a->v, a->v_strides, &w->panel, block->first);
-    fetch_ahead(w, k, v, block);
-    fa_operands x = {.stored_k = k, .stored_v = v, .rules = block_rules(w, block, biased)};
     const int in_parts = w->products->in_parts;
-    x.ruled = call->natural || block->partial || biased;
-    x.mended = in_parts && !(w->q_finite && call->uk->finite(k, block->keys, a->head_dim));
-    x.careful = (block->partial || found & FA_MASK_HIDES || in_parts) && !call->uk->finite(v, block->keys, a->v_head_dim);
-    const fa_matrix values = x.careful ? finite_values(w, v, block->keys) : v;
+    fa_run *run = run_of(w, block);
+    fa_operands x = {.stored_k = rows_from(run->stored_k, block->first - run->first),
+                     .stored_v = rows_from(run->stored_v, block->first - run->first),
+                     .rules = block_rules(w, block, biased)};
+    fetch_ahead(w, x.stored_k, x.stored_v, block);
+    x.ruled = call->natural || biased;
+    x.mended = in_parts && !(w->q_finite && all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim));
+    x.careful = (block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
+                !all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim);
     if (w->few) {
-        x.way = &w->ways[FA_EXACT];
-        x.k = k;
-        x.v = values;
+        x.products = call->uk->products;
+        x.k = x.stored_k;
+        x.v = x.careful ? finite_values(w, x.stored_v, block->keys) : x.stored_v;
     } else
-        choose_way(w, &x, block, values);
-    x.p = x.way->products->in_place ? w->s : w->p;
+        choose_way(w, &x, block);
+    x.p = x.products->in_place ? w->s : w->p;
     steps(w, &x, block);
 }
 
@@ -403,13 +490,13 @@ static void *partial_memory(const fa_job *job, int64_t n) {
 }
 
 /* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
-static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_way *ways) {
+static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_run *run) {
     const fa_call *call = &job->call;
     const fastattn_attention_args *a = call->args;
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(job, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     fa_work w = {.call = call,
-                 .ways = ways,
+                 .run = run,
                  .panel = fastattn_panel_of(call, panel, part, own + at->panel.rows),
                  .s = (float *)(scratch + at->s),
                  .p = (float *)(scratch + at->p),
@@ -442,15 +529,15 @@ static void run_item(const void *context, int64_t item, int worker) {
     const int64_t part = item % call->splits, bundle = item / call->splits % call->bundles;
     const int64_t sequence = item / call->splits / call->bundles, first = bundle * call->bundle;
     const int64_t panels = fa_min(call->bundle, call->rows.panels - first);
-    fa_way ways[FA_WAYS] = {{.products = call->products}, {.products = call->uk->products}};
+    fa_run run = {.ways = {{.products = call->products}, {.products = call->uk->products}}};
     for (int way = 0; way < FA_WAYS; way++) {
-        ways[way].k_room = (float *)(scratch_of(job, worker) + call->scratch.k[way]);
-        ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
+        run.ways[way].k_room = (float *)(scratch_of(job, worker) + call->scratch.k[way]);
+        run.ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
     }
     fa_work works[FA_MOST_BUNDLE];
     if (call->products->enter) call->products->enter();
     for (int64_t n = 0; n < panels; n++)
-        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, ways);
+        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, &run);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)

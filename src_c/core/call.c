@@ -9,7 +9,7 @@
 #include <float.h>
 #include <math.h>
 
-static fa_rows plan_rows(const fastattn_attention_args *a) {
+static fa_rows plan_rows(const fastattn_attention_args *a, int most) {
     fa_rows r;
     const fastattn_block_mask *blocks = a->block_mask;
     r.group = a->num_heads / a->num_kv_heads;
@@ -17,9 +17,9 @@ static fa_rows plan_rows(const fastattn_attention_args *a) {
     r.sequences = a->num_heads / r.group;
     r.count = a->q_len * r.group;
     r.segment = blocks ? fa_min(blocks->block_size * r.group, r.count) : r.count;
-    r.panels_a_segment = fa_ceil_div(r.segment, FA_PANEL_ROWS);
+    r.panels_a_segment = fa_ceil_div(r.segment, most);
     /* Panels of a long sequence are full; those of a block row share it evenly, or a ragged one would come with each. */
-    const int64_t even = blocks ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, FA_PANEL_ROWS);
+    const int64_t even = blocks ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, most);
     r.panel_rows = (int)fa_min(fa_round_up(even, FA_ROW_STEP), r.segment);
     r.panels_a_segment = fa_ceil_div(r.segment, r.panel_rows);
     r.panels = r.count / r.segment * r.panels_a_segment + fa_ceil_div(r.count % r.segment, r.panel_rows);
@@ -46,10 +46,10 @@ static int as_stored(const fa_products *products, const fastattn_attention_args 
 /* What keys and values have to be turned into first is turned for several panels at a time, if there are enough for all
  * threads. Results do not depend on it. */
 static void plan_bundles(fa_call *call) {
-    enum { ITEMS_A_THREAD = 8 };
+    enum { ITEMS_A_THREAD = 8, MOST_ROWS = FA_MOST_BUNDLE * FA_ROW_STEP };
     const fastattn_attention_args *a = call->args;
     const int64_t parts = call->panels * call->splits, threads = fa_max(a->num_threads, 1);
-    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, fa_min(parts / (threads * ITEMS_A_THREAD), FA_MOST_BUNDLE));
+    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, fa_min(parts / (threads * ITEMS_A_THREAD), MOST_ROWS / call->rows.ld));
     call->bundle = fa_min(call->bundle, call->rows.panels);
     call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
     call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
@@ -99,7 +99,7 @@ static fastattn_status plan_memory(fa_call *call) {
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.q_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->head_dim, FA_ROW_STEP), sizeof(float));
     m->panel.o_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
-    m->panel.rows = take(&panel, ld, 5 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
+    m->panel.rows = take(&panel, ld, 6 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->panel.bytes = panel;
     m->panels = take(&bytes, call->bundle, panel);
     m->bytes = bytes;
@@ -136,9 +136,12 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
     call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
-    call->rows = plan_rows(args);
+    call->rows = plan_rows(args, call->products->panel_rows);
+    if (call->rows.panel_rows < call->products->fewest_rows) {
+        call->products = call->uk->products;
+        call->rows = plan_rows(args, call->products->panel_rows);
+    }
     call->panels = args->batch * call->rows.sequences * call->rows.panels;
-    if (call->rows.panel_rows < call->products->fewest_rows) call->products = call->uk->products;
     call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
     plan_bundles(call);

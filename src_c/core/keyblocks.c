@@ -6,7 +6,9 @@ fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
     fa_key_blocks it = {0};
     /* Bounds ascend with the row, so the first and the last row tell all. */
     const int last = panel->rows - 1;
-    it.next = fa_max(panel->first_key, panel->begin[0]);
+    it.first_key = panel->first_key;
+    it.end_key = panel->end_key;
+    it.next = panel->first_key + fa_max(panel->begin[0] - panel->first_key, 0) / FA_SUM_RUN * FA_SUM_RUN;
     it.end = fa_min(panel->end_key, panel->end[last]);
     it.full_from = panel->begin[last];
     it.full_to = panel->end[0];
@@ -52,7 +54,15 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     if (it->next >= it->end) return 0;
     if (it->next >= it->run_end && !(it->mask && next_run(it))) return 0;
     block->first = it->next;
+    block->run_first = it->next;
     block->keys = fa_min(it->step, it->run_end - it->next);
+    block->run_keys = block->keys;
+    if (!it->mask) {
+        const int64_t before = (it->next - it->first_key) % it->step;
+        block->run_first -= before;
+        block->run_keys = fa_min(it->step, it->end_key - block->run_first);
+        block->keys = fa_min(block->keys, block->run_keys - before);
+    }
     it->next += block->keys;
     block->partial = block->first < it->full_from || it->next > it->full_to;
     block->bits = NULL;

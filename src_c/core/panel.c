@@ -59,6 +59,7 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, cha
     p.begin_of = take(&memory, ld, sizeof(float));
     p.end_of = take(&memory, ld, sizeof(float));
     p.alpha = take(&memory, ld, sizeof(float));
+    p.fade = take(&memory, ld, sizeof(float));
 
     int64_t i = p.first_row / rows->group, h = p.head + p.first_row % rows->group;
     for (int r = 0; r < p.padded; r++) {

@@ -18,7 +18,7 @@ typedef struct fa_panel {
     float *slopes;          /* [padded] when there are ALiBi slopes */
     float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
     float *begin_of, *end_of;
-    float *alpha;
+    float *alpha, *fade;
     const void **rows_of;   /* [padded] row pointers: of q, then of the mask */
     void **outputs;         /* [padded] row pointers of out */
 } fa_panel;

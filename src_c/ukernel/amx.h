@@ -38,12 +38,8 @@ typedef struct amx_operand {
     int64_t stride, across, along, plane;
 } amx_operand;
 
-/* c = [c +] a b for na x nb tiles: 1 x nb, 2 x 2 or 4 x 1 (constants), which is as many accumulators as hide the latency of a
- * product. `products` pairs of planes take part, the smallest first. */
-FA_INLINE void amx_block(int na, int nb, float *c, int ld, amx_operand a, amx_operand b, int64_t steps, int products,
-                         int accumulate) {
-    static const int planes[4][2] = {{1, 1}, {1, 0}, {0, 1}, {0, 0}};
-    const int64_t stride = ld * (int64_t)sizeof(float);
+/* c for na x nb tiles: 2 x 2 or 4 x 1 (constants), which is as many accumulators as hide the latency of a product, or what is
+ * left of them. */
 #define AMX_EACH(f)             \
     f(0);                       \
     if (na * nb > 1) { f(1); }  \
@@ -52,67 +48,150 @@ FA_INLINE void amx_block(int na, int nb, float *c, int ld, amx_operand a, amx_op
 #define AMX_C(n) ((char *)c + (n) / nb * AMX_ROWS * stride + (n) % nb * AMX_BYTES)
 #define AMX_LOAD(n) amx_load(n, AMX_C(n), stride)
 #define AMX_STORE(n) amx_store(n, AMX_C(n), stride)
-#define AMX_A(tile, i) amx_load(tile, at_a + (i) * a.across, a.stride)
-#define AMX_B(tile, i) amx_load(tile, at_b + (i) * b.across, b.stride)
+
+FA_INLINE void amx_begin(int na, int nb, const float *c, int64_t stride, int accumulate) {
     if (accumulate) {
         AMX_EACH(AMX_LOAD)
     } else {
         AMX_EACH(amx_zero)
     }
-    for (int n = 4 - products; n < 4; n++) {
-        const char *at_a = a.at + planes[n][0] * a.plane, *at_b = b.at + planes[n][1] * b.plane;
-        for (int64_t step = 0; step < steps; step++, at_a += a.along, at_b += b.along)
-            if (na == 4) {
-                AMX_B(4, 0); AMX_A(5, 0); amx_dot(0, 5, 4); AMX_A(6, 1); amx_dot(1, 6, 4);
-                AMX_A(7, 2); amx_dot(2, 7, 4); AMX_A(5, 3); amx_dot(3, 5, 4);
-            } else if (na == 2) {
-                AMX_A(4, 0); AMX_B(5, 0); amx_dot(0, 4, 5); AMX_B(6, 1); amx_dot(1, 4, 6);
-                AMX_A(7, 1); amx_dot(2, 7, 5); amx_dot(3, 7, 6);
-            } else {
-                AMX_A(4, 0); AMX_B(5, 0); amx_dot(0, 4, 5);
-                if (nb > 1) { AMX_B(6, 1); amx_dot(1, 4, 6); }
-                if (nb > 2) { AMX_B(7, 2); amx_dot(2, 4, 7); }
-                if (nb > 3) { AMX_B(5, 3); amx_dot(3, 4, 5); }
-            }
-    }
-    AMX_EACH(AMX_STORE)
+}
+
+FA_INLINE void amx_end(int na, int nb, float *c, int64_t stride) { AMX_EACH(AMX_STORE) }
+
 #undef AMX_EACH
 #undef AMX_C
 #undef AMX_LOAD
 #undef AMX_STORE
+
+/* One step along the sum. In blocks of 2 x 2 there may be one of both operands already, from the last step. */
+FA_INLINE void amx_step(int na, int nb, amx_operand a, amx_operand b, int new_a, int new_b) {
+#define AMX_A(tile, i) amx_load(tile, a.at + (i) * a.across, a.stride)
+#define AMX_B(tile, i) amx_load(tile, b.at + (i) * b.across, b.stride)
+    if (na == 2) {
+        if (new_a) { AMX_A(4, 0); }
+        if (new_b) { AMX_B(5, 0); }
+        amx_dot(0, 4, 5);
+        if (new_b) { AMX_B(6, 1); }
+        amx_dot(1, 4, 6);
+        if (new_a) { AMX_A(7, 1); }
+        amx_dot(2, 7, 5); amx_dot(3, 7, 6);
+        return;
+    }
+    AMX_A(4, 0); AMX_B(5, 0); amx_dot(0, 4, 5);
+    if (nb == 2) {
+        AMX_B(6, 1); amx_dot(1, 4, 6);
+    } else if (na == 4) {
+        AMX_A(6, 1); amx_dot(1, 6, 5); AMX_A(7, 2); amx_dot(2, 7, 5); AMX_A(4, 3); amx_dot(3, 4, 5);
+    }
 #undef AMX_A
 #undef AMX_B
 }
 
-/* The whole product: `count` tiles of a, one after the other so that each is read once, by `rows` rows of b. */
-FA_INLINE void amx_product(float *c, int ld, int rows, amx_operand a, int64_t count, amx_operand b, int64_t steps,
-                           int products, int accumulate) {
-#define AMX_BLOCKS(na, nb)                                                                       \
-    for (; i + na <= count; i += na, c += na * AMX_ROWS * ld, a.at += na * a.across)             \
-        amx_block(na, nb, c, ld, a, b, steps, products, accumulate);
-    int64_t i = 0;
-    switch (rows / AMX_ROWS) {
-    case 1: AMX_BLOCKS(4, 1) AMX_BLOCKS(1, 1) break;
-    case 2: AMX_BLOCKS(2, 2) AMX_BLOCKS(1, 2) break;
-    case 3: AMX_BLOCKS(1, 3) break;
-    case 4: AMX_BLOCKS(1, 4) break;
+/* A product c = [c +] a b of `count` tiles of a by `rows` rows of b. `products` pairs of planes take part. */
+typedef struct amx_product {
+    float *c;
+    int ld, rows;
+    amx_operand a, b;
+    int64_t count, steps;
+    int products, accumulate;
+} amx_product;
+
+FA_INLINE int amx_first_pair(const amx_product *x) { return x->products == 1 ? 2 : 4 - x->products; }
+
+/* A step for a pair of planes, in an order in which one of the two stays. */
+FA_INLINE void amx_step_of(int na, int nb, const amx_product *x, amx_operand a, amx_operand b, int64_t step, int pair) {
+    static const int planes[4][2] = {{1, 1}, {1, 0}, {0, 0}, {0, 1}};
+    const int first = pair == amx_first_pair(x);
+    a.at += planes[pair][0] * a.plane + step * a.along;
+    b.at += planes[pair][1] * b.plane + step * b.along;
+    amx_step(na, nb, a, b, first || pair == 2, first || pair != 2);
+}
+
+FA_INLINE void amx_run(const amx_product *x) {
+    const int64_t stride = x->ld * (int64_t)sizeof(float);
+    amx_operand b = x->b;
+#define AMX_BLOCKS(na, nb)                                                                                    \
+    for (; i + na <= x->count; i += na, c += na * AMX_ROWS * x->ld, a.at += na * a.across) {                  \
+        amx_begin(na, nb, c, stride, x->accumulate);                                                          \
+        for (int64_t step = 0; step < x->steps; step++)                                                       \
+            for (int n = 0; n < x->products; n++) amx_step_of(na, nb, x, a, b, step, amx_first_pair(x) + n);  \
+        amx_end(na, nb, c, stride);                                                                           \
+    }
+    for (int row = 0; row < x->rows; row += 2 * AMX_ROWS, b.at += 2 * b.across) {
+        float *c = x->c + row;
+        amx_operand a = x->a;
+        int64_t i = 0;
+        if (row + AMX_ROWS < x->rows) {
+            AMX_BLOCKS(2, 2) AMX_BLOCKS(1, 2)
+        } else {
+            AMX_BLOCKS(4, 1) AMX_BLOCKS(1, 1)
+        }
     }
 #undef AMX_BLOCKS
 }
 
-FA_INLINE void amx_qk(int planes, int products, float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from,
-                      int64_t keys, int64_t head_dim) {
-    const int64_t dim = fa_round_up(head_dim, HALVES), pairs = planes * ld * (int64_t)sizeof(float);
-    const amx_operand a = {k.at + from * k.stride, k.stride, AMX_ROWS * k.stride, AMX_BYTES, dim * 2};
-    const amx_operand b = {(const char *)q, pairs, AMX_BYTES, AMX_ROWS * pairs, ld * (int64_t)sizeof(float)};
-    amx_product(s, ld, rows, a, fa_round_up(keys, AMX_ROWS) / AMX_ROWS, b, dim / HALVES, products, 0);
+/* The same, for two strips of rows, in pieces: a step of a block of 2 x 2 tiles each. */
+typedef struct amx_pieces {
+    amx_product x;
+    int pair; /* of the next piece, from 0 on */
+    int64_t step, done, pieces;
+} amx_pieces;
+
+FA_INLINE amx_pieces amx_pieces_of(amx_product x) {
+    const int64_t blocks = x.rows == 2 * AMX_ROWS ? x.count / 2 : 0;
+    const amx_pieces w = {x, 0, 0, 0, blocks * x.products * x.steps};
+    return w;
+}
+
+/* Sums are stored a piece later, when they are there, or the stores would hold up all others. */
+FA_INLINE void amx_piece(amx_pieces *w) {
+    amx_product *x = &w->x;
+    const int64_t stride = x->ld * (int64_t)sizeof(float);
+    if (w->step == x->steps) {
+        amx_end(2, 2, x->c, stride);
+        x->c += 2 * AMX_ROWS * x->ld;
+        x->a.at += 2 * x->a.across;
+        x->count -= 2;
+        w->step = 0;
+    }
+    if (w->done++ == w->pieces) return;
+    if (w->step == 0 && w->pair == 0) amx_begin(2, 2, x->c, stride, x->accumulate);
+    amx_step_of(2, 2, x, x->a, x->b, w->step, amx_first_pair(x) + w->pair);
+    if (++w->pair == x->products) w->pair = 0, w->step++;
+}
+
+/* A pairs_beside. No vector is in it, and no call of it moves one. */
+__attribute__((noinline)) static int64_t amx_keep_up(void *work, int64_t part, int64_t parts) {
+    amx_pieces *w = work;
+    while (w->done < w->pieces && w->done * parts <= part * w->pieces) amx_piece(w);
+    return w->done < w->pieces ? (w->done * parts + w->pieces - 1) / w->pieces : parts;
+}
+
+FA_INLINE void amx_finish(amx_pieces *w) {
+    while (w->done <= w->pieces) amx_piece(w);
+    amx_run(&w->x); /* what is no block of 2 x 2 */
+}
+
+FA_INLINE amx_product amx_qk(int planes, int products, const fa_scores *x) {
+    const int64_t dim = fa_round_up(x->head_dim, HALVES), pairs = planes * x->ld * (int64_t)sizeof(float);
+    const amx_product product = {
+        .c = x->s, .ld = x->ld, .rows = x->rows,
+        .a = {x->k.at + x->from * x->k.stride, x->k.stride, AMX_ROWS * x->k.stride, AMX_BYTES, dim * 2},
+        .b = {(const char *)x->q, pairs, AMX_BYTES, AMX_ROWS * pairs, x->ld * (int64_t)sizeof(float)},
+        .count = fa_round_up(x->keys, AMX_ROWS) / AMX_ROWS, .steps = dim / HALVES, .products = products};
+    return product;
 }
 
 FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,
                       int64_t from, int64_t keys, int64_t v_head_dim) {
     const int64_t pairs = planes * ld * (int64_t)sizeof(float);
-    const amx_operand a = {v.at + from * 2, v.stride, AMX_ROWS * v.stride, AMX_BYTES, v.stride / 2};
-    const amx_operand b = {(const char *)p, pairs, AMX_BYTES, AMX_ROWS * pairs, ld * (int64_t)sizeof(float)};
+    const amx_product product = {
+        .c = o, .ld = ld, .rows = rows,
+        .a = {v.at + from * 2, v.stride, AMX_ROWS * v.stride, AMX_BYTES, v.stride / 2},
+        .b = {(const char *)p, pairs, AMX_BYTES, AMX_ROWS * pairs, ld * (int64_t)sizeof(float)},
+        .count = fa_sums_row(v_head_dim) / AMX_ROWS + (planes == 1), .steps = fa_round_up(keys, HALVES) / HALVES,
+        .products = products, .accumulate = 1};
     for (int row = 0; row < rows; row += AMX_ROWS) {
         const simd_f factor = simd_load(alpha + row);
         if (!simd_any(simd_not(simd_eq(factor, simd_set1(1.0f))))) continue; /* the maximum stayed */
@@ -121,8 +200,7 @@ FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, co
         float *sums = o + fa_sums_row(v_head_dim) * ld + row;
         if (planes == 1) simd_store(sums, simd_mul(simd_load(sums), factor));
     }
-    amx_product(o, ld, rows, a, fa_sums_row(v_head_dim) / AMX_ROWS + (planes == 1), b,
-                fa_round_up(keys, HALVES) / HALVES, products, 1);
+    amx_run(&product);
 }
 
 /* Whole tiles of bfloat16 keys are read where they lie. */
@@ -195,7 +273,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
 }
 
 /* A table of products of numbers in so many planes, with so many cross products. */
-#define AMX_TABLE(suffix, planes, qk_products, pv_products, block_size)                                              \
+#define AMX_TABLE(suffix, planes, qk_products, pv_products, block_size, score_size)                                  \
     PAIRS_SLOTS(suffix, planes)                                                                                      \
     static fa_matrix suffix##_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {                  \
         return amx_keys(planes, room, stored, keys, head_dim);                                                       \
@@ -205,20 +283,29 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
     }                                                                                                                \
     static void suffix##_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,     \
                             int64_t head_dim) {                                                                      \
-        amx_qk(planes, qk_products, s, q, ld, rows, k, from, keys, head_dim);                                        \
+        const fa_scores x = {s, q, ld, rows, k, from, keys, head_dim};                                               \
+        const amx_product product = amx_qk(planes, qk_products, &x);                                                 \
+        amx_run(&product);                                                                                           \
+    }                                                                                                                \
+    static void suffix##_softmax_beside(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m,       \
+                                        float *l, float *alpha, const fa_scores *next) {                             \
+        amx_pieces work = amx_pieces_of(amx_qk(planes, qk_products, next));                                          \
+        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, amx_keep_up, &work);                        \
+        amx_finish(&work);                                                                                           \
     }                                                                                                                \
     static void suffix##_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,             \
                             int64_t from, int64_t keys, int64_t v_head_dim) {                                        \
         amx_pv(planes, pv_products, o, alpha, p, ld, rows, v, from, keys, v_head_dim);                               \
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
-        .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FA_FEW_ROWS + 1, .block_keys = block_size,          \
+        .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FA_FEW_ROWS + 1, .panel_rows = 2 * AMX_ROWS,        \
+        .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                                          \
         .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = suffix##_pack,  \
-        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax,            \
+        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax, .softmax_beside = suffix##_softmax_beside,            \
         .pv = suffix##_pv, .power = suffix##_power};
 
-AMX_TABLE(bfloat16_amx, 1, 1, 1, 128)
-AMX_TABLE(bfloat16x3_amx, 2, 3, 3, 64)
-AMX_TABLE(float16_amx, 2, 4, 3, 64) /* the scores exactly: a float16 is a sum of two bfloat16 */
+AMX_TABLE(bfloat16_amx, 1, 1, 1, 256, 64)
+AMX_TABLE(bfloat16x3_amx, 2, 3, 3, 128, 64)
+AMX_TABLE(float16_amx, 2, 4, 3, 128, 64) /* the scores exactly: a float16 is a sum of two bfloat16 */
 
 #endif

@@ -48,7 +48,8 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 PAIRS_SLOTS(dot, 1)
 
 const fa_products fastattn_products_bfloat16_avx512 = {
-    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FA_FEW_ROWS + 1, .block_keys = 64, .sums = 1,
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FA_FEW_ROWS + 1, .panel_rows = FA_PANEL_ROWS,
+    .block_keys = 64, .score_keys = 64, .pair_rows = 1, .sums = 1,
     .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
     .power = dot_power};
 

@@ -13,6 +13,13 @@ FA_INLINE __m512i upper_halves(__m512i even, __m512i odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
 }
 
+/* All those of the first, then those of the second. */
+FA_INLINE __m512i upper_halves_in_order(__m512i first, __m512i second) {
+    const __m512i odd = _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021,
+                                         0x1f001d, 0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
+    return _mm512_permutex2var_epi16(first, odd, second);
+}
+
 /* x as a sum of two bfloat16, to 16 bits. The first is rounded, so that what the product of two second ones adds has no bias, but
  * for numbers that would round to infinity. */
 FA_INLINE void split(simd_f x, __m512i *high, __m512i *low) {
@@ -34,20 +41,22 @@ FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, f
                              : _mm512_xor_si512(bits, _mm512_set1_epi16(sign < 0.0f ? (short)0x8000 : 0));
         return;
     }
-    uint16_t planes_of[2][HALVES];
-    for (int64_t d = 0; d < HALVES; d += SIMD_LANES) {
-        const int64_t left = n - d < 0 ? 0 : n - d;
+    uint16_t rounded[HALVES];
+    __m512i high[2], low[2];
+    FA_UNROLL for (int i = 0; i < 2; i++) {
+        const int64_t d = i * SIMD_LANES, left = n - d < 0 ? 0 : n - d;
         const simd_f x = simd_mul(load_as(at + (left ? d * size : 0), left, dtype), simd_set1(sign));
-        __m512i high, low;
-        if (planes == 1) {
-            simd_store_bf16(planes_of[0] + d, x);
-            continue;
-        }
-        split(x, &high, &low);
-        _mm256_storeu_si256((__m256i *)(planes_of[0] + d), _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16)));
-        _mm256_storeu_si256((__m256i *)(planes_of[1] + d), _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16)));
+        if (planes == 1)
+            simd_store_bf16(rounded + d, x);
+        else
+            split(x, &high[i], &low[i]);
     }
-    for (int plane = 0; plane < planes; plane++) to[plane] = _mm512_loadu_si512(planes_of[plane]);
+    if (planes == 1) {
+        to[0] = _mm512_loadu_si512(rounded);
+        return;
+    }
+    to[0] = upper_halves_in_order(high[0], high[1]);
+    to[1] = upper_halves_in_order(low[0], low[1]);
 }
 
 typedef void halves_maker(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float factor);
@@ -96,8 +105,7 @@ FA_INLINE unsigned subnormals_are_zero(void) {
     return found;
 }
 
-/* 2**x. The powers are rounded to bfloat16, but their sum is not: the polynomial of degree 5 in the fraction with the smallest
- * relative error (8e-8) and the value 1 at 0. */
+/* 2**x: the polynomial of degree 5 in the fraction with the smallest relative error (8e-8) and the value 1 at 0. */
 FA_INLINE simd_f quick_exp2(simd_f x) {
     const simd_f f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     simd_f p = simd_set1(0x1.e97522p-10f);
@@ -109,24 +117,88 @@ FA_INLINE simd_f quick_exp2(simd_f x) {
     return _mm512_scalef_ps(p, x);
 }
 
-/* The powers of one key. The difference first: c times a score may overflow, as with a bias of -FLT_MAX. */
-FA_INLINE simd_f power_of(int planes, const float *s, simd_f top, simd_f c) {
-    const simd_f x = simd_sub(simd_load(s), top);
-    return planes == 1 ? quick_exp2(simd_mul(x, c)) : exp2_of(x, c);
+/* 2**x as bfloat16: the upper halves are the nearest to a polynomial of degree 3 (7.5e-5). Half of their last place is part of
+ * its constant, which is all that rounding takes where a number is between 1 and 2. */
+FA_INLINE __m512i coarse_exp2(simd_f x) {
+    const simd_f f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    simd_f p = simd_set1(0x1.3f96a4p-4f);
+    p = simd_fma(p, f, simd_set1(0x1.cefc4cp-3f));
+    p = simd_fma(p, f, simd_set1(0x1.64444cp-1f));
+    p = simd_fma(p, f, simd_set1(0x1.fff632p-1f + 0x1p-8f));
+    return _mm512_castps_si512(_mm512_scalef_ps(p, x));
 }
 
-FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, float *p, ptrdiff_t ld, int64_t keys, float c,
-                                 float *m, float *l, float *alpha) {
-    const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
-    simd_f top[4], base[4], sum[4];
+/* How powers are made: relative to `base`, in units of 2**c. Beyond NEAR the product of base and c is not exact enough to take it
+ * from that of the score, and either may overflow, as with a bias of -FLT_MAX; then the difference comes first. */
+#define NEAR 128.0f
+
+typedef struct powers_of {
+    simd_f c, base[4], product[4]; /* c * base */
+} powers_of;
+
+FA_INLINE simd_f exponent_of(int near, const powers_of *x, int v, const float *s) {
+    const simd_f score = simd_load(s);
+    return near ? simd_fms(score, x->c, x->product[v]) : simd_mul(simd_sub(score, x->base[v]), x->c);
+}
+
+/* The powers of two keys, the second of which may be missing: in one plane rounded, with the larger of those so far in `largest`;
+ * in two as split() does it. Where `summed`, their sum is added to `sum` as exactly as float32 is. */
+FA_INLINE void power_pair(int planes, int summed, int near, const powers_of *x, int v, const float *s, ptrdiff_t ld, int both,
+                          float *p, __m512i *largest, simd_f *sum) {
+    const simd_f even = exponent_of(near, x, v, s);
+    const simd_f odd = both ? exponent_of(near, x, v, s + ld) : simd_set1(-INFINITY);
+    if (planes == 1) {
+        const __m512i pair = upper_halves(coarse_exp2(even), coarse_exp2(odd));
+        _mm512_storeu_si512(p, pair);
+        *largest = _mm512_max_epu16(*largest, pair);
+        if (summed) *sum = simd_add(*sum, simd_add(quick_exp2(even), quick_exp2(odd)));
+        return;
+    }
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    const simd_f powers[2] = {quick_exp2(even), quick_exp2(odd)};
+    __m512i high[2], low[2];
+    FA_UNROLL for (int i = 0; i < 2; i++) {
+        high[i] = _mm512_and_si512(rounded_up(powers[i]), upper);
+        low[i] = rounded_up(simd_sub(powers[i], _mm512_castsi512_ps(high[i])));
+    }
+    _mm512_storeu_si512(p, upper_halves(high[0], high[1]));
+    _mm512_storeu_si512(p + ld, upper_halves(low[0], low[1]));
+    *sum = simd_add(*sum, simd_add(powers[0], powers[1]));
+}
+
+/* What another unit has to do meanwhile, in pieces: as many as there are for the first `part` of `parts`. Returns the part before
+ * which it has nothing more to do. */
+typedef int64_t pairs_beside(void *work, int64_t part, int64_t parts);
+
+FA_INLINE void power_pairs(int planes, int vectors, int summed, int near, const powers_of *x, const float *s, float *p,
+                           ptrdiff_t ld, int64_t keys, __m512i largest[4], simd_f sum[4], pairs_beside *beside, void *work) {
+    int64_t j = 0, due = 0;
+    for (; j + 2 <= keys; j += 2) {
+        if (beside && j >= due) due = beside(work, j, keys);
+        FA_UNROLL for (int v = 0; v < vectors; v++)
+            power_pair(planes, summed, near, x, v, s + j * ld + v * SIMD_LANES, ld, 1,
+                       p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
+    }
+    if (j < keys)
+        FA_UNROLL for (int v = 0; v < vectors; v++)
+            power_pair(planes, summed, near, x, v, s + j * ld + v * SIMD_LANES, ld, 0,
+                       p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
+}
+
+FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const float *s, float *p, ptrdiff_t ld, int64_t keys,
+                                   float c, float *m, float *l, float *alpha, pairs_beside *beside, void *work) {
+    const simd_f lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
+    powers_of x = {.c = simd_set1(c)};
+    simd_f top[4], sum[4];
     simd_m stale[4];
     FA_UNROLL for (int v = 0; v < vectors; v++) {
         top[v] = simd_load(m + v * SIMD_LANES);
         stale[v] = simd_eq(top[v], lowest);
     }
-    /* An old maximum serves as long as no power grows large, which their sum tells. Else it is looked for, once. */
+    /* An old maximum serves as long as no power grows large, which the largest or their sum tells. Else it is looked for, once. */
     for (int looked = 0;; looked = 1) {
-        int wanting = 0;
+        int wanting = 0, near = 1;
+        __m512i largest[4];
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             if (simd_any(stale[v])) {
                 simd_f highest = top[v];
@@ -134,28 +206,20 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, floa
                 top[v] = simd_select(stale[v], highest, top[v]);
             }
             /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
-            base[v] = simd_select(simd_eq(top[v], lowest), zero, top[v]);
+            x.base[v] = simd_select(simd_eq(top[v], lowest), zero, top[v]);
+            x.product[v] = simd_mul(x.base[v], x.c);
+            near &= !simd_any(simd_not(simd_lt(simd_abs(x.product[v]), simd_set1(NEAR))));
+            largest[v] = _mm512_setzero_si512();
             sum[v] = zero;
         }
-        for (int64_t j = 0; j < keys; j += 2)
-            FA_UNROLL for (int v = 0; v < vectors; v++) {
-                const float *from = s + j * ld + v * SIMD_LANES;
-                float *to = p + j / 2 * planes * ld + v * SIMD_LANES;
-                const simd_f even = power_of(planes, from, base[v], scale);
-                const simd_f odd = j + 1 < keys ? power_of(planes, from + ld, base[v], scale) : zero;
-                sum[v] = simd_add(sum[v], simd_add(even, odd));
-                if (planes == 1) {
-                    _mm512_storeu_si512(to, upper_halves(rounded_up(even), rounded_up(odd)));
-                    continue;
-                }
-                __m512i high[2], low[2];
-                split(even, &high[0], &low[0]);
-                split(odd, &high[1], &low[1]);
-                _mm512_storeu_si512(to, upper_halves(high[0], high[1]));
-                _mm512_storeu_si512(to + ld, upper_halves(low[0], low[1]));
-            }
+        if (near)
+            power_pairs(planes, vectors, summed, 1, &x, s, p, ld, keys, largest, sum, beside, work);
+        else
+            power_pairs(planes, vectors, summed, 0, &x, s, p, ld, keys, largest, sum, beside, work);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
-            stale[v] = simd_not(simd_lt(sum[v], simd_set1(FA_MOST_POWER)));
+            const __m512i evens = _mm512_slli_epi32(largest[v], 16);
+            const simd_f most = planes > 1 ? sum[v] : _mm512_castsi512_ps(_mm512_max_epu32(largest[v], evens));
+            stale[v] = simd_not(simd_lt(most, simd_set1(FA_MOST_POWER)));
             wanting |= simd_any(stale[v]);
         }
         if (!wanting || looked) break;
@@ -164,23 +228,36 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, const float *s, floa
         FA_UNROLL for (int v = 0; v < planes * vectors; v++)
             simd_store(p + (j * planes + v / vectors) * ld + v % vectors * SIMD_LANES, zero);
     FA_UNROLL for (int v = 0; v < vectors; v++) {
-        const simd_f fade = exp2_of(simd_sub(simd_load(m + v * SIMD_LANES), base[v]), scale);
+        const simd_f fade = exp2_of(simd_sub(simd_load(m + v * SIMD_LANES), x.base[v]), x.c);
         float *at = l + v * SIMD_LANES;
         simd_store(m + v * SIMD_LANES, top[v]);
         simd_store(alpha + v * SIMD_LANES, fade);
-        simd_store(at, simd_fma(simd_load(at), fade, sum[v]));
+        if (summed) simd_store(at, simd_fma(simd_load(at), fade, sum[v]));
     }
 }
 
-FA_INLINE void pairs_softmax(int planes, const float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l,
-                           float *alpha) {
+FA_INLINE void pairs_softmax_of(int planes, int summed, const float *s, float *p, int ld, int rows, int64_t keys, float c,
+                                float *m, float *l, float *alpha, pairs_beside *beside, void *work) {
     const unsigned found = subnormals_are_zero();
     int row = 0;
-    for (; row + 64 <= rows; row += 64)
-        pairs_softmax_strip(planes, 4, s + row, p + row, ld, keys, c, m + row, l + row, alpha + row);
-    for (; row < rows; row += SIMD_LANES)
-        pairs_softmax_strip(planes, 1, s + row, p + row, ld, keys, c, m + row, l + row, alpha + row);
+#define PAIRS_STRIPS(vectors)                                                                                           \
+    for (; row + vectors * SIMD_LANES <= rows; row += vectors * SIMD_LANES)                                             \
+        pairs_softmax_strip(planes, vectors, summed, s + row, p + row, ld, keys, c, m + row, summed ? l + row : NULL,   \
+                            alpha + row, beside, work);
+    if (!beside) { PAIRS_STRIPS(4) }
+    PAIRS_STRIPS(2)
+    PAIRS_STRIPS(1)
+#undef PAIRS_STRIPS
     _mm_setcsr(found);
+}
+
+/* One plane is divided by the sums that pv forms, and has its own only for those who ask. */
+FA_INLINE void pairs_softmax(int planes, const float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l,
+                             float *alpha, pairs_beside *beside, void *work) {
+    if (planes > 1 || l)
+        pairs_softmax_of(planes, 1, s, p, ld, rows, keys, c, m, l, alpha, beside, work);
+    else
+        pairs_softmax_of(planes, 0, s, p, ld, rows, keys, c, m, NULL, alpha, beside, work);
 }
 
 FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t key) {
@@ -203,7 +280,7 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
     }                                                                                                             \
     static void suffix##_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, \
                                  float *alpha) {                                                                  \
-        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha);                                              \
+        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, NULL, NULL);                                  \
     }                                                                                                             \
     static float suffix##_power(const float *p, int ld, int row, int64_t key) {                                   \
         return pairs_power(planes, p, ld, row, key);                                                              \

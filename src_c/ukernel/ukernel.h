@@ -62,6 +62,15 @@ typedef struct fa_matrix {
     fastattn_dtype dtype;
 } fa_matrix;
 
+/* What qk is called with. */
+typedef struct fa_scores {
+    float *s;
+    const float *q;
+    int ld, rows;
+    fa_matrix k;
+    int64_t from, keys, head_dim;
+} fa_scores;
+
 /* The two products and what is between them: how a panel of queries, keys, powers and values are laid out and multiplied.
  * Every panel has 4 bytes for a row, one float32 or a pair of halves, so that row r of each begins r floats further on. Keys
  * and values of a block are prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. */
@@ -69,7 +78,10 @@ typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
     int fewest_rows; /* of a panel, for which what has to be prepared pays off; fewer are for the float32 products */
-    int block_keys; /* keys in one step of the loop, at most: S must stay near, beside the rows of K or V in use */
+    int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
+    int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
+    int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
+    int pair_rows;  /* of the panel of powers, for two keys */
     int in_place;   /* float32 keys and values need no room, and p may be s */
     int sums;       /* pv also sums p as it is multiplied, rounded, into row fa_sums_row of o: the better divisor */
     int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
@@ -96,8 +108,12 @@ typedef struct fa_products {
     /* The online softmax, in units of 2**c:  m' >= m,  alpha = 2**(c*(m - m')),  p = 2**(c*(s - m')),  l = l * alpha + sum p.
      * m' is the maximum of m and all s, or less by as much as keeps the powers below FA_MOST_POWER. A row that has seen only
      * -inf keeps m = -inf and gets p = 0. Powers below 2**-100 are 0, so that no subnormal number slows the products. s is
-     * left as it is, unless it is p. */
+     * left as it is, unless it is p. l may be null where there are sums; nothing else depends on whether it is. */
     void (*softmax)(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
+
+    /* softmax, and meanwhile, on another unit, the qk of other keys: twice score_keys are at most block_keys. Or null. */
+    void (*softmax_beside)(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha,
+                           const fa_scores *next);
 
     /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[from + key][d] * p[key][row]. The sum of a block is formed apart
      * and added once, which keeps the error of long sequences small. */
