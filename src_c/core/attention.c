@@ -274,7 +274,9 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
             products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
         if (j > from && !any_moved(alpha, real)) continue;
         if (j > added) add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, j - added);
-        memcpy(fade, alpha, (size_t)rows * sizeof(float));
+        float *const spare = fade;
+        fade = alpha;
+        alpha = spare;
         added = j;
     }
     add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, from + keys - added);

@@ -148,7 +148,7 @@ FA_INLINE amx_pieces amx_pieces_of(amx_product x) {
 FA_INLINE void amx_piece(amx_pieces *w) {
     amx_product *x = &w->x;
     const int64_t stride = x->ld * (int64_t)sizeof(float);
-    if (w->step == x->steps) {
+    if (w->done && w->step == x->steps) {
         amx_end(2, 2, x->c, stride);
         x->c += 2 * AMX_ROWS * x->ld;
         x->a.at += 2 * x->a.across;

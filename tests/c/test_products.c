@@ -20,6 +20,7 @@ struct chain {
     fa_matrix k, v, keys_made, values_made;
     float *k_room, *v_room, *q, *s, *p, *o, *m, *l, *alpha;
     float *scores, old_m[FA_PANEL_ROWS]; /* s and m as softmax finds them */
+    float *next, *again, *twin_p, *twin_m, *twin_l, *twin_alpha; /* what softmax and qk make another time */
 };
 
 static const float unit = 0.7f;
@@ -54,6 +55,12 @@ static void prepare(struct chain *x) {
     x->l = panel("l", 1, c.ld);
     x->alpha = panel("alpha", 1, c.ld);
     x->scores = panel("scores", x->keys, c.ld);
+    x->next = panel("next", tiled, c.ld);
+    x->again = panel("again", tiled, c.ld);
+    x->twin_p = panel("twin p", tiled, c.ld);
+    x->twin_m = panel("twin m", 1, c.ld);
+    x->twin_l = panel("twin l", 1, c.ld);
+    x->twin_alpha = panel("twin alpha", 1, c.ld);
     for (int r = c.first; r < rows; r++) {
         x->old_m[r] = x->m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -x->growth / unit : 4 * random_signed(&rng));
         x->l[r] = old_l(r);
@@ -118,6 +125,42 @@ static void check_powers(struct chain *x) {
     }
 }
 
+static void check_same(const char *what, const struct columns c, int64_t count, const float *one, const float *other) {
+    for (int64_t n = 0; n < count; n++)
+        CHECK(memcmp(one + n * c.ld + c.first, other + n * c.ld + c.first, (size_t)c.rows * sizeof(float)) == 0,
+              "%s, row %lld: not the same bits", what, (long long)n);
+}
+
+/* The softmax another time: to the bit what it was. */
+static void check_twin(struct chain *x, int with_l, const fa_scores *next) {
+    const struct columns c = x->c;
+    float *l = with_l ? x->twin_l + c.first : NULL;
+    for (int r = c.first; r < c.first + c.rows; r++) x->twin_m[r] = x->old_m[r], x->twin_l[r] = old_l(r);
+    if (next)
+        x->by->softmax_beside(x->s + c.first, x->twin_p + c.first, c.ld, c.rows, x->keys, unit, x->twin_m + c.first, l,
+                              x->twin_alpha + c.first, next);
+    else
+        x->by->softmax(x->s + c.first, x->twin_p + c.first, c.ld, c.rows, x->keys, unit, x->twin_m + c.first, l,
+                       x->twin_alpha + c.first);
+    check_same("p", c, (x->keys + 1) / 2 * x->by->pair_rows, x->p, x->twin_p);
+    check_same("m", c, 1, x->m, x->twin_m);
+    check_same("alpha", c, 1, x->alpha, x->twin_alpha);
+    if (with_l) check_same("l", c, 1, x->l, x->twin_l);
+}
+
+/* Nothing depends on whether l is wanted, nor on a qk meanwhile, nor that on the softmax. */
+static void check_softmax_again(struct chain *x) {
+    const struct columns c = x->c;
+    const fa_products *by = x->by;
+    const fa_scores next = {x->next + c.first, x->q + c.first, c.ld, c.rows, x->keys_made, x->from, x->keys, x->head_dim};
+    if (by->sums) check_twin(x, 0, NULL);
+    if (!by->softmax_beside) return;
+    if (by->sums) check_twin(x, 0, &next);
+    check_twin(x, 1, &next);
+    by->qk(x->again + c.first, x->q + c.first, c.ld, c.rows, x->keys_made, x->from, x->keys, x->head_dim);
+    check_same("s", c, x->keys, x->again, x->next);
+}
+
 /* Powers are taken as the table has rounded them. */
 static void check_values(struct chain *x) {
     const struct columns c = x->c;
@@ -152,6 +195,7 @@ static void check_chain(struct chain x) {
     lay_out(&x);
     check_scores(&x);
     check_powers(&x);
+    check_softmax_again(&x);
     check_values(&x);
     if (x.by->leave) x.by->leave();
     guard_check();
