@@ -243,8 +243,8 @@ static int any_moved(const float *alpha, int rows) {
     return moved;
 }
 
-/* One step of the loop. Scores come in parts, for they take more room than anything else; what has to be prepared or read to add
- * values pays off for many keys, so those wait until all powers are there, or the maximum moves. */
+/* One step of the loop. Scores, which take more room than anything else, come in parts. Values are added for as many keys at a
+ * time as there are, since all of o is read and written for that: with the last part, or when the maximum moves. */
 static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const fa_products *products = x->products;
@@ -305,7 +305,7 @@ static void steps(fa_work *w, const fa_operands *x, const fa_key_block *block) {
         first = fa_min(first, w->keys_of[g].from);
         end = fa_max(end, w->keys_of[g].to);
     }
-    if (4 * narrowed > 3 * groups * (end - first)) {
+    if (narrowed > 0 && 4 * narrowed > 3 * groups * (end - first)) {
         step(w, x, 0, p->padded, first, end - first);
         return;
     }

@@ -49,7 +49,8 @@ static void plan_bundles(fa_call *call) {
     enum { ITEMS_A_THREAD = 8, MOST_ROWS = FA_MOST_BUNDLE * FA_ROW_STEP };
     const fastattn_attention_args *a = call->args;
     const int64_t parts = call->panels * call->splits, threads = fa_max(a->num_threads, 1);
-    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, fa_min(parts / (threads * ITEMS_A_THREAD), MOST_ROWS / call->rows.ld));
+    const int64_t most = fa_min(parts / (threads * ITEMS_A_THREAD), MOST_ROWS / call->rows.ld);
+    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, most);
     call->bundle = fa_min(call->bundle, call->rows.panels);
     call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
     call->items = a->batch * call->rows.sequences * call->bundles * call->splits;

@@ -8,7 +8,7 @@ fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
     const int last = panel->rows - 1;
     it.first_key = panel->first_key;
     it.end_key = panel->end_key;
-    it.next = panel->first_key + fa_max(panel->begin[0] - panel->first_key, 0) / FA_SUM_RUN * FA_SUM_RUN;
+    it.next = fa_max(panel->first_key, panel->begin[0]);
     it.end = fa_min(panel->end_key, panel->end[last]);
     it.full_from = panel->begin[last];
     it.full_to = panel->end[0];
@@ -21,7 +21,8 @@ fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
         it.entry = it.mask->indptr[row];
         it.last_entry = it.mask->indptr[row + 1];
         it.run_end = it.next;
-    }
+    } else
+        it.next -= (it.next - it.first_key) % FA_SUM_RUN;
     return it;
 }
 

@@ -131,7 +131,8 @@ FA_INLINE void amx_run(const amx_product *x) {
 #undef AMX_BLOCKS
 }
 
-/* The same, for two strips of rows, in pieces: a step of a block of 2 x 2 tiles each. */
+/* The same, for two strips of rows, in pieces, beside which vectors are busy with something else: each is a step of a block of
+ * 2 x 2 tiles, four products. The out-of-order window reaches no further than that. */
 typedef struct amx_pieces {
     amx_product x;
     int pair; /* of the next piece, from 0 on */
@@ -290,7 +291,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
     static void suffix##_softmax_beside(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m,       \
                                         float *l, float *alpha, const fa_scores *next) {                             \
         amx_pieces work = amx_pieces_of(amx_qk(planes, qk_products, next));                                          \
-        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, amx_keep_up, &work);                        \
+        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, amx_keep_up, &work);                             \
         amx_finish(&work);                                                                                           \
     }                                                                                                                \
     static void suffix##_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,             \
@@ -299,10 +300,10 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
         .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FA_FEW_ROWS + 1, .panel_rows = 2 * AMX_ROWS,        \
-        .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                                          \
+        .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                     \
         .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = suffix##_pack,  \
-        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax, .softmax_beside = suffix##_softmax_beside,            \
-        .pv = suffix##_pv, .power = suffix##_power};
+        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax,            \
+        .softmax_beside = suffix##_softmax_beside, .pv = suffix##_pv, .power = suffix##_power};
 
 AMX_TABLE(bfloat16_amx, 1, 1, 1, 256, 64)
 AMX_TABLE(bfloat16x3_amx, 2, 3, 3, 128, 64)

@@ -61,16 +61,19 @@ FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, f
 
 typedef void halves_maker(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float factor);
 
-/* Row r times factors[r]. Pairs of head_dim are dwords, and turn as such. */
-FA_INLINE void pairs_pack(int planes, halves_maker *make, float *q, int ld, const void *const *rows_of, int rows,
-                          int64_t head_dim, fastattn_dtype dtype, const float *factors) {
+/* Row r times factors[r], or bfloat16 as they are. Pairs of head_dim are dwords, and turn as such. */
+FA_INLINE void pairs_pack(int planes, halves_maker *make, int as_they_are, float *q, int ld, const void *const *rows_of,
+                          int rows, int64_t head_dim, fastattn_dtype dtype, const float *factors) {
     for (int row = 0; row < rows; row += SIMD_LANES)
         for (int64_t d = 0; d < head_dim; d += HALVES) {
             simd_f square[2][SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) {
+                const char *at = (const char *)rows_of[row + i] + d * fa_size_of(dtype);
                 __m512i halves[2];
-                make(planes, halves, (const char *)rows_of[row + i] + d * fa_size_of(dtype), head_dim - d, dtype,
-                     factors[row + i]);
+                if (planes == 1 && as_they_are && head_dim - d >= HALVES)
+                    halves[0] = _mm512_loadu_si512(at);
+                else
+                    make(planes, halves, at, head_dim - d, dtype, factors[row + i]);
                 for (int plane = 0; plane < planes; plane++) square[plane][i] = _mm512_castsi512_ps(halves[plane]);
             }
             for (int plane = 0; plane < planes; plane++) {
@@ -128,9 +131,9 @@ FA_INLINE __m512i coarse_exp2(simd_f x) {
     return _mm512_castps_si512(_mm512_scalef_ps(p, x));
 }
 
-/* How powers are made: relative to `base`, in units of 2**c. Beyond NEAR the product of base and c is not exact enough to take it
- * from that of the score, and either may overflow, as with a bias of -FLT_MAX; then the difference comes first. */
-#define NEAR 128.0f
+/* How powers are made: relative to `base`, in units of 2**c. Beyond PAIRS_NEAR the product of base and c is not exact enough to
+ * take it from that of the score, and either may overflow, as with a bias of -FLT_MAX; then the difference comes first. */
+#define PAIRS_NEAR 128.0f
 
 typedef struct powers_of {
     simd_f c, base[4], product[4]; /* c * base */
@@ -195,7 +198,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
         top[v] = simd_load(m + v * SIMD_LANES);
         stale[v] = simd_eq(top[v], lowest);
     }
-    /* An old maximum serves as long as no power grows large, which the largest or their sum tells. Else it is looked for, once. */
+    /* An old maximum serves as long as no power grows large, which the largest or the sum tells. Else it is looked for, once. */
     for (int looked = 0;; looked = 1) {
         int wanting = 0, near = 1;
         __m512i largest[4];
@@ -208,7 +211,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
             x.base[v] = simd_select(simd_eq(top[v], lowest), zero, top[v]);
             x.product[v] = simd_mul(x.base[v], x.c);
-            near &= !simd_any(simd_not(simd_lt(simd_abs(x.product[v]), simd_set1(NEAR))));
+            near &= !simd_any(simd_not(simd_lt(simd_abs(x.product[v]), simd_set1(PAIRS_NEAR))));
             largest[v] = _mm512_setzero_si512();
             sum[v] = zero;
         }
@@ -276,7 +279,8 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
                               fastattn_dtype dtype, float sign) {                                                 \
         float factors[FA_PANEL_ROWS];                                                                             \
         for (int row = 0; row < rows; row++) factors[row] = sign;                                                 \
-        pairs_pack(planes, halves_of, q, ld, rows_of, rows, head_dim, dtype, factors);                            \
+        pairs_pack(planes, halves_of, dtype == FASTATTN_BFLOAT16 && sign == 1.0f, q, ld, rows_of, rows, head_dim, \
+                   dtype, factors);                                                                               \
     }                                                                                                             \
     static void suffix##_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, \
                                  float *alpha) {                                                                  \
