@@ -304,13 +304,16 @@ SIZES_APART = {
     "all are large": lambda q, k, v: (q * 2**7, k * 2**7, v * 2**7),
     "all are tiny": lambda q, k, v: (q * 2.0**-12, k * 2.0**-12, v * 2.0**-12),
     "values are next to nothing": lambda q, k, v: (q, k, v * 2.0**-100),
+    "products are subnormal": lambda q, k, v: (q, k, v * 2.0**-120),
 }
 
 
 @pytest.mark.parametrize("how", SIZES_APART)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_of_very_different_size(how, dtype):
+def test_numbers_of_very_different_size(engine, how, dtype):
     """What one row sees must be exact whatever its neighbours are, in memory or in a tile; causal, so that they differ."""
+    if (how, dtype, engine.isa) == ("products are subnormal", "bfloat16", "amx"):
+        pytest.skip("AMX takes subnormal numbers for 0")
     q, k, v = (x.astype(dtype_of(dtype)) for x in SIZES_APART[how](*random_qkv(1, 2, 90, 200, 64)))
     assert_matches(q, k, v)
     assert_matches(q, k, v, causal=True, query_offset=0)
