@@ -45,10 +45,9 @@ CASES = (
     *_FLOAT32,
     *(replace(case, dtype="bfloat16") for case in _FLOAT32),
     *(replace(case, dtype="float16") for case in _FLOAT32),
-    *(replace(case, precision="high") for case in _FLOAT32 if case.name in _TORCH_AMX),
     *(
-        replace(case, dtype=dtype, precision="medium")
-        for dtype in ("float32", "float16")
+        replace(case, dtype=dtype, precision=precision)
+        for dtype, precision in (("float32", "high"), ("float32", "medium"), ("float16", "medium"))
         for case in _FLOAT32
         if case.name in _TORCH_AMX
     ),

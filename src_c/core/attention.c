@@ -128,13 +128,14 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
 }
 
 /* The powers of a row and key. */
-static float *powers_at(const fa_operands *x, int row, int64_t key, int ld) {
-    return x->p + key / 2 * x->products->pair_rows * ld + row;
+static float *powers_at(const fa_work *w, const fa_operands *x, int row, int64_t key) {
+    return x->p + key / 2 * x->products->pair_rows * w->call->rows.ld + row;
 }
 
-/* Where the scores of `key`, the first of its part, are: in two places by turns. */
-static float *scores_at(const fa_work *w, const fa_products *products, int row, int64_t key) {
-    const int64_t place = key / products->score_keys % 2 * products->score_keys;
+/* The scores of a row and key, the first of its part: where the powers will be, or in two places by turns. */
+static float *scores_at(const fa_work *w, const fa_operands *x, int row, int64_t key) {
+    if (x->products->in_place) return powers_at(w, x, row, key);
+    const int64_t place = key / x->products->score_keys % 2 * x->products->score_keys;
     return w->s + place * w->call->rows.ld + row;
 }
 
@@ -253,11 +254,13 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
     float *l = products->sums && !call->args->lse ? NULL : t->l + row; /* sums are the better divisor */
     float *alpha = w->panel.alpha + row, *fade = w->panel.fade + row;
     const int real = (int)fa_min(rows, w->panel.rows - row); /* few rows have nothing of their own beside them */
+    const int64_t end = from + keys;
     int64_t added = from;
-    int there = 0; /* the scores of the next keys */
-    for (int64_t j = from, n; j < from + keys; j += n) {
-        n = fa_min(products->score_keys, from + keys - j);
-        float *p = powers_at(x, row, j - from, ld), *s = products->in_place ? p : scores_at(w, products, row, j - from);
+    int there = 0; /* the scores of the next part */
+    for (int64_t j = from, n; j < end; j += n) {
+        n = fa_min(products->score_keys, end - j);
+        const int64_t after = fa_min(products->score_keys, end - j - n);
+        float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
         if (!there) multiply_keys(w, x, s, row, rows, j, n);
         if (x->mended) mend_scores(w, s, x->stored_k, row, rows, j, n);
         if (rules_matter(x, row, rows, j, n)) {
@@ -265,21 +268,21 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
             call->uk->scores(s, ld, rows, j, n, &rules, t->seen + row);
         } else
             for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
-        there = products->softmax_beside && j + n < from + keys;
+        there = products->softmax_beside && after > 0;
         if (there) {
-            const fa_scores next = {scores_at(w, products, row, j + n - from), x->q + row, ld, rows, x->k, x->skip + j + n,
-                                    fa_min(products->score_keys, from + keys - j - n), call->args->head_dim};
+            const fa_scores next = {scores_at(w, x, row, j + n - from), x->q + row, ld, rows, x->k, x->skip + j + n, after,
+                                    call->args->head_dim};
             products->softmax_beside(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha, &next);
         } else
             products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
         if (j > from && !any_moved(alpha, real)) continue;
-        if (j > added) add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, j - added);
+        if (j > added) add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, j - added);
         float *const spare = fade;
         fade = alpha;
         alpha = spare;
         added = j;
     }
-    add_values(w, x, fade, powers_at(x, row, added - from, ld), row, rows, added, from + keys - added);
+    add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, end - added);
     if (x->careful) {
         const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
         add_non_finite(w, x, &rules, row, rows, from, keys);

@@ -4,7 +4,7 @@
 
 #include "../ukernel/ukernel.h"
 
-enum { FA_MOST_BUNDLE = 32 }; /* panels of an item */
+enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
 
 /* The products of the call, and those in float32, for the blocks that do not fit the others. */
 enum { FA_PREFERRED, FA_EXACT, FA_WAYS };

@@ -174,23 +174,29 @@ FA_INLINE void amx_finish(amx_pieces *w) {
     amx_run(&w->x); /* what is no block of 2 x 2 */
 }
 
+/* A panel of pairs as b. */
+FA_INLINE amx_operand amx_panel(int planes, const float *panel, int ld) {
+    const int64_t row = ld * (int64_t)sizeof(float), pairs = planes * row;
+    const amx_operand b = {(const char *)panel, pairs, AMX_BYTES, AMX_ROWS * pairs, row};
+    return b;
+}
+
 FA_INLINE amx_product amx_qk(int planes, int products, const fa_scores *x) {
-    const int64_t dim = fa_round_up(x->head_dim, HALVES), pairs = planes * x->ld * (int64_t)sizeof(float);
+    const int64_t dim = fa_round_up(x->head_dim, HALVES);
     const amx_product product = {
         .c = x->s, .ld = x->ld, .rows = x->rows,
         .a = {x->k.at + x->from * x->k.stride, x->k.stride, AMX_ROWS * x->k.stride, AMX_BYTES, dim * 2},
-        .b = {(const char *)x->q, pairs, AMX_BYTES, AMX_ROWS * pairs, x->ld * (int64_t)sizeof(float)},
+        .b = amx_panel(planes, x->q, x->ld),
         .count = fa_round_up(x->keys, AMX_ROWS) / AMX_ROWS, .steps = dim / HALVES, .products = products};
     return product;
 }
 
 FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,
                       int64_t from, int64_t keys, int64_t v_head_dim) {
-    const int64_t pairs = planes * ld * (int64_t)sizeof(float);
     const amx_product product = {
         .c = o, .ld = ld, .rows = rows,
         .a = {v.at + from * 2, v.stride, AMX_ROWS * v.stride, AMX_BYTES, v.stride / 2},
-        .b = {(const char *)p, pairs, AMX_BYTES, AMX_ROWS * pairs, ld * (int64_t)sizeof(float)},
+        .b = amx_panel(planes, p, ld),
         .count = fa_sums_row(v_head_dim) / AMX_ROWS + (planes == 1), .steps = fa_round_up(keys, HALVES) / HALVES,
         .products = products, .accumulate = 1};
     for (int row = 0; row < rows; row += AMX_ROWS) {

@@ -68,7 +68,7 @@ FA_INLINE void fixed_pack_of(float *q, int ld, const void *const *rows_of, int r
         simd_store(q + row, units);
         simd_store(factors + row, simd_div(simd_set1(sign), units));
     }
-    pairs_pack(1, words_of, 0, q + ld, ld, rows_of, rows, head_dim, dtype, factors);
+    pairs_pack(1, words_of, q + ld, ld, rows_of, rows, head_dim, dtype, factors);
 }
 
 static int64_t key_pitch(int64_t head_dim) { return 1 + fa_round_up(head_dim, HALVES) / 2; }

@@ -13,20 +13,15 @@ FA_INLINE __m512i upper_halves(__m512i even, __m512i odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
 }
 
-/* All those of the first, then those of the second. */
-FA_INLINE __m512i upper_halves_in_order(__m512i first, __m512i second) {
-    const __m512i odd = _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021,
-                                         0x1f001d, 0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
-    return _mm512_permutex2var_epi16(first, odd, second);
-}
-
 /* x as a sum of two bfloat16, to 16 bits. The first is rounded, so that what the product of two second ones adds has no bias, but
- * for numbers that would round to infinity. */
-FA_INLINE void split(simd_f x, __m512i *high, __m512i *low) {
+ * for numbers that would round to infinity, where x may be so large. */
+FA_INLINE void split(simd_f x, int large, __m512i *high, __m512i *low) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000u), infinity = _mm512_set1_epi32(0x7f800000);
-    const __m512i rounded = _mm512_and_si512(rounded_up(x), upper);
-    const __mmask16 too_large = _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, infinity), infinity);
-    *high = _mm512_mask_and_epi32(rounded, too_large, _mm512_castps_si512(x), upper);
+    *high = _mm512_and_si512(rounded_up(x), upper);
+    if (large) {
+        const __mmask16 too_large = _mm512_cmpeq_epi32_mask(_mm512_and_si512(*high, infinity), infinity);
+        *high = _mm512_mask_and_epi32(*high, too_large, _mm512_castps_si512(x), upper);
+    }
     *low = rounded_up(simd_sub(x, _mm512_castsi512_ps(*high)));
 }
 
@@ -34,9 +29,13 @@ FA_INLINE void split(simd_f x, __m512i *high, __m512i *low) {
 FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float sign) {
     const int64_t size = fa_size_of(dtype);
     if (dtype == FASTATTN_BFLOAT16) {
+        to[1] = _mm512_setzero_si512();
+        if (n >= HALVES && sign == 1.0f) {
+            to[0] = _mm512_loadu_si512(at);
+            return;
+        }
         const __mmask32 there = n >= HALVES ? 0xffffffffu : (1u << n) - 1u;
         const __m512i bits = _mm512_maskz_loadu_epi16(there, at);
-        to[1] = _mm512_setzero_si512();
         to[0] = sign == 0.0f ? _mm512_setzero_si512()
                              : _mm512_xor_si512(bits, _mm512_set1_epi16(sign < 0.0f ? (short)0x8000 : 0));
         return;
@@ -49,31 +48,28 @@ FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, f
         if (planes == 1)
             simd_store_bf16(rounded + d, x);
         else
-            split(x, &high[i], &low[i]);
+            split(x, 1, &high[i], &low[i]);
     }
     if (planes == 1) {
         to[0] = _mm512_loadu_si512(rounded);
         return;
     }
-    to[0] = upper_halves_in_order(high[0], high[1]);
-    to[1] = upper_halves_in_order(low[0], low[1]);
+    to[0] = simd_upper_halves(high[0], high[1]);
+    to[1] = simd_upper_halves(low[0], low[1]);
 }
 
 typedef void halves_maker(int planes, __m512i to[2], const char *at, int64_t n, fastattn_dtype dtype, float factor);
 
-/* Row r times factors[r], or bfloat16 as they are. Pairs of head_dim are dwords, and turn as such. */
-FA_INLINE void pairs_pack(int planes, halves_maker *make, int as_they_are, float *q, int ld, const void *const *rows_of,
-                          int rows, int64_t head_dim, fastattn_dtype dtype, const float *factors) {
+/* Row r times factors[r]. Pairs of head_dim are dwords, and turn as such. */
+FA_INLINE void pairs_pack(int planes, halves_maker *make, float *q, int ld, const void *const *rows_of, int rows,
+                          int64_t head_dim, fastattn_dtype dtype, const float *factors) {
     for (int row = 0; row < rows; row += SIMD_LANES)
         for (int64_t d = 0; d < head_dim; d += HALVES) {
             simd_f square[2][SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) {
-                const char *at = (const char *)rows_of[row + i] + d * fa_size_of(dtype);
                 __m512i halves[2];
-                if (planes == 1 && as_they_are && head_dim - d >= HALVES)
-                    halves[0] = _mm512_loadu_si512(at);
-                else
-                    make(planes, halves, at, head_dim - d, dtype, factors[row + i]);
+                make(planes, halves, (const char *)rows_of[row + i] + d * fa_size_of(dtype), head_dim - d, dtype,
+                     factors[row + i]);
                 for (int plane = 0; plane < planes; plane++) square[plane][i] = _mm512_castsi512_ps(halves[plane]);
             }
             for (int plane = 0; plane < planes; plane++) {
@@ -157,13 +153,9 @@ FA_INLINE void power_pair(int planes, int summed, int near, const powers_of *x, 
         if (summed) *sum = simd_add(*sum, simd_add(quick_exp2(even), quick_exp2(odd)));
         return;
     }
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
     const simd_f powers[2] = {quick_exp2(even), quick_exp2(odd)};
     __m512i high[2], low[2];
-    FA_UNROLL for (int i = 0; i < 2; i++) {
-        high[i] = _mm512_and_si512(rounded_up(powers[i]), upper);
-        low[i] = rounded_up(simd_sub(powers[i], _mm512_castsi512_ps(high[i])));
-    }
+    FA_UNROLL for (int i = 0; i < 2; i++) split(powers[i], 0, &high[i], &low[i]);
     _mm512_storeu_si512(p, upper_halves(high[0], high[1]));
     _mm512_storeu_si512(p + ld, upper_halves(low[0], low[1]));
     *sum = simd_add(*sum, simd_add(powers[0], powers[1]));
@@ -279,8 +271,7 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
                               fastattn_dtype dtype, float sign) {                                                 \
         float factors[FA_PANEL_ROWS];                                                                             \
         for (int row = 0; row < rows; row++) factors[row] = sign;                                                 \
-        pairs_pack(planes, halves_of, dtype == FASTATTN_BFLOAT16 && sign == 1.0f, q, ld, rows_of, rows, head_dim, \
-                   dtype, factors);                                                                               \
+        pairs_pack(planes, halves_of, q, ld, rows_of, rows, head_dim, dtype, factors);                            \
     }                                                                                                             \
     static void suffix##_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, \
                                  float *alpha) {                                                                  \
