@@ -12,6 +12,7 @@ _MORE = (
     Case("cross", (1, 16, 16, 1024, 77, 64)),
     Case("biased", (1, 8, 8, 1500, 1500, 80), mask="float"),
     Case("chunk", (1, 32, 8, 256, 4096, 128), causal=True),
+    Case("beside", (1, 24, 24, 1024, 1024, 128), layout="BLHD"),
     Case("wide", (1, 4, 4, 1024, 1024, 256)),
     Case("peaked", (1, 8, 8, 1024, 1024, 64), logits=25.0),
     Case("long", (1, 2, 2, 64, 65536, 128)),

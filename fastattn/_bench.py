@@ -57,6 +57,8 @@ class Case:
         Standard deviation of the scaled scores: 1 is benign, 25 gives logits of about 100.
     precision : str
         The argument of `fastattn.attention`.
+    layout : str
+        "BHLD", or "BLHD" for the heads of a position side by side in memory, as projections of a model leave them.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Case:
     mask: str | None = None
     logits: float = 1.0
     precision: str = "highest"
+    layout: str = "BHLD"
 
     def __str__(self):
         batch, q_heads, kv_heads, q_len, kv_len, head_dim = self.shape
@@ -109,7 +112,10 @@ class Case:
             mask[..., 0] = True
             if self.mask == "float":
                 mask = np.where(mask, rng.standard_normal(mask.shape, np.float32), np.float32(-np.inf))
-        return q.astype(dtype, copy=False), k.astype(dtype, copy=False), v.astype(dtype, copy=False), mask
+        q, k, v = (x.astype(dtype, copy=False) for x in (q, k, v))
+        if self.layout == "BLHD":
+            q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (q, k, v))
+        return q, k, v, mask
 
 
 CASES = (

@@ -134,6 +134,7 @@ static void run_item(const void *context, int64_t item, int worker) {
     const int64_t panels = fa_min(call->bundle, call->rows.panels - first);
     fa_run run = {.ways = {{.products = call->products}, {.products = call->uk->products}}};
     for (int way = 0; way < FA_WAYS; way++) {
+        if (!call->scratch.prepared[way]) continue;
         run.ways[way].k_room = (float *)(scratch_of(job, worker) + call->scratch.k[way]);
         run.ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
     }

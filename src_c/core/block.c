@@ -266,12 +266,13 @@ static void steps(fa_work *w, const fa_operands *x, const fa_key_block *block) {
     }
 }
 
-/* With one vector of rows the loop waits for memory, and the columns in which pv walks through V hide from the hardware what
- * comes next: ask for this block's values, and for as many keys after it. (What is widened is read in order anyway, and the
- * products of few rows look ahead themselves.) */
+/* With one vector of rows, or one panel and rows apart, the loop waits for memory, and the columns in which pv walks through V hide
+ * from the hardware what comes next: ask for this block's values, and for as many keys after it. (What is widened is read in
+ * order anyway, and the products of few rows look ahead themselves.) */
 static void fetch_ahead(const fa_work *w, fa_matrix k, fa_matrix v, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
-    if (w->few || w->panel.padded > FA_ROW_STEP || a->kv_dtype != FASTATTN_FLOAT32) return;
+    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->call->rows.panels == 1);
+    if (w->few || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
     w->call->uk->fetch(v, block->keys, a->v_head_dim * size);
     w->call->uk->fetch(rows_from(k, block->keys), fa_min(block->keys, after), a->head_dim * size);

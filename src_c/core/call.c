@@ -38,9 +38,13 @@ static void plan_splits(fa_call *call) {
     call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
 }
 
-/* Whether keys and values are multiplied where they lie. */
-static int as_stored(const fa_products *products, const fastattn_attention_args *a) {
-    return products->in_place && a->kv_dtype == FASTATTN_FLOAT32;
+/* Whether rows of so many numbers leave gaps, as those of heads side by side do. */
+static int apart(int64_t stride, int64_t dim, int64_t size) { return stride > dim * size || stride < -dim * size; }
+
+/* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
+ * often such that all rows want the same few lines of a cache. */
+static int as_stored(const fa_call *call, const fa_products *products) {
+    return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && call->rows.panels > 1);
 }
 
 /* What keys and values have to be turned into first is turned for several panels at a time, if there are enough for all
@@ -50,7 +54,7 @@ static void plan_bundles(fa_call *call) {
     const fastattn_attention_args *a = call->args;
     const int64_t parts = call->panels * call->splits, threads = fa_max(a->num_threads, 1);
     const int64_t most = fa_min(parts / (threads * ITEMS_A_THREAD), MOST_ROWS / call->rows.ld);
-    call->bundle = as_stored(call->products, a) ? 1 : fa_max(1, most);
+    call->bundle = as_stored(call, call->products) ? 1 : fa_max(1, most);
     call->bundle = fa_min(call->bundle, call->rows.panels);
     call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
     call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
@@ -91,9 +95,10 @@ static fastattn_status plan_memory(fa_call *call) {
     const fa_products *products[FA_WAYS] = {call->products, call->products->fits ? call->uk->products : NULL};
     size_t panel = 0;
     for (int way = 0; way < FA_WAYS; way++) {
-        const int64_t wanted = products[way] != NULL, prepared = wanted && !as_stored(products[way], a);
+        const int64_t wanted = products[way] != NULL, prepared = wanted && !as_stored(call, products[way]);
         m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
         m->v[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_v_dim, sizeof(float));
+        m->prepared[way] = (int)prepared;
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
@@ -142,6 +147,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) 
         call->products = call->uk->products;
         call->rows = plan_rows(args, call->products->panel_rows);
     }
+    const int64_t size = fa_size_of(args->kv_dtype);
+    call->apart = apart(args->k_strides[2], args->head_dim, size) || apart(args->v_strides[2], args->v_head_dim, size);
     call->panels = args->batch * call->rows.sequences * call->rows.panels;
     call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);

@@ -28,6 +28,7 @@ typedef struct fa_rows {
 
 /* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
+    int prepared[FA_WAYS]; /* there is room for keys and values, which are not used as stored */
     size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], finite_v, panels;
     size_t bytes;
     struct { size_t q[FA_WAYS], o, q_rows, o_rows, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
@@ -39,6 +40,7 @@ typedef struct fa_call {
     const fa_products *products;
     fa_rows rows;
     int64_t panels;        /* of all batch entries */
+    int apart;             /* there are gaps between the rows of keys or values */
     int64_t block_keys;    /* keys in one step */
     int64_t splits;        /* parts of the keys, each an item of work */
     int64_t split_keys;    /* keys of a part, a multiple of block_keys */

@@ -120,9 +120,9 @@ static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
     FA_BY_STORAGE(from.dtype, widen_of, to, from.at, from.stride, keys, head_dim)
 }
 
-/* Float32 is read where it lies. */
+/* Row after row in float32, or, where there is no room, as they are. */
 static fa_matrix widened(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
-    if (stored.dtype == FASTATTN_FLOAT32) return stored;
+    if (!room) return stored;
     widen(room, stored, keys, dim);
     const fa_matrix wide = {(const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
     return wide;

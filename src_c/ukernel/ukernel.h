@@ -82,7 +82,7 @@ typedef struct fa_products {
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
     int pair_rows;  /* of the panel of powers, for two keys */
-    int in_place;   /* float32 keys and values need no room, and p may be s */
+    int in_place;   /* p may be s, and where there is no room (null) for float32 keys or values, they are used as stored */
     int sums;       /* pv also sums p as it is multiplied, rounded, into row fa_sums_row of o: the better divisor */
     int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
 
