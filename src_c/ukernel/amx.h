@@ -210,9 +210,11 @@ FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, co
     amx_run(&product);
 }
 
-/* Whole tiles of bfloat16 keys are read where they lie. */
+/* Whole tiles of bfloat16 keys, row after row, are read where they lie. The rows of a tile that lie apart may all want the same few
+ * lines of a cache. */
 FA_INLINE fa_matrix amx_keys(int planes, float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
-    if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && keys % AMX_ROWS == 0 && head_dim % HALVES == 0) return stored;
+    const int whole = keys % AMX_ROWS == 0 && head_dim % HALVES == 0;
+    if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && whole && stored.stride == head_dim * 2) return stored;
     return pairs_keys(planes, AMX_ROWS, room, stored, keys, head_dim);
 }
 
