@@ -22,6 +22,7 @@
 static void load_few(fa_work *w) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
+    fastattn_panel_queries(call, &w->panel);
     memset(w->q_rows, 0, (size_t)(w->panel.rows * w->q_pitch) * sizeof(float));
     memset(w->o_rows, 0, (size_t)(w->panel.rows * w->o_pitch) * sizeof(float));
     memset(w->s, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* the columns that qk_few leaves alone */
@@ -33,9 +34,10 @@ static void load_few(fa_work *w) {
     }
 }
 
-static int finite_queries(const fa_work *w) {
+static int finite_queries(fa_work *w) {
     const fa_call *call = w->call;
     int finite = 1;
+    fastattn_panel_queries(call, &w->panel);
     for (int r = 0; r < w->panel.rows; r++) {
         const fa_matrix row = {w->panel.rows_of[r], 0, call->args->q_dtype};
         finite &= call->uk->finite(row, 1, call->args->head_dim);
@@ -116,7 +118,6 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
     w.state = state_at(call, &w.panel,
                        call->splits > 1 ? partial_memory(job, panel * call->splits + part) : own + at->panel.o);
     fastattn_state_clear(&w.state);
-    fastattn_panel_queries(call, &w.panel);
     if (w.few) load_few(&w);
     w.q_finite = !w.products->in_parts || finite_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);

@@ -31,11 +31,13 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
 static inline void simd_store_f16(uint16_t *p, simd_f a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+/* Permutations of halves: the odd ones of one vector, or of two. */
+#define SIMD_ODD_HALVES                                                                                              \
+    _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019, \
+                     0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001)
 /* The upper halves of all lanes of the first, then those of the second. */
 static inline __m512i simd_upper_halves(__m512i first, __m512i second) {
-    const __m512i odd = _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021,
-                                         0x1f001d, 0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
-    return _mm512_permutex2var_epi16(first, odd, second);
+    return _mm512_permutex2var_epi16(first, SIMD_ODD_HALVES, second);
 }
 static inline void simd_store_bf16(uint16_t *p, simd_f a) {
     const __m512i bits = _mm512_castps_si512(a);
@@ -44,7 +46,7 @@ static inline void simd_store_bf16(uint16_t *p, simd_f a) {
     __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     rounded = _mm512_mask_sub_epi32(rounded, odd, rounded, _mm512_set1_epi32(-1));
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(simd_upper_halves(rounded, rounded)));
+    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(SIMD_ODD_HALVES, rounded)));
 }
 static inline simd_f simd_add(simd_f a, simd_f b) { return _mm512_add_ps(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); }

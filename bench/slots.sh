@@ -1,0 +1,29 @@
+#!/bin/sh
+# Where the time of a block goes: what each slot of the micro-kernels takes, for every instruction set of this machine.
+#
+#   bench/slots.sh [--cc COMPILER] [--rounds N] [HEAD_DIM ...]
+set -eu
+
+cc=cc rounds=101
+while [ $# -gt 0 ]; do
+    case $1 in
+        --cc) cc=$2; shift 2 ;;
+        --rounds) rounds=$2; shift 2 ;;
+        -*) sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) break ;;
+    esac
+done
+[ $# -gt 0 ] || set -- 64 128
+
+here=$(cd "$(dirname "$0")" && pwd)
+source=$here/../src_c
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+
+# The flags are those of setup.py, but for OpenMP: slots know nothing of threads.
+sed "s/#.*//; /^ *$/d" "$source/sources.txt" | while read -r file; do
+    echo "$cc -std=c11 -O3 -ffp-contract=off -fno-math-errno -I'$source/include' -c '$source/$file'" \
+        "-o '$build/$(echo "${file%.c}" | tr / -).o'"
+done | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}' || exit 1
+$cc -std=c11 -O2 -Wall -Wextra -Werror -I"$source/include" -I"$source" "$here/slots.c" "$build"/*.o -lm -o "$build/slots"
+"$build/slots" "$rounds" "$@"
