@@ -6,37 +6,51 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "half.h"
+
 #define SIMD_LANES 8
 #define SIMD_TILE_VECTORS 2
 #define SIMD_TILE_WIDTH(vectors) 6
 
 typedef __m256 simd_f;
 typedef __m256 simd_m;
+typedef __m128i simd_h;
 
 #define simd_fetch(p) _mm_prefetch((p), _MM_HINT_T1)
 static inline simd_f simd_set1(float x) { return _mm256_set1_ps(x); }
 static inline simd_f simd_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void simd_store(float *p, simd_f a) { _mm256_storeu_ps(p, a); }
-static inline simd_f simd_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-static inline simd_f simd_load_bf16(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+static inline simd_h simd_load_h(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
+static inline void simd_store_h(uint16_t *p, simd_h a) { _mm_storeu_si128((__m128i *)p, a); }
+static inline __m256i simd_first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
 }
-static inline simd_f simd_load_bool(const uint8_t *p) {
-    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
-    __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
-    return _mm256_and_ps(hidden, _mm256_set1_ps(-INFINITY));
+static inline simd_f simd_load_part(const float *p, int64_t n) { return _mm256_maskload_ps(p, simd_first(n)); }
+static inline void simd_store_part(float *p, simd_f a, int64_t n) { _mm256_maskstore_ps(p, simd_first(n), a); }
+static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) {
+    const int64_t low = n < 4 ? n : 4;
+    return _mm_set_epi64x((int64_t)fa_load_four(p + low, n - low), (int64_t)fa_load_four(p, low));
 }
-static inline void simd_store_f16(uint16_t *p, simd_f a) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
+    const int64_t low = n < 4 ? n : 4;
+    fa_store_four(p, (uint64_t)_mm_extract_epi64(a, 0), low);
+    fa_store_four(p + low, (uint64_t)_mm_extract_epi64(a, 1), n - low);
 }
-static inline void simd_store_bf16(uint16_t *p, simd_f a) {
+static inline simd_f simd_from_f16(simd_h a) { return _mm256_cvtph_ps(a); }
+static inline simd_f simd_from_bf16(simd_h a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+static inline simd_h simd_to_f16(simd_f a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline simd_h simd_to_bf16(simd_f a) {
     __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
     rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-    _mm_storeu_si128((__m128i *)p, packed);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+static inline simd_f simd_load_bool(const uint8_t *p) {
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
+    return _mm256_and_ps(hidden, _mm256_set1_ps(-INFINITY));
 }
 static inline simd_f simd_add(simd_f a, simd_f b) { return _mm256_add_ps(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm256_sub_ps(a, b); }

@@ -12,25 +12,27 @@
 
 typedef __m512 simd_f;
 typedef __mmask16 simd_m;
+typedef __m256i simd_h;
 
 #define simd_fetch(p) _mm_prefetch((p), _MM_HINT_T1)
 static inline simd_f simd_set1(float x) { return _mm512_set1_ps(x); }
 static inline simd_f simd_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void simd_store(float *p, simd_f a) { _mm512_storeu_ps(p, a); }
-static inline simd_f simd_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline simd_h simd_load_h(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline void simd_store_h(uint16_t *p, simd_h a) { _mm256_storeu_si256((__m256i *)p, a); }
+static inline __mmask16 simd_first(int64_t n) { return (__mmask16)((1u << n) - 1u); }
+static inline simd_f simd_load_part(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(simd_first(n), p); }
+static inline void simd_store_part(float *p, simd_f a, int64_t n) { _mm512_mask_storeu_ps(p, simd_first(n), a); }
+static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { return _mm256_maskz_loadu_epi16(simd_first(n), p); }
+static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { _mm256_mask_storeu_epi16(p, simd_first(n), a); }
+static inline simd_f simd_from_f16(simd_h a) { return _mm512_cvtph_ps(a); }
 /* One permutation instead of a widening and a shift: each half to the upper half of its lane. */
-static inline simd_f simd_load_bf16(const uint16_t *p) {
-    const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)p));
+static inline simd_f simd_from_bf16(simd_h a) {
+    const __m512i halves = _mm512_castsi256_si512(a);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lanes, 16), halves));
 }
-static inline simd_f simd_load_bool(const uint8_t *p) {
-    __mmask16 shown = _cvtu32_mask16(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(-1)));
-    return _mm512_mask_blend_ps(shown, _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
-}
-static inline void simd_store_f16(uint16_t *p, simd_f a) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+static inline simd_h simd_to_f16(simd_f a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 /* Permutations of halves: the odd ones of one vector, or of two. */
 #define SIMD_ODD_HALVES                                                                                              \
     _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019, \
@@ -39,14 +41,18 @@ static inline void simd_store_f16(uint16_t *p, simd_f a) {
 static inline __m512i simd_upper_halves(__m512i first, __m512i second) {
     return _mm512_permutex2var_epi16(first, SIMD_ODD_HALVES, second);
 }
-static inline void simd_store_bf16(uint16_t *p, simd_f a) {
+static inline simd_h simd_to_bf16(simd_f a) {
     const __m512i bits = _mm512_castps_si512(a);
     const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
     __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
     rounded = _mm512_mask_sub_epi32(rounded, odd, rounded, _mm512_set1_epi32(-1));
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(SIMD_ODD_HALVES, rounded)));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(SIMD_ODD_HALVES, rounded));
+}
+static inline simd_f simd_load_bool(const uint8_t *p) {
+    __mmask16 shown = _cvtu32_mask16(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(-1)));
+    return _mm512_mask_blend_ps(shown, _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
 }
 static inline simd_f simd_add(simd_f a, simd_f b) { return _mm512_add_ps(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); }

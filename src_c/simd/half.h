@@ -1,4 +1,5 @@
-/* Scalar conversions between float32 and the 16-bit types; rounding is to nearest, ties to even. */
+/* Scalar conversions between float32 and the 16-bit types; rounding is to nearest, ties to even. And up to four of these as one
+ * integer, the first in the lowest bits. */
 #ifndef FA_SIMD_HALF_H
 #define FA_SIMD_HALF_H
 
@@ -43,6 +44,18 @@ static inline uint16_t fa_to_f16(float x) {
     }
     rest += 0xfffu + (rest >> 13 & 1u);
     return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
+}
+
+static inline uint64_t fa_load_four(const uint16_t *p, int64_t n) {
+    uint64_t x = 0;
+    if (n == 4) memcpy(&x, p, sizeof x);
+    else for (int64_t i = 0; i < n; i++) x |= (uint64_t)p[i] << 16 * i;
+    return x;
+}
+
+static inline void fa_store_four(uint16_t *p, uint64_t x, int64_t n) {
+    if (n == 4) memcpy(p, &x, sizeof x);
+    else for (int64_t i = 0; i < n; i++) p[i] = (uint16_t)(x >> 16 * i);
 }
 
 #endif

@@ -7,32 +7,49 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "half.h"
+
 #define SIMD_LANES 4
 #define SIMD_TILE_VECTORS 4
 #define SIMD_TILE_WIDTH(vectors) 6
 
 typedef float32x4_t simd_f;
 typedef uint32x4_t simd_m;
+typedef uint16x4_t simd_h;
 
 #define simd_fetch(p) __builtin_prefetch((p), 0, 2)
 static inline simd_f simd_set1(float x) { return vdupq_n_f32(x); }
 static inline simd_f simd_load(const float *p) { return vld1q_f32(p); }
 static inline void simd_store(float *p, simd_f a) { vst1q_f32(p, a); }
-static inline simd_f simd_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-static inline simd_f simd_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static inline simd_h simd_load_h(const uint16_t *p) { return vld1_u16(p); }
+static inline void simd_store_h(uint16_t *p, simd_h a) { vst1_u16(p, a); }
+static inline simd_f simd_load_part(const float *p, int64_t n) {
+    float part[4] = {0};
+    for (int64_t i = 0; i < n; i++) part[i] = p[i];
+    return vld1q_f32(part);
+}
+static inline void simd_store_part(float *p, simd_f a, int64_t n) {
+    float part[4];
+    vst1q_f32(part, a);
+    for (int64_t i = 0; i < n; i++) p[i] = part[i];
+}
+static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { return vcreate_u16(fa_load_four(p, n)); }
+static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { fa_store_four(p, vget_lane_u64(vreinterpret_u64_u16(a), 0), n); }
+static inline simd_f simd_from_f16(simd_h a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
+static inline simd_f simd_from_bf16(simd_h a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
+static inline simd_h simd_to_f16(simd_f a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }
+static inline simd_h simd_to_bf16(simd_f a) {
+    uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
+    return vshrn_n_u32(rounded, 16);
+}
 static inline simd_f simd_load_bool(const uint8_t *p) {
     uint32_t four;
     memcpy(&four, p, sizeof four);
     uint16x4_t wide = vget_low_u16(vmovl_u8(vcreate_u8(four)));
     uint32x4_t hidden = vceqq_u32(vmovl_u16(wide), vdupq_n_u32(0));
     return vreinterpretq_f32_u32(vandq_u32(hidden, vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
-}
-static inline void simd_store_f16(uint16_t *p, simd_f a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
-static inline void simd_store_bf16(uint16_t *p, simd_f a) {
-    uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-    rounded = vbslq_u32(vceqq_f32(a, a), rounded, vorrq_u32(bits, vdupq_n_u32(0x400000)));
-    vst1_u16(p, vshrn_n_u32(rounded, 16));
 }
 static inline simd_f simd_add(simd_f a, simd_f b) { return vaddq_f32(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return vsubq_f32(a, b); }

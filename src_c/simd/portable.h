@@ -13,6 +13,7 @@
 
 typedef struct simd_f { float lane[4]; } simd_f;
 typedef struct simd_m { int lane[4]; } simd_m;
+typedef struct simd_h { uint16_t lane[4]; } simd_h; /* as many 16-bit numbers */
 
 #define SIMD_EACH(i) for (int i = 0; i < 4; i++)
 
@@ -21,11 +22,18 @@ typedef struct simd_m { int lane[4]; } simd_m;
 static inline simd_f simd_set1(float x) { return (simd_f){{x, x, x, x}}; }
 static inline simd_f simd_load(const float *p) { simd_f r; memcpy(&r, p, sizeof r); return r; }
 static inline void simd_store(float *p, simd_f a) { memcpy(p, &a, sizeof a); }
-static inline simd_f simd_load_f16(const uint16_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(p[i]); return r; }
-static inline simd_f simd_load_bf16(const uint16_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(p[i]); return r; }
+static inline simd_h simd_load_h(const uint16_t *p) { simd_h r; memcpy(&r, p, sizeof r); return r; }
+static inline void simd_store_h(uint16_t *p, simd_h a) { memcpy(p, &a, sizeof a); }
+/* The first n lanes, which are not all: nothing else is read, but for 0 in its place, or written. */
+static inline simd_f simd_load_part(const float *p, int64_t n) { simd_f r = {{0}}; SIMD_EACH(i) if (i < n) r.lane[i] = p[i]; return r; }
+static inline void simd_store_part(float *p, simd_f a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
+static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { simd_h r = {{0}}; SIMD_EACH(i) if (i < n) r.lane[i] = p[i]; return r; }
+static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
+static inline simd_f simd_from_f16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(a.lane[i]); return r; }
+static inline simd_f simd_from_bf16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(a.lane[i]); return r; }
+static inline simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
+static inline simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
 static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }
-static inline void simd_store_f16(uint16_t *p, simd_f a) { SIMD_EACH(i) p[i] = fa_to_f16(a.lane[i]); }
-static inline void simd_store_bf16(uint16_t *p, simd_f a) { SIMD_EACH(i) p[i] = fa_to_bf16(a.lane[i]); }
 static inline simd_f simd_add(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] += b.lane[i]; return a; }
 static inline simd_f simd_sub(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] -= b.lane[i]; return a; }
 static inline simd_f simd_mul(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] *= b.lane[i]; return a; }

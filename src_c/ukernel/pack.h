@@ -1,10 +1,10 @@
 /* Template: rows of memory to panels of lanes and back, and changes of storage type. A new storage type is a line in
- * fa_size_of, load_full, and (for outputs) store_full. */
+ * fa_size_of, load_full and load_as, and (for outputs) store_full and store_as. */
 
 FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
     switch (dtype) {
-    case FASTATTN_FLOAT16: return simd_load_f16((const uint16_t *)from);
-    case FASTATTN_BFLOAT16: return simd_load_bf16((const uint16_t *)from);
+    case FASTATTN_FLOAT16: return simd_from_f16(simd_load_h((const uint16_t *)from));
+    case FASTATTN_BFLOAT16: return simd_from_bf16(simd_load_h((const uint16_t *)from));
     case FASTATTN_BOOL: return simd_load_bool((const uint8_t *)from);
     default: return simd_load((const float *)from);
     }
@@ -12,19 +12,20 @@ FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
 
 FA_INLINE void store_full(void *to, simd_f x, fastattn_dtype dtype) {
     switch (dtype) {
-    case FASTATTN_FLOAT16: simd_store_f16((uint16_t *)to, x); break;
-    case FASTATTN_BFLOAT16: simd_store_bf16((uint16_t *)to, x); break;
+    case FASTATTN_FLOAT16: simd_store_h((uint16_t *)to, simd_to_f16(x)); break;
+    case FASTATTN_BFLOAT16: simd_store_h((uint16_t *)to, simd_to_bf16(x)); break;
     default: simd_store((float *)to, x);
     }
 }
 
-/* The first n <= SIMD_LANES elements; the other lanes are 0. */
+/* The first n elements, and 0 in the lanes beyond, if there are any. */
 FA_INLINE simd_f load_as(const void *from, int64_t n, fastattn_dtype dtype) {
     if (n >= SIMD_LANES) return load_full(from, dtype);
-    float part[SIMD_LANES];
-    memset(part, 0, sizeof part); /* as bytes: part is read as another type */
-    memcpy(part, from, (size_t)(n * fa_size_of(dtype)));
-    return load_full(part, dtype);
+    switch (dtype) {
+    case FASTATTN_FLOAT16: return simd_from_f16(simd_load_h_part((const uint16_t *)from, n));
+    case FASTATTN_BFLOAT16: return simd_from_bf16(simd_load_h_part((const uint16_t *)from, n));
+    default: return simd_load_part((const float *)from, n);
+    }
 }
 
 FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
@@ -32,9 +33,11 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
         store_full(to, x, dtype);
         return;
     }
-    float part[SIMD_LANES];
-    store_full(part, x, dtype);
-    memcpy(to, part, (size_t)(n * fa_size_of(dtype)));
+    switch (dtype) {
+    case FASTATTN_FLOAT16: simd_store_h_part((uint16_t *)to, simd_to_f16(x), n); break;
+    case FASTATTN_BFLOAT16: simd_store_h_part((uint16_t *)to, simd_to_bf16(x), n); break;
+    default: simd_store_part((float *)to, x, n);
+    }
 }
 
 /* Calls f(..., dtype) with the storage type as a constant, so that no loop asks for it. */

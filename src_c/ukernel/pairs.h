@@ -40,18 +40,18 @@ FA_INLINE void halves_of(int planes, __m512i to[2], const char *at, int64_t n, f
                              : _mm512_xor_si512(bits, _mm512_set1_epi16(sign < 0.0f ? (short)0x8000 : 0));
         return;
     }
-    uint16_t rounded[HALVES];
+    simd_h rounded[2];
     __m512i high[2], low[2];
     FA_UNROLL for (int i = 0; i < 2; i++) {
         const int64_t d = i * SIMD_LANES, left = n - d < 0 ? 0 : n - d;
         const simd_f x = simd_mul(load_as(at + (left ? d * size : 0), left, dtype), simd_set1(sign));
         if (planes == 1)
-            simd_store_bf16(rounded + d, x);
+            rounded[i] = simd_to_bf16(x);
         else
             split(x, 1, &high[i], &low[i]);
     }
     if (planes == 1) {
-        to[0] = _mm512_loadu_si512(rounded);
+        to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(rounded[0]), rounded[1], 1);
         return;
     }
     to[0] = simd_upper_halves(high[0], high[1]);
