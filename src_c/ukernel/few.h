@@ -10,8 +10,9 @@
  * leaves the requests in flight to the loads. */
 #define FEW_BYTES_AHEAD 8192
 
-FA_INLINE uintptr_t few_ahead(int64_t stride, int64_t row_bytes) {
-    return (uintptr_t)stride * (uintptr_t)(FEW_BYTES_AHEAD / (row_bytes + 1) + 1);
+FA_INLINE uintptr_t few_ahead(int64_t stride, int64_t row_bytes, int64_t fewest_rows) {
+    const int64_t rows = FEW_BYTES_AHEAD / (row_bytes + 1) + 1;
+    return (uintptr_t)stride * (uintptr_t)(rows < fewest_rows ? fewest_rows : rows);
 }
 
 /* Vector i of a row, and a request for the same one `ahead`, which may be anywhere, once for every cache line. */
@@ -49,7 +50,7 @@ FA_INLINE void few_scores(int rows, float *s, int ld, const float *q, int64_t pi
 }
 
 /* o[row] = o[row] * alpha[row] + p v for `rows` rows and `vectors` vectors of v_head_dim (both constants); of the last vector
- * `last` lanes are there. */
+ * `last` lanes are there, or all. */
 FA_INLINE void few_values(int rows, int vectors, float *o, int64_t pitch, const float *alpha, const float *p, int ld,
                           const char *v, int64_t stride, int64_t keys, int64_t last, uintptr_t ahead,
                           fastattn_dtype dtype) {
@@ -76,7 +77,7 @@ FA_INLINE void few_values(int rows, int vectors, float *o, int64_t pitch, const 
 FA_INLINE void few_scores_of(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
                              int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const int tile_keys = FEW_SUMS / rows;
-    const uintptr_t ahead = few_ahead(stride, head_dim * fa_size_of(dtype));
+    const uintptr_t ahead = few_ahead(stride, head_dim * fa_size_of(dtype), tile_keys);
     for (int64_t j = 0; j < keys; j += tile_keys)
         few_scores(rows, s + j * ld, ld, q, pitch, k + j * stride, stride, keys - j < tile_keys ? (int)(keys - j) : tile_keys,
                    head_dim, ahead, dtype);
@@ -84,15 +85,19 @@ FA_INLINE void few_scores_of(int rows, float *s, int ld, const float *q, int64_t
 
 FA_INLINE void few_values_of(int rows, float *o, int64_t pitch, const float *alpha, const float *p, int ld, const char *v,
                              int64_t stride, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
-    const int vectors = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
-    const uintptr_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype));
+    const uintptr_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype), 1);
     int64_t d = 0;
-    for (; d + vectors * SIMD_LANES <= v_head_dim; d += vectors * SIMD_LANES)
-        few_values(rows, vectors, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys, SIMD_LANES, ahead,
-                   dtype);
-    for (; d < v_head_dim; d += SIMD_LANES)
-        few_values(rows, 1, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys,
-                   v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES, ahead, dtype);
+/* As many vectors at a time as there are accumulators, which hide each other's latency. */
+#define FEW_STRIPS(vectors)                                                                                                \
+    if (rows * vectors <= FEW_SUMS)                                                                                        \
+        for (; v_head_dim - d > (vectors - 1) * SIMD_LANES; d += vectors * SIMD_LANES)                                     \
+            few_values(rows, vectors, o + d, pitch, alpha, p, ld, v + d * fa_size_of(dtype), stride, keys,                 \
+                       v_head_dim - d - (vectors - 1) * SIMD_LANES, ahead, dtype);
+    FEW_STRIPS(8)
+    FEW_STRIPS(4)
+    FEW_STRIPS(2)
+    FEW_STRIPS(1)
+#undef FEW_STRIPS
 }
 
 /* Calls f(rows, ..., dtype) for the rows in groups of 4, 2 and 1, as constants, as is the storage type. */
