@@ -30,7 +30,8 @@ static void load_few(fa_work *w) {
         float *q = w->q_rows + r * w->q_pitch;
         const fa_matrix row = {w->panel.rows_of[r], 0, a->q_dtype};
         call->uk->widen(q, row, 1, a->head_dim);
-        for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
+        if (call->sign != 1.0f)
+            for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
     }
 }
 
@@ -45,7 +46,7 @@ static int finite_queries(fa_work *w) {
     return finite;
 }
 
-/* o in the orientation of a state. */
+/* o in the orientation of a state, to be merged. */
 static void settle(fa_work *w) {
     if (!w->few) return;
     for (int r = 0; r < w->panel.padded; r++)
@@ -54,8 +55,8 @@ static void settle(fa_work *w) {
                       FASTATTN_FLOAT32, 1.0f);
 }
 
-/* Everything that the caller will see of a panel. */
-static void finish(const fa_call *call, const fa_panel *p, const fa_state *state) {
+/* Everything that the caller will see of a panel. o is that of the state, or row-major with this pitch. */
+static void finish(const fa_call *call, const fa_panel *p, const fa_state *state, const float *o_rows, int64_t pitch) {
     const fastattn_attention_args *a = call->args;
     float factor[FA_PANEL_ROWS] = {0};
     for (int r = 0; r < p->rows; r++) {
@@ -65,7 +66,12 @@ static void finish(const fa_call *call, const fa_panel *p, const fa_state *state
                             : NULL;
         factor[r] = fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
     }
-    call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
+    if (!o_rows) {
+        call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
+        return;
+    }
+    for (int r = 0; r < p->rows; r++)
+        call->uk->narrow(p->outputs[r], o_rows + r * pitch, factor[r], a->v_head_dim, a->q_dtype);
 }
 
 /* The workspace: scratch for each worker, then the states of the items where keys are split. */
@@ -117,7 +123,7 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
     w.products = products_of(call, &w.panel);
     w.state = state_at(call, &w.panel,
                        call->splits > 1 ? partial_memory(job, panel * call->splits + part) : own + at->panel.o);
-    fastattn_state_clear(&w.state);
+    fastattn_state_clear(&w.state, !w.few);
     if (w.few) load_few(&w);
     w.q_finite = !w.products->in_parts || finite_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);
@@ -151,10 +157,11 @@ static void run_item(const void *context, int64_t item, int worker) {
         fastattn_run_block(next, &next->block);
         next->pending = fastattn_next_key_block(&next->blocks, &next->block);
     }
-    for (fa_work *w = works; w < works + panels; w++) {
-        settle(w);
-        if (call->splits == 1) finish(call, &w->panel, &w->state);
-    }
+    for (fa_work *w = works; w < works + panels; w++)
+        if (call->splits > 1)
+            settle(w);
+        else
+            finish(call, &w->panel, &w->state, w->few ? w->o_rows : NULL, w->o_pitch);
     if (call->products->leave) call->products->leave();
 }
 
@@ -169,7 +176,7 @@ static void merge_item(const void *context, int64_t item, int worker) {
         const fa_state other = state_at(call, &panel, partial_memory(job, item * call->splits + part));
         fastattn_state_merge(&state, &other, call->exponent);
     }
-    finish(call, &panel, &state);
+    finish(call, &panel, &state, NULL, 0);
 }
 
 static int64_t phase_items(const fa_call *call, int phase) {

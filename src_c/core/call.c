@@ -61,12 +61,13 @@ static void plan_bundles(fa_call *call) {
 }
 
 /* Threads cost microseconds to wake, far more on a busy machine; each must have this many multiplications to do, some
- * 20 microseconds. Results do not depend on it. */
+ * 20 microseconds. A panel takes as long as a few more. Results do not depend on it. */
 static int plan_threads(const fa_call *call) {
-    const double enough = 2e6;
+    const double enough = 2e6, of_panel = 5e4;
     const fastattn_attention_args *a = call->args;
-    const double work = (double)call->items * (double)(call->bundle * call->rows.ld) *
-                        (double)fa_min(call->split_keys, a->kv_len) * (double)(a->head_dim + a->v_head_dim);
+    const double work = (double)call->items * (double)call->bundle *
+                        (of_panel + (double)call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
+                                        (double)(a->head_dim + a->v_head_dim));
     int64_t threads = fa_min(a->num_threads, call->items);
     if (threads < 1 || work < 2 * enough) return 1;
     return (int)(work / enough < (double)threads ? work / enough : (double)threads);

@@ -25,7 +25,7 @@ static void merge_row(const void *context, int64_t row, int worker) {
     const int64_t size = fa_size_of(x->dtype);
     fa_state sum = x->sum, part = x->part;
     (void)worker;
-    fastattn_state_clear(&sum);
+    fastattn_state_clear(&sum, 1);
     for (int64_t n = 0; n < x->num_parts; n++) {
         const float lse = x->lses[n][row];
         if (lse == -INFINITY) continue;

@@ -20,13 +20,13 @@ fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim, int64_t
     return state;
 }
 
-void fastattn_state_clear(fa_state *state) {
+void fastattn_state_clear(fa_state *state, int with_o) {
     for (int64_t r = 0; r < state->ld; r++) {
         state->m[r] = -INFINITY;
         state->l[r] = 0.0f;
         state->seen[r] = 0.0f;
     }
-    memset(state->o, 0, (size_t)(state->ld * state->v_head_dim) * sizeof(float));
+    if (with_o) memset(state->o, 0, (size_t)(state->ld * state->v_head_dim) * sizeof(float));
     memset(state->norm, 0, (size_t)state->ld * sizeof(float));
 }
 

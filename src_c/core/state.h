@@ -20,8 +20,8 @@ size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim);
 /* A state in `memory` of fastattn_state_bytes, as it stands. norm is row norm_row of o, beyond v_head_dim, or l if that is 0. */
 fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim, int64_t norm_row);
 
-/* The state of no keys. */
-void fastattn_state_clear(fa_state *state);
+/* The state of no keys, o included or not. */
+void fastattn_state_clear(fa_state *state, int with_o);
 
 /* state becomes the state of both sets of keys; c as in fa_products.softmax. */
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);

@@ -123,6 +123,16 @@ static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
     FA_BY_STORAGE(from.dtype, widen_of, to, from.at, from.stride, keys, head_dim)
 }
 
+FA_INLINE void narrow_of(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype) {
+    for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES)
+        store_as((char *)to + d * fa_size_of(dtype),
+                 simd_mul(load_as(from + d, v_head_dim - d, FASTATTN_FLOAT32), simd_set1(factor)), v_head_dim - d, dtype);
+}
+
+static void narrow(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype) {
+    FA_BY_STORAGE(dtype, narrow_of, to, from, factor, v_head_dim)
+}
+
 /* Row after row in float32, or, where there is no room, as they are. */
 static fa_matrix widened(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
     if (!room) return stored;

@@ -34,4 +34,4 @@
                                          .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power};    \
     const fa_ukernel fastattn_ukernel_##suffix = {.products = &products, .widen = widen, .fetch = fetch, .mask = mask,  \
                                                   .scores = scores, .qk_few = qk_few, .pv_few = pv_few,                 \
-                                                  .finite = all_finite, .unpack = unpack};
+                                                  .finite = all_finite, .unpack = unpack, .narrow = narrow};

@@ -163,6 +163,9 @@ typedef struct fa_ukernel {
      * read. */
     void (*unpack)(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
                    fastattn_dtype dtype);
+
+    /* The same for one row of a row-major o: to[d] = from[d] * factor. */
+    void (*narrow)(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype);
 } fa_ukernel;
 
 /* The best table at or below the limit (FASTATTN_ISA_BEST: no limit) that this processor can run; null when the limit

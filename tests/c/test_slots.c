@@ -433,3 +433,24 @@ TEST_EACH_ISA(slot_unpack) {
             guard_release();
         }
 }
+
+TEST_EACH_ISA(slot_narrow) {
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(edges); e++)
+        for (size_t n = 0; n < COUNT(dtypes); n++) {
+            const int64_t dim = edges[e];
+            context("narrow %lld to dtype %d", (long long)dim, (int)dtypes[n]);
+            const float *from = random_floats("from", dim, 2), factor = (float)random_signed(&rng);
+            char *to = guard_output("to", (size_t)dim * dtype_size(dtypes[n]), dtype_size(dtypes[n]), GUARD_BEHIND);
+            guard_seal();
+            uk->narrow(to, from, factor, dim, dtypes[n]);
+            for (int64_t d = 0; d < dim; d++) {
+                double wanted; /* the product in float32, then to nearest even */
+                const volatile float product = from[d] * factor;
+                store(dtypes[n], &wanted, product);
+                check_close("to", 0, d, load(dtypes[n], to + d * (int64_t)dtype_size(dtypes[n])), load(dtypes[n], &wanted), 0);
+            }
+            guard_check();
+            guard_release();
+        }
+}
