@@ -25,7 +25,7 @@ static void load_few(fa_work *w) {
     fastattn_panel_queries(call, &w->panel);
     memset(w->q_rows, 0, (size_t)(w->panel.rows * w->q_pitch) * sizeof(float));
     memset(w->o_rows, 0, (size_t)(w->panel.rows * w->o_pitch) * sizeof(float));
-    memset(w->s, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* the columns that qk_few leaves alone */
+    memset(w->shown, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* rules see rows that are not there */
     for (int r = 0; r < w->panel.rows; r++) {
         float *q = w->q_rows + r * w->q_pitch;
         const fa_matrix row = {w->panel.rows_of[r], 0, a->q_dtype};
@@ -115,6 +115,7 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
                  .shown = (float *)(scratch + at->shown),
                  .finite_v = scratch + at->finite_v,
                  .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
+                 .s_pitch = fa_round_up(call->block_keys, FA_ROW_STEP),
                  .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
                  .q_rows = (float *)(own + at->panel.q_rows),
                  .o_rows = (float *)(own + at->panel.o_rows)};

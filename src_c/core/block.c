@@ -75,8 +75,9 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
     return rules;
 }
 
-/* The powers of a row and key. */
+/* The powers of a row and key, or of the first of few rows and a key. */
 static float *powers_at(const fa_work *w, const fa_operands *x, int row, int64_t key) {
+    if (w->few) return x->p + key;
     return x->p + key / 2 * x->products->pair_rows * w->call->rows.ld + row;
 }
 
@@ -101,7 +102,7 @@ static void multiply_keys(fa_work *w, const fa_operands *x, float *s, int row, i
     const int64_t dim = call->args->head_dim;
     const int ld = call->rows.ld;
     if (w->few)
-        call->uk->qk_few(s, ld, w->q_rows, w->q_pitch, w->panel.rows, rows_from(x->k, from), keys, dim);
+        call->uk->qk_few(s, w->s_pitch, w->q_rows, w->q_pitch, w->panel.rows, rows_from(x->k, from), keys, dim);
     else
         x->products->qk(s, x->q + row, ld, rows, x->k, x->skip + from, keys, dim);
 }
@@ -138,7 +139,7 @@ static void add_values(fa_work *w, const fa_operands *x, const float *alpha, con
     const int64_t dim = w->state.v_head_dim;
     const int ld = call->rows.ld;
     if (w->few)
-        call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, ld, w->panel.rows, rows_from(x->v, from), keys, dim);
+        call->uk->pv_few(w->o_rows, w->o_pitch, alpha, p, w->s_pitch, w->panel.rows, rows_from(x->v, from), keys, dim);
     else
         x->products->pv(w->state.o + row, alpha, p, ld, rows, x->v, x->skip + from, keys, dim);
 }
@@ -175,9 +176,20 @@ static void add_non_finite(fa_work *w, const fa_operands *x, const fa_score_rule
             if (isfinite(value)) continue;
             for (int r = 0; r < real; r++) {
                 float *o = w->few ? w->o_rows + r * w->o_pitch + d : w->state.o + d * ld + row + r;
-                if (w->shown[j * ld + r] != -INFINITY) *o += x->products->power(x->p, ld, row + r, j) * value;
+                const float power = w->few ? x->p[r * w->s_pitch + j] : x->products->power(x->p, ld, row + r, j);
+                if (w->shown[j * ld + r] != -INFINITY) *o += power * value;
             }
         }
+}
+
+/* The rules, applied to scores of few rows. */
+static void rule_few(fa_work *w, float *s, int rows, int64_t from, int64_t keys, const fa_score_rules *rules) {
+    const int ld = w->call->rows.ld;
+    for (int64_t j = 0; j < keys; j++)
+        for (int r = 0; r < w->panel.rows; r++) w->shown[j * ld + r] = s[r * w->s_pitch + j];
+    w->call->uk->scores(w->shown, ld, rows, from, keys, rules, w->state.seen);
+    for (int64_t j = 0; j < keys; j++)
+        for (int r = 0; r < w->panel.rows; r++) s[r * w->s_pitch + j] = w->shown[j * ld + r];
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */
@@ -213,7 +225,10 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
         if (x->mended) mend_scores(w, s, x->stored_k, row, rows, j, n);
         if (rules_matter(x, row, rows, j, n)) {
             const fa_score_rules rules = rules_at(&x->rules, row, j, ld);
-            call->uk->scores(s, ld, rows, j, n, &rules, t->seen + row);
+            if (w->few)
+                rule_few(w, s, rows, j, n, &rules);
+            else
+                call->uk->scores(s, ld, rows, j, n, &rules, t->seen + row);
         } else
             for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
         there = products->softmax_beside && after > 0;
@@ -221,7 +236,9 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
             const fa_scores next = {scores_at(w, x, row, j + n - from), x->q + row, ld, rows, x->k, x->skip + j + n, after,
                                     call->args->head_dim};
             products->softmax_beside(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha, &next);
-        } else
+        } else if (w->few)
+            call->uk->softmax_few(s, w->s_pitch, w->panel.rows, n, call->exponent, t->m, l, alpha);
+        else
             products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
         if (j > from && !any_moved(alpha, real)) continue;
         if (j > added) add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, j - added);

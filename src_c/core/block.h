@@ -34,8 +34,8 @@ typedef struct fa_work {
     int packed[FA_WAYS];      /* q is there */
     int misfits;              /* blocks in a row that did not fit the products */
     int q_finite;             /* all queries are, as far as that matters */
-    int few;                  /* the panel's rows are few: q and o are row-major, o in o_rows until the last block */
-    int64_t q_pitch, o_pitch; /* of them then */
+    int few;                  /* the panel's rows are few: q, s, p and o are row-major, o in o_rows until the last block */
+    int64_t q_pitch, s_pitch, o_pitch; /* of them then */
     float *q_rows, *o_rows;
     fa_key_blocks blocks;
     fa_key_block block; /* the next one */

@@ -33,5 +33,5 @@
                                          .pair_rows = 2, .in_place = 1, .pack = pack, .keys = widened,                  \
                                          .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power};    \
     const fa_ukernel fastattn_ukernel_##suffix = {.products = &products, .widen = widen, .fetch = fetch, .mask = mask,  \
-                                                  .scores = scores, .qk_few = qk_few, .pv_few = pv_few,                 \
+                                                  .scores = scores, .qk_few = qk_few, .softmax_few = softmax_few, .pv_few = pv_few, \
                                                   .finite = all_finite, .unpack = unpack, .narrow = narrow};

@@ -13,8 +13,8 @@
  * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
  * L2 traffic at full speed, so keys may stream and only the panels must stay near.
  *
- * A panel of FA_FEW_ROWS or less would leave most lanes empty. Its products (qk_few, pv_few) take the numbers of one key as
- * lanes instead and Q and O row-major, while S, and with it everything between the products, stays as it is.
+ * A panel of FA_FEW_ROWS or less would leave most lanes empty. Its slots (qk_few, softmax_few, pv_few) take the numbers of one key
+ * as lanes instead, or keys, and Q, S, P and O row-major. Rules, which are for lanes of rows, see S turned.
  *
  * Every matrix of a panel has the leading dimension ld, the rows of the panel rounded up to FA_ROW_STEP; slots that
  * take `rows` work on so many columns, a multiple of FA_ROW_STEP, from the column that their pointers point at. Padding
@@ -149,11 +149,13 @@ typedef struct fa_ukernel {
      * 1 where a key was visible. rules' pointers are already moved to the row and, for bias, to the key. */
     void (*scores)(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen);
 
-    /* The products for at most FA_FEW_ROWS rows, from keys and values as they are stored. q and o are row-major here, in
-     * float32, with a pitch that is a multiple of FA_ROW_STEP; q is 0 beyond head_dim, o anything. Of s only the first `rows`
-     * columns are written. */
-    void (*qk_few)(float *s, int ld, const float *q, int64_t pitch, int rows, fa_matrix k, int64_t keys, int64_t head_dim);
-    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int ld, int rows, fa_matrix v,
+    /* qk, softmax (p in the place of s) and pv for at most FA_FEW_ROWS rows, from keys and values as they are stored. q, s, p and o
+     * are row-major here, in float32, with pitches that are multiples of FA_ROW_STEP; q is 0 beyond head_dim, o anything, and of
+     * s as many keys may be written as make a multiple of FA_ROW_STEP. m, l and alpha have room for FA_ROW_STEP rows. */
+    void (*qk_few)(float *s, int64_t s_pitch, const float *q, int64_t pitch, int rows, fa_matrix k, int64_t keys,
+                   int64_t head_dim);
+    void (*softmax_few)(float *s, int64_t s_pitch, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
+    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int64_t p_pitch, int rows, fa_matrix v,
                    int64_t keys, int64_t v_head_dim);
 
     /* 1 when all of v is finite. */

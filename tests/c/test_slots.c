@@ -173,8 +173,8 @@ TEST_EACH_ISA(slot_pv) {
 
 /* Case e of the products of few rows: their sizes, and the keys or values. */
 struct few {
-    int rows, ld;
-    int64_t dim, pitch, keys;
+    int rows;
+    int64_t dim, pitch, keys, s_pitch;
     fa_matrix stored;
 };
 
@@ -182,32 +182,33 @@ enum { FEW_CASES = (int)COUNT(edges) * 2 * FA_FEW_ROWS };
 
 static struct few few_case(const char *slot, size_t e) {
     const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
-    const int rows = 1 + (int)(e % FA_FEW_ROWS), ld = e % 5 ? FA_ROW_STEP : FA_PANEL_ROWS;
+    const int rows = 1 + (int)(e % FA_FEW_ROWS);
     const int64_t dim = edges[e / (2 * FA_FEW_ROWS)], keys = edges[e * 7 % COUNT(edges)], gap = (int64_t)(e % 3);
     const int64_t stride = (e % 4 == 1 ? -dim - gap : e % 4 == 2 ? 0 : dim + gap) * (int64_t)dtype_size(dtype);
     context("%s %d rows, %lld x %lld, stride %lld, dtype %d", slot, rows, (long long)keys, (long long)dim, (long long)stride,
             (int)dtype);
-    return (struct few){rows, ld, dim, fa_round_up(dim, FA_ROW_STEP), keys, stored_rows("stored", keys, dim, stride, dtype)};
+    return (struct few){rows, dim, fa_round_up(dim, FA_ROW_STEP), keys, fa_round_up(keys, FA_ROW_STEP) + (e % 5 ? 0 : FA_ROW_STEP),
+                        stored_rows("stored", keys, dim, stride, dtype)};
 }
 
 TEST_EACH_ISA(slot_qk_few) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < FEW_CASES; e++) {
         const struct few x = few_case("qk_few", e);
-        float *q = panel("q", x.rows, (int)x.pitch), *s = panel("s", x.keys, x.ld);
+        float *q = panel("q", x.rows, (int)x.pitch), *s = panel("s", x.rows, (int)x.s_pitch);
         for (int r = 0; r < x.rows; r++)
             for (int64_t d = 0; d < x.pitch; d++)
                 q[r * x.pitch + d] = d < x.dim ? (float)random_signed(&rng) : 0.0f;
         guard_seal();
-        uk->qk_few(s, x.ld, q, x.pitch, x.rows, x.stored, x.keys, x.dim);
+        uk->qk_few(s, x.s_pitch, q, x.pitch, x.rows, x.stored, x.keys, x.dim);
         for (int64_t j = 0; j < x.keys; j++)
             for (int r = 0; r < x.rows; r++) {
                 struct sum sum = {0, 0};
                 for (int64_t d = 0; d < x.dim; d++)
                     add(&sum, stored_number(x.stored, j, d) * (double)q[r * x.pitch + d]);
-                check_close("s", j, r, s[j * x.ld + r], sum.value, rounding_of_sum(x.dim) * sum.magnitude);
+                check_close("s", j, r, s[r * x.s_pitch + j], sum.value, rounding_of_sum(x.dim) * sum.magnitude);
             }
-        check_outside("s", s, x.keys, (struct columns){x.ld, 0, x.rows});
+        check_outside("s", s, x.rows, (struct columns){(int)x.s_pitch, 0, (int)fa_round_up(x.keys, FA_ROW_STEP)});
     }
 }
 
@@ -215,17 +216,17 @@ TEST_EACH_ISA(slot_pv_few) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < FEW_CASES; e++) {
         const struct few x = few_case("pv_few", e);
-        const float *p = random_panel("p", x.keys, x.ld, 1), *alpha = random_panel("alpha", 1, x.ld, 1);
+        const float *p = random_panel("p", x.rows, (int)x.s_pitch, 1), *alpha = random_panel("alpha", 1, FA_ROW_STEP, 1);
         float *o = random_panel("o", x.rows, (int)x.pitch, 1), before[FA_FEW_ROWS * 144];
         memcpy(before, o, (size_t)(x.rows * x.pitch) * 4);
         guard_seal();
-        uk->pv_few(o, x.pitch, alpha, p, x.ld, x.rows, x.stored, x.keys, x.dim);
+        uk->pv_few(o, x.pitch, alpha, p, x.s_pitch, x.rows, x.stored, x.keys, x.dim);
         for (int r = 0; r < x.rows; r++)
             for (int64_t d = 0; d < x.dim; d++) {
                 struct sum sum = {0, 0};
                 add(&sum, (double)before[r * x.pitch + d] * alpha[r]);
                 for (int64_t j = 0; j < x.keys; j++)
-                    add(&sum, stored_number(x.stored, j, d) * (double)p[j * x.ld + r]);
+                    add(&sum, stored_number(x.stored, j, d) * (double)p[r * x.s_pitch + j]);
                 check_close("o", r, d, o[r * x.pitch + d], sum.value, rounding_of_sum(x.keys) * sum.magnitude);
             }
         guard_check();
@@ -332,53 +333,72 @@ TEST_EACH_ISA(slot_scores) {
         }
 }
 
+/* The softmax of columns of a panel, or of few rows of their own. */
+static void check_softmax(struct columns c, int few, int64_t keys, float unit) {
+    const fa_ukernel *uk = table();
+    const int64_t pitch = fa_round_up(keys, FA_ROW_STEP) + FA_ROW_STEP;
+    const int64_t of_row = few ? pitch : 1, of_key = few ? 1 : c.ld, rows = few ? c.rows : keys, ld = few ? pitch : c.ld;
+    float *s = panel("s", rows, (int)ld), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld), *alpha = panel("alpha", 1, c.ld);
+    float old_s[160 * FA_PANEL_ROWS], old_m[FA_PANEL_ROWS], old_l[FA_PANEL_ROWS];
+    for (int r = c.first; r < c.first + c.rows; r++) {
+        m[r] = r % 3 == 0 ? -INFINITY : (float)(10 * random_signed(&rng));
+        l[r] = r % 3 == 0 ? 0 : (float)(2 + random_signed(&rng));
+        for (int64_t j = 0; j < keys; j++)
+            s[j * of_key + r * of_row] =
+                r % 6 == 0 || random_between(&rng, 0, 4) == 0 ? -INFINITY : (float)(12 * random_signed(&rng));
+    }
+    if (keys > 2 && c.rows > 1)
+        s[2 * of_key + (c.first + 1) * of_row] = NAN; /* in one row, which it takes whole */
+    memcpy(old_s, s, (size_t)(rows * ld) * 4);
+    memcpy(old_m, m, (size_t)c.ld * 4);
+    memcpy(old_l, l, (size_t)c.ld * 4);
+    guard_seal();
+    if (few)
+        uk->softmax_few(s, pitch, c.rows, keys, unit, m, l, alpha);
+    else
+        uk->products->softmax(s + c.first, s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
+    for (int r = c.first; r < c.first + c.rows; r++) {
+        double top = old_m[r], sum = 0;
+        int spoilt = 0;
+        for (int64_t j = 0; j < keys; j++) {
+            top = fmax(top, old_s[j * of_key + r * of_row]);
+            spoilt |= isnan(old_s[j * of_key + r * of_row]);
+        }
+        if (spoilt) {
+            CHECK(isnan(l[r]), "a NaN among the scores of row %d is gone: l is %g", r, (double)l[r]);
+            continue;
+        }
+        check_close("m", 0, r, m[r], top, 0);
+        for (int64_t j = 0; j < keys; j++) {
+            double p = isinf(top) ? 0 : exp2((double)unit * (old_s[j * of_key + r * of_row] - top));
+            check_close("s", j, r, s[j * of_key + r * of_row], p, 4e-6);
+            sum += p;
+        }
+        if (!isinf(top)) {
+            check_close("alpha", 0, r, alpha[r], exp2((double)unit * (old_m[r] - top)), 4e-6);
+            sum += old_l[r] * exp2((double)unit * (old_m[r] - top));
+        }
+        check_close("l", 0, r, l[r], sum, 4e-6 * (1 + sum));
+    }
+    for (int r = c.first + c.rows; few && r < c.ld; r++) check_close("m", 0, r, m[r], UNTOUCHED, 0);
+    check_outside("s", s, rows, few ? (struct columns){(int)pitch, 0, (int)fa_round_up(keys, FA_ROW_STEP)} : c);
+}
+
 TEST_EACH_ISA(slot_softmax) {
-    const fa_products *uk = products();
     for (size_t e = 0; e < COUNT(edges) * 3; e++) {
         const struct columns c = columns[e % COUNT(columns)];
         const int64_t keys = edges[e / 3];
-        const float unit = e % 2 ? 1.4426950f : 0.18f;
-        float old_s[130 * FA_PANEL_ROWS], old_m[FA_PANEL_ROWS], old_l[FA_PANEL_ROWS];
         context("softmax of %lld keys, columns %d to %d of %d", (long long)keys, c.first, c.first + c.rows, c.ld);
-        float *s = panel("s", keys, c.ld), *m = panel("m", 1, c.ld), *l = panel("l", 1, c.ld),
-              *alpha = panel("alpha", 1, c.ld);
-        for (int r = c.first; r < c.first + c.rows; r++) {
-            m[r] = r % 3 == 0 ? -INFINITY : (float)(10 * random_signed(&rng));
-            l[r] = r % 3 == 0 ? 0 : (float)(2 + random_signed(&rng));
-            for (int64_t j = 0; j < keys; j++)
-                s[j * c.ld + r] =
-                    r % 6 == 0 || random_between(&rng, 0, 4) == 0 ? -INFINITY : (float)(12 * random_signed(&rng));
-        }
-        if (keys > 2 && c.rows > 1)
-            s[2 * c.ld + c.first + 1] = NAN; /* in one row, which it takes whole */
-        memcpy(old_s, s, (size_t)(keys * c.ld) * 4);
-        memcpy(old_m, m, (size_t)c.ld * 4);
-        memcpy(old_l, l, (size_t)c.ld * 4);
-        uk->softmax(s + c.first, s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
-        for (int r = c.first; r < c.first + c.rows; r++) {
-            double top = old_m[r], sum = 0;
-            int spoilt = 0;
-            for (int64_t j = 0; j < keys; j++) {
-                top = fmax(top, old_s[j * c.ld + r]);
-                spoilt |= isnan(old_s[j * c.ld + r]);
-            }
-            if (spoilt) {
-                CHECK(isnan(l[r]), "a NaN among the scores of row %d is gone: l is %g", r, (double)l[r]);
-                continue;
-            }
-            check_close("m", 0, r, m[r], top, 0);
-            for (int64_t j = 0; j < keys; j++) {
-                double p = isinf(top) ? 0 : exp2((double)unit * (old_s[j * c.ld + r] - top));
-                check_close("s", j, r, s[j * c.ld + r], p, 4e-6);
-                sum += p;
-            }
-            if (!isinf(top)) {
-                check_close("alpha", 0, r, alpha[r], exp2((double)unit * (old_m[r] - top)), 4e-6);
-                sum += old_l[r] * exp2((double)unit * (old_m[r] - top));
-            }
-            check_close("l", 0, r, l[r], sum, 4e-6 * (1 + sum));
-        }
-        check_outside("s", s, keys, c);
+        check_softmax(c, 0, keys, e % 2 ? 1.4426950f : 0.18f);
+    }
+}
+
+TEST_EACH_ISA(slot_softmax_few) {
+    for (size_t e = 0; e < COUNT(edges) * FA_FEW_ROWS; e++) {
+        const struct columns c = {FA_ROW_STEP, 0, 1 + (int)(e % FA_FEW_ROWS)};
+        const int64_t keys = edges[e / FA_FEW_ROWS];
+        context("softmax_few of %lld keys, %d rows", (long long)keys, c.rows);
+        check_softmax(c, 1, keys, e % 2 ? 1.4426950f : 0.18f);
     }
 }
 
