@@ -28,7 +28,7 @@
 enum {
     FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
-    FA_FEW_ROWS = 8,          /* up to here lanes are numbers of a key, and beyond, queries: half of FA_ROW_STEP */
+    FA_FEW_ROWS = 12,         /* up to here lanes are numbers of a key, and beyond, queries, some of FA_ROW_STEP lanes empty */
     FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
