@@ -100,7 +100,8 @@ def print_markdown(pairs):
         ours = statistics.median(result["median"]["fastattn"] for result in by_peer.values())
         theirs = [by_peer.get(peer) for peer in ("numpy", "torch")]
         cells = [
-            f"{case}{', causal' * case.causal}{f', {case.mask} mask' if case.mask else ''}",
+            f"{case}{', causal' * case.causal}{f', {case.mask} mask' if case.mask else ''}"
+            f"{', peaked logits' * (case.logits > 1)}{', heads side by side' * (case.layout == 'BLHD')}",
             _dtype(case),
             case.speed(ours),
             *(case.speed(result["median"][result["peer"]]) if result else "-" for result in theirs),

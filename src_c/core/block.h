@@ -35,7 +35,7 @@ typedef struct fa_work {
     int misfits;              /* blocks in a row that did not fit the products */
     int q_finite;             /* all queries are, as far as that matters */
     int few;                  /* the panel's rows are few: q, s, p and o are row-major, o in o_rows until the last block */
-    int64_t q_pitch, s_pitch, o_pitch; /* of them then */
+    int64_t q_pitch, s_pitch, o_pitch; /* then */
     float *q_rows, *o_rows;
     fa_key_blocks blocks;
     fa_key_block block; /* the next one */

@@ -34,7 +34,9 @@ static inline void simd_store_part(float *p, simd_f a, int64_t n) {
     for (int64_t i = 0; i < n; i++) p[i] = part[i];
 }
 static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { return vcreate_u16(fa_load_four(p, n)); }
-static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { fa_store_four(p, vget_lane_u64(vreinterpret_u64_u16(a), 0), n); }
+static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
+    fa_store_four(p, vget_lane_u64(vreinterpret_u64_u16(a), 0), n);
+}
 static inline simd_f simd_from_f16(simd_h a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
 static inline simd_f simd_from_bf16(simd_h a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
 static inline simd_h simd_to_f16(simd_f a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }

@@ -24,8 +24,8 @@ FA_INLINE simd_f few_load(const char *row, int64_t i, uintptr_t ahead, fastattn_
 }
 
 /* s[row][key] for `rows` rows (a constant that divides FEW_SUMS) and FEW_SUMS / rows keys, of which the last may repeat. */
-FA_INLINE void few_scores(int rows, float *s, int64_t s_pitch, const float *q, int64_t pitch, const char *k, int64_t stride, int keys,
-                          int64_t head_dim, uintptr_t ahead, fastattn_dtype dtype) {
+FA_INLINE void few_scores(int rows, float *s, int64_t s_pitch, const float *q, int64_t pitch, const char *k, int64_t stride,
+                          int keys, int64_t head_dim, uintptr_t ahead, fastattn_dtype dtype) {
     const int tile_keys = FEW_SUMS / rows;
     const char *key[FEW_SUMS];
     simd_f sum[FEW_SUMS];
@@ -89,10 +89,10 @@ FA_INLINE void few_values_of(int rows, float *o, int64_t pitch, const float *alp
     const uintptr_t ahead = few_ahead(stride, v_head_dim * fa_size_of(dtype), 1);
     int64_t d = 0;
 /* As many vectors at a time as there are accumulators, which hide each other's latency. */
-#define FEW_STRIPS(vectors)                                                                                                \
-    if (rows * vectors <= FEW_SUMS)                                                                                        \
-        for (; v_head_dim - d > (vectors - 1) * SIMD_LANES; d += vectors * SIMD_LANES)                                     \
-            few_values(rows, vectors, o + d, pitch, alpha, p, p_pitch, v + d * fa_size_of(dtype), stride, keys,                 \
+#define FEW_STRIPS(vectors)                                                                                     \
+    if (rows * vectors <= FEW_SUMS)                                                                             \
+        for (; v_head_dim - d > (vectors - 1) * SIMD_LANES; d += vectors * SIMD_LANES)                          \
+            few_values(rows, vectors, o + d, pitch, alpha, p, p_pitch, v + d * fa_size_of(dtype), stride, keys, \
                        v_head_dim - d - (vectors - 1) * SIMD_LANES, ahead, dtype);
     FEW_STRIPS(8)
     FEW_STRIPS(4)
@@ -160,7 +160,8 @@ static void softmax_few(float *s, int64_t s_pitch, int rows, int64_t keys, float
     }
 }
 
-static void pv_few(float *o, int64_t pitch, const float *alpha, const float *p, int64_t p_pitch, int rows, fa_matrix v, int64_t keys,
-                   int64_t v_head_dim) {
-    FEW_BY_ROWS(v.dtype, few_values_of, o + row * pitch, pitch, alpha + row, p + row * p_pitch, p_pitch, v.at, v.stride, keys, v_head_dim)
+static void pv_few(float *o, int64_t pitch, const float *alpha, const float *p, int64_t p_pitch, int rows, fa_matrix v,
+                   int64_t keys, int64_t v_head_dim) {
+    FEW_BY_ROWS(v.dtype, few_values_of, o + row * pitch, pitch, alpha + row, p + row * p_pitch, p_pitch, v.at, v.stride, keys,
+                v_head_dim)
 }

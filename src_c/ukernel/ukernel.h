@@ -7,7 +7,8 @@
  *     values   O[d][row]    = O[d][row] * alpha[row] + sum_key V[key][d] * P[key][row]
  *
  * are the same product: an element of a row-major K or V, read in place and broadcast, times a vector of the panel.
- * Nothing of K or V is packed, the maximum and the sum of the softmax are plain vertical operations, and rows never mix.
+ * Nothing of K or V is rearranged (rows that lie apart are moved together, if many will read them), the maximum and the sum of the
+ * softmax are plain vertical operations, and rows never mix.
  *
  * Reads and writes per key and 64 rows, in floats: K head_dim and V v_head_dim from L2, once; the panels Q, P and O, from
  * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
