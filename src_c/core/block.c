@@ -185,11 +185,11 @@ static void add_non_finite(fa_work *w, const fa_operands *x, const fa_score_rule
 /* The rules, applied to scores of few rows. */
 static void rule_few(fa_work *w, float *s, int rows, int64_t from, int64_t keys, const fa_score_rules *rules) {
     const int ld = w->call->rows.ld;
-    for (int64_t j = 0; j < keys; j++)
-        for (int r = 0; r < w->panel.rows; r++) w->shown[j * ld + r] = s[r * w->s_pitch + j];
+    for (int r = 0; r < w->panel.rows; r++)
+        for (int64_t j = 0; j < keys; j++) w->shown[j * ld + r] = s[r * w->s_pitch + j];
     w->call->uk->scores(w->shown, ld, rows, from, keys, rules, w->state.seen);
-    for (int64_t j = 0; j < keys; j++)
-        for (int r = 0; r < w->panel.rows; r++) s[r * w->s_pitch + j] = w->shown[j * ld + r];
+    for (int r = 0; r < w->panel.rows; r++)
+        for (int64_t j = 0; j < keys; j++) s[r * w->s_pitch + j] = w->shown[j * ld + r];
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */

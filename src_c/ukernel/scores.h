@@ -93,7 +93,10 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
         int shared = 1;
         for (int i = 1; i < SIMD_LANES; i++) shared &= from[i] == from[0];
         int64_t j = 0;
-        if (!shared && key_stride == itemsize && dtype != FASTATTN_FLOAT64)
+        if (shared) /* as the heads of one query may */
+            for (; j < keys; j++)
+                mask_store(tile + j * ld + row, simd_set1(mask_element((const char *)from[0] + j * key_stride, dtype)), &seen);
+        else if (key_stride == itemsize && dtype != FASTATTN_FLOAT64)
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) {
                 simd_f square[SIMD_LANES];
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
@@ -105,7 +108,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
         for (; j < keys; j++) {
             float lanes[SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++)
-                lanes[i] = shared && i ? lanes[0] : mask_element((const char *)from[i] + j * key_stride, dtype);
+                lanes[i] = mask_element((const char *)from[i] + j * key_stride, dtype);
             mask_store(tile + j * ld + row, simd_load(lanes), &seen);
         }
     }
