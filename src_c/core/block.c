@@ -182,14 +182,17 @@ static void add_non_finite(fa_work *w, const fa_operands *x, const fa_score_rule
         }
 }
 
-/* The rules, applied to scores of few rows. */
-static void rule_few(fa_work *w, float *s, int rows, int64_t from, int64_t keys, const fa_score_rules *rules) {
-    const int ld = w->call->rows.ld;
-    for (int r = 0; r < w->panel.rows; r++)
-        for (int64_t j = 0; j < keys; j++) w->shown[j * ld + r] = s[r * w->s_pitch + j];
-    w->call->uk->scores(w->shown, ld, rows, from, keys, rules, w->state.seen);
-    for (int r = 0; r < w->panel.rows; r++)
-        for (int64_t j = 0; j < keys; j++) s[r * w->s_pitch + j] = w->shown[j * ld + r];
+/* s by the rules, likewise. Those of few rows are turned for it, and back. */
+static void rule_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
+    const fa_call *call = w->call;
+    const int ld = call->rows.ld;
+    const fa_score_rules rules = rules_at(&x->rules, row, from, ld);
+    float *const turned = w->few ? w->shown : s;
+    for (int r = 0; w->few && r < w->panel.rows; r++)
+        for (int64_t j = 0; j < keys; j++) turned[j * ld + r] = s[r * w->s_pitch + j];
+    call->uk->scores(turned, ld, rows, from, keys, &rules, w->state.seen + row);
+    for (int r = 0; w->few && r < w->panel.rows; r++)
+        for (int64_t j = 0; j < keys; j++) s[r * w->s_pitch + j] = turned[j * ld + r];
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */
@@ -223,13 +226,9 @@ static void step(fa_work *w, const fa_operands *x, int row, int rows, int64_t fr
         float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
         if (!there) multiply_keys(w, x, s, row, rows, j, n);
         if (x->mended) mend_scores(w, s, x->stored_k, row, rows, j, n);
-        if (rules_matter(x, row, rows, j, n)) {
-            const fa_score_rules rules = rules_at(&x->rules, row, j, ld);
-            if (w->few)
-                rule_few(w, s, rows, j, n, &rules);
-            else
-                call->uk->scores(s, ld, rows, j, n, &rules, t->seen + row);
-        } else
+        if (rules_matter(x, row, rows, j, n))
+            rule_scores(w, x, s, row, rows, j, n);
+        else
             for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
         there = products->softmax_beside && after > 0;
         if (there) {
