@@ -2,7 +2,7 @@
  * slots.sh builds and runs it. */
 #define _POSIX_C_SOURCE 199309L
 
-#include "cpu/cpu.h"
+#include "ukernel/storage.h"
 #include "ukernel/ukernel.h"
 
 #include <stdio.h>
@@ -53,19 +53,12 @@ static float *room(int64_t floats) {
 /* Numbers around 1, whatever their type. */
 static char *numbers(int64_t count, fastattn_dtype dtype) {
     char *at = (char *)room(count);
-    for (int64_t i = 0; i < count; i++) {
-        const float x = 0.75f + (float)(i * 7 % 64) / 128;
-        uint32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        const uint16_t bfloat16 = (uint16_t)(bits >> 16), float16 = (uint16_t)((bits - 0x38000000u) >> 13);
-        if (dtype == FASTATTN_FLOAT32) memcpy(at + 4 * i, &x, 4);
-        else memcpy(at + 2 * i, dtype == FASTATTN_FLOAT16 ? &float16 : &bfloat16, 2);
-    }
+    for (int64_t i = 0; i < count; i++) fa_put(at + i * fa_size_of(dtype), 0.75f + (float)(i * 7 % 64) / 128, dtype);
     return at;
 }
 
 static void prepare(struct block *x) {
-    const int64_t size = x->dtype == FASTATTN_FLOAT32 ? 4 : 2, ld = x->rows, tiled = fa_round_up(x->dim, FA_TILE) + FA_TILE;
+    const int64_t size = fa_size_of(x->dtype), ld = x->rows, tiled = fa_round_up(x->dim, FA_TILE) + FA_TILE;
     const int64_t keys = x->keys + 2 * FA_TILE;
     char *const q = numbers(x->rows * x->dim, x->dtype), *const out = numbers(x->rows * x->dim, x->dtype);
     for (int r = 0; r < x->rows; r++) {
