@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 
+from . import _processors
 from ._check import Call
 
 BACKENDS = ("native", "numba", "numpy")
@@ -26,12 +27,12 @@ class BackendWarning(RuntimeWarning):
 class _State:
     """The settings in force. `plain` is the short way into the native engine, or None where another backend is in use."""
 
-    __slots__ = ("name", "module", "plain", "threads", "forked", "missing")
+    __slots__ = ("name", "module", "plain", "threads", "threads_from", "forked", "missing")
 
 
 _state = _State()
 _state.name = _state.module = _state.plain = None
-_state.threads = 1
+_state.threads, _state.threads_from = 1, "default"
 _state.forked = False
 _state.missing = {}  # backend name: why it cannot be used
 
@@ -116,7 +117,9 @@ def use_backend(name):
 def set_num_threads(n):
     """Use at most `n` threads in each later call, in the whole process.
 
-    The initial count is ``FASTATTN_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of processors that this process may run on.
+    The initial count is ``FASTATTN_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of processors that this process may use:
+    those of its affinity, or fewer where the quota of a control group (a container's limit) leaves it fewer whole ones. It is found at
+    import; :func:`show_config` says where it came from.
     Results do not depend on it. In a forked child process it stays 1: the OpenMP run-time does not survive a fork.
 
     Parameters
@@ -128,7 +131,7 @@ def set_num_threads(n):
         raise TypeError(f"n must be an int; got {n!r}")
     if not 1 <= n <= 2**16:
         raise ValueError(f"n must lie between 1 and {2**16}; got {n}")
-    _state.threads = int(n)
+    _state.threads, _state.threads_from = int(n), "set_num_threads"
     if _state.module is not None:
         _state.module.set_num_threads(get_num_threads())
 
@@ -141,12 +144,13 @@ def get_num_threads():
 @contextlib.contextmanager
 def threads(n):
     """Use at most `n` threads within a ``with`` block; see :func:`set_num_threads`."""
-    former = _state.threads
+    former = _state.threads, _state.threads_from
     set_num_threads(n)
     try:
         yield
     finally:
-        set_num_threads(former)
+        set_num_threads(former[0])
+        _state.threads_from = former[1]
 
 
 @contextlib.contextmanager
@@ -184,20 +188,17 @@ def _after_fork():
         _state.module.set_num_threads(1)
 
 
-def _usable_cpus():
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _initial_threads():
+    """The number of threads to begin with, and where it came from."""
     text = os.environ.get("FASTATTN_NUM_THREADS")
     if text is not None:
         if not (text.strip().isdecimal() and 1 <= int(text) <= 2**16):
             raise ValueError(f"FASTATTN_NUM_THREADS must be an int between 1 and {2**16}; got {text!r}")
-        return int(text)
+        return int(text), "FASTATTN_NUM_THREADS"
     outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(outermost) if outermost.isdecimal() and int(outermost) >= 1 else _usable_cpus()
+    if outermost.isdecimal() and int(outermost) >= 1:
+        return int(outermost), "OMP_NUM_THREADS"
+    return _processors.usable()
 
 
 def cpu_info():
@@ -206,7 +207,8 @@ def cpu_info():
     Returns
     -------
     dict
-        ``machine`` and ``model``, names; ``cpus``, how many there are; ``usable_cpus``, how many this process may run on;
+        ``machine`` and ``model``, names; ``cpus``, how many there are; ``usable_cpus``, how many this process may use
+        by its affinity and by the quota of its control group, in whole processors;
         ``isas``, the instruction sets for which the native backend has kernels that can run here, lowest first (empty
         without that backend).
     """
@@ -218,7 +220,7 @@ def cpu_info():
         "machine": platform.machine(),
         "model": _cpu_model(),
         "cpus": os.cpu_count() or 1,
-        "usable_cpus": _usable_cpus(),
+        "usable_cpus": _processors.usable()[0],
         "isas": isas,
     }
 
@@ -264,6 +266,7 @@ def show_config(mode="stdout"):
         "isa": None,
         "openmp": None,
         "threads": get_num_threads(),
+        "threads_from": _state.threads_from,
         "forked": _state.forked,
     }
     if "native" not in _state.missing:
@@ -281,7 +284,7 @@ def show_config(mode="stdout"):
         ("processor", f"{cpu['model']} ({cpu['machine']}), {cpu['usable_cpus']} of {cpu['cpus']} cpus usable"),
         ("instruction sets", f"{', '.join(cpu['isas']) or 'none'}; highest to use: {config['isa']}"),
         ("OpenMP", openmp),
-        ("threads", f"{config['threads']}{forked}"),
+        ("threads", f"{config['threads']}, from {config['threads_from']}{forked}"),
     ]
     print("\n".join(f"{label:18}{text}" for label, text in rows))
     return None
@@ -316,7 +319,7 @@ def explain(q, k, v, **keywords):
 
 def _initialize():
     """Read the environment and choose the backend; once, at import."""
-    _state.threads = _initial_threads()
+    _state.threads, _state.threads_from = _initial_threads()
     wanted = os.environ.get("FASTATTN_BACKEND") or None
     isa = os.environ.get("FASTATTN_ISA") or None
     if wanted is not None and wanted not in BACKENDS:

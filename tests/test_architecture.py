@@ -18,7 +18,8 @@ ENGINE = Path(__file__).parents[1] / "src_c"
 
 MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_check": set(),
-    "runtime": {"_check", "backends", "_native"},
+    "_processors": set(),
+    "runtime": {"_check", "_processors", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "backends", "attention", "sparse"},
     "positions": set(),
