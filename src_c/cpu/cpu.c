@@ -5,7 +5,6 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <stdatomic.h>
 #include <stdint.h>
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -75,15 +74,21 @@ static unsigned detect(void) {
     return features;
 }
 
+/* One word, found once. Threads may race to store it, all with the same value; C99 has no _Atomic. */
+#if defined(__GNUC__)
+static unsigned cached;
+static unsigned recall(void) { return __atomic_load_n(&cached, __ATOMIC_RELAXED); }
+static void keep(unsigned features) { __atomic_store_n(&cached, features, __ATOMIC_RELAXED); }
+#else
+static volatile unsigned cached;
+static unsigned recall(void) { return cached; }
+static void keep(unsigned features) { cached = features; }
+#endif
+
 int fastattn_cpu_has(unsigned features) {
-    /* Threads may race to store it, all with the same value. */
-    enum { KNOWN = 1 << 30 };
-    static _Atomic unsigned cached;
-    unsigned now = atomic_load_explicit(&cached, memory_order_relaxed);
-    if (!now) {
-        now = detect() | KNOWN;
-        atomic_store_explicit(&cached, now, memory_order_relaxed);
-    }
+    const unsigned known = 1u << 30;
+    unsigned now = recall();
+    if (!now) keep(now = detect() | known);
     return (now & features) == features;
 }
 

@@ -32,7 +32,9 @@ static inline simd_f simd_from_bf16(simd_h a) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lanes, 16), halves));
 }
-static inline simd_h simd_to_f16(simd_f a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline simd_h simd_to_f16(simd_f a) { /* all lanes; gcc's name for that converts a sign where it does not optimise */
+    return _mm512_maskz_cvtps_ph(0xffff, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 /* Permutations of halves: the odd ones of one vector, or of two. */
 #define SIMD_ODD_HALVES                                                                                              \
     _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019, \

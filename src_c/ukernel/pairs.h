@@ -224,10 +224,11 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             simd_store(p + (j * planes + v / vectors) * ld + v % vectors * SIMD_LANES, zero);
     FA_UNROLL for (int v = 0; v < vectors; v++) {
         const simd_f fade = exp2_of(simd_sub(simd_load(m + v * SIMD_LANES), x.base[v]), x.c);
-        float *at = l + v * SIMD_LANES;
         simd_store(m + v * SIMD_LANES, top[v]);
         simd_store(alpha + v * SIMD_LANES, fade);
-        if (summed) simd_store(at, simd_fma(simd_load(at), fade, sum[v]));
+        if (!summed) continue; /* and there may be no l */
+        float *at = l + v * SIMD_LANES;
+        simd_store(at, simd_fma(simd_load(at), fade, sum[v]));
     }
 }
 

@@ -27,13 +27,12 @@
 #include "tile.h"
 #include "few.h"
 
-#define FA_TABLE(suffix, instructions, block_size)                                                                  \
-    static const fa_products products = {.name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1,         \
-                                         .panel_rows = FA_PANEL_ROWS, .block_keys = block_size,                     \
-                                         .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,     \
-                                         .keys = widened, .values = widened, .qk = qk, .softmax = softmax,          \
-                                         .pv = pv, .power = power};                                                 \
-    const fa_ukernel fastattn_ukernel_##suffix = {.products = &products, .widen = widen, .fetch = fetch,            \
-                                                  .mask = mask, .scores = scores, .qk_few = qk_few,                 \
-                                                  .softmax_few = softmax_few, .pv_few = pv_few,                     \
-                                                  .finite = all_finite, .unpack = unpack, .narrow = narrow};
+#define FA_TABLE(suffix, instructions, block_size)                                                              \
+    static const fa_products suffix##_products = {                                                              \
+        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1, .panel_rows = FA_PANEL_ROWS,         \
+        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,        \
+        .keys = widened, .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power};            \
+    const fa_ukernel fastattn_ukernel_##suffix = {                                                              \
+        .products = &suffix##_products, .widen = widen, .fetch = fetch, .mask = mask, .scores = scores,         \
+        .qk_few = qk_few, .softmax_few = softmax_few, .pv_few = pv_few, .finite = all_finite, .unpack = unpack, \
+        .narrow = narrow};
