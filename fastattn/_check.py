@@ -163,9 +163,9 @@ class Call:
     scale, softcap : float
         Finite; a softcap of 0 is none.
     alibi_slopes : ndarray or None
-        A float32 view broadcast to ``(B, Hq)``.
+        A finite float32 view broadcast to ``(B, Hq)``.
     sinks : ndarray or None
-        ``(Hq,)`` float32, contiguous, finite.
+        ``(Hq,)`` float32, contiguous; finite, or -inf for none in that head.
     precision : str
     """
 
@@ -208,13 +208,15 @@ class Call:
             slopes = given["alibi_slopes"] = as_float32("alibi_slopes", alibi_slopes)
             if slopes.shape not in ((num_heads,), (batch, num_heads)):
                 raise ValueError(f"alibi_slopes must have shape ({num_heads},) or {(batch, num_heads)}; got {slopes.shape}")
+            if not np.isfinite(slopes).all():
+                raise ValueError("alibi_slopes must be finite; got NaN or inf")
             self.alibi_slopes = np.broadcast_to(slopes, (batch, num_heads))
         if sinks is not None:
             self.sinks = given["sinks"] = as_float32("sinks", sinks)
             if self.sinks.shape != (num_heads,):
                 raise ValueError(f"sinks must have shape ({num_heads},), one logit for each query head; got {self.sinks.shape}")
-            if not np.isfinite(self.sinks).all():
-                raise ValueError("sinks must be finite; got NaN or inf")
+            if not (self.sinks < np.inf).all():
+                raise ValueError("sinks must be finite, or -inf for a head without one; got NaN or inf")
 
         lse_shape = (batch, num_heads, q_len)
         self.lse = np.empty(lse_shape, np.float32) if flag("return_lse", return_lse) else None

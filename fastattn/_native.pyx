@@ -89,6 +89,7 @@ cdef extern from "fastattn.h" nogil:
     int fastattn_isa_available(fastattn_isa isa)
     int fastattn_has_openmp()
     const char *fastattn_version()
+    fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size)
     fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size)
     fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info)
     fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
@@ -168,9 +169,8 @@ cdef inline void copy_strides(int64_t *strides, np.ndarray array, int count) noe
 
 
 cdef void take_arrays(fastattn_attention_args *args, np.ndarray q, np.ndarray k, np.ndarray v, np.ndarray out) noexcept:
-    """Zero `args` and fill in what every call has."""
-    memset(args, 0, sizeof(fastattn_attention_args))
-    args.size = sizeof(fastattn_attention_args)
+    """Initialise `args` and fill in what every call has."""
+    fastattn_attention_args_init(args, sizeof(fastattn_attention_args))
     args.batch, args.num_heads, args.q_len, args.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
     args.num_kv_heads, args.kv_len, args.v_head_dim = v.shape[1], v.shape[2], v.shape[3]
     args.q = np.PyArray_DATA(q)
@@ -181,7 +181,6 @@ cdef void take_arrays(fastattn_attention_args *args, np.ndarray q, np.ndarray k,
     copy_strides(args.k_strides, k, 3)
     copy_strides(args.v_strides, v, 3)
     copy_strides(args.out_strides, out, 3)
-    args.window_left = args.window_right = -1
     args.isa = isa_limit
     args.num_threads = num_threads
 

@@ -85,8 +85,9 @@ def attention(
     softcap : float, optional
         Bound of the scores; None or 0 is none.
     alibi_slopes : array_like, (Hq,) or (B, Hq), optional
+        Finite.
     sinks : array_like, (Hq,), optional
-        One extra logit for each head, which takes part in the denominator of the softmax only.
+        One extra logit for each head, which takes part in the denominator of the softmax only; -inf is none in that head.
     precision : {"highest", "high", "medium"}
         How exactly float32 and float16 operands are multiplied: in float32, to about 16 bits, or so that the largest error is
         no larger than that of bfloat16 arithmetic. A lower setting allows a faster unit and never demands one; products of

@@ -76,7 +76,7 @@ def attention(
                     s = s + mask[b, h, i][visible].astype(compute)
                 if alibi_slopes is not None:
                     s = s - alibi_slopes[b, h] * np.abs(p - j[visible]).astype(compute)
-                logits = s if sinks is None else np.append(s, compute(sinks[h]))
+                logits = s if sinks is None or sinks[h] == -np.inf else np.append(s, compute(sinks[h]))
                 if len(logits) == 0:
                     continue
                 top = logits.max()

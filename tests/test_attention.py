@@ -221,6 +221,40 @@ def test_broadcast_axes(axis):
     assert_matches(x, x, x, causal=True, mask=x[..., :7])
 
 
+def with_odd_strides(x):
+    """The array with meaningless strides along its axes of length 1."""
+    return as_strided(x, strides=[897 if length == 1 else stride for length, stride in zip(x.shape, x.strides)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2, 7, 35, 16), (2, 1, 1, 35, 16), (2, 1, 7, 1, 16), (1, 1, 1, 1, 1)], ids=str)
+def test_strides_of_axes_of_length_1(shape, dtype):
+    q, k, v = map(with_odd_strides, random_qkv(*shape, dtype=dtype))
+    mask = with_odd_strides(np.random.default_rng(0).standard_normal((shape[0], 1, *shape[2:4])))
+    out = with_odd_strides(np.empty(q.shape, q.dtype))
+    result, lse = fastattn.attention(q, k, v, out=out, return_lse=True, mask=mask, alibi_slopes=np.ones(shape[:2]))
+    assert result is out
+    check(out, lse, q, k, v, mask=mask, alibi_slopes=np.ones(shape[:2]))
+    assert_matches(q, k, v)
+
+
+def test_a_field_of_a_record():
+    record = np.zeros(1, [("x", "f4", (2, 7, 16)), ("tag", "u1")])
+    record["x"] = random_qkv(1, 2, 7, 7, 16)[0]
+    x, out = record["x"], record.copy()["x"]
+    assert x.strides == (897, 448, 64, 4)
+    assert_matches(x, x, x, causal=True)
+    np.testing.assert_array_equal(fastattn.attention(x, x, x, out=out), fastattn.attention(x.copy(), x.copy(), x.copy()))
+
+
+def test_strides_of_arrays_without_elements():
+    q, k, v = random_qkv(2, 2, 3, 0, 16)
+    k, v = (as_strided(x, strides=(897, 5, 3, 4)) for x in (k, v))
+    out, lse = assert_matches(q, k, v)
+    assert not out.any() and (lse == -INF).all()
+    assert fastattn.attention(k, q, q).shape == (2, 2, 0, 16)
+
+
 def test_q_k_and_v_may_share_memory():
     """Queries, keys and values cut out of one projection (B, L, 3, H, D)."""
     packed = np.random.default_rng(0).standard_normal((2, 33, 3, 4, 16)).astype(np.float32)
@@ -374,6 +408,19 @@ def test_sinks(sink, q_len):
     sinks = np.float32([sink, -1, sink + 1, 2])
     assert_matches(q, k, v, sinks=sinks)
     assert_matches(q, k, v, sinks=sinks, causal=True, scale=3.0, query_offset=-10)
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_heads_without_a_sink(q_len):
+    """-inf is none: to the bit what that head is without sinks, in rows that see nothing too."""
+    q, k, v = random_qkv(2, 4, q_len, 2100, 16, kv_heads=2)
+    mask = np.arange(2100) < np.linspace(0, 2100, q_len)[:, None]
+    sinks = np.float32([-INF, -1, -INF, 2])
+    out, lse = assert_matches(q, k, v, sinks=sinks, mask=mask)
+    without, lse_without = fastattn.attention(q, k, v, return_lse=True, mask=mask)
+    np.testing.assert_array_equal(out[:, ::2], without[:, ::2])
+    np.testing.assert_array_equal(lse[:, ::2], lse_without[:, ::2])
+    assert (lse[:, ::2, 0] == -INF).all()
 
 
 # Visibility

@@ -50,19 +50,15 @@ int main(void)
     fill(&v[0][0][0], sizeof v / sizeof(float));
 
     /* Strides are in bytes: batch, head, row. There is one batch entry, so its stride is never used. */
-    const fastattn_attention_args args = {
-        .size = sizeof args,
-        .batch = 1, .num_heads = HEADS, .num_kv_heads = KV_HEADS,
-        .q_len = QUERIES, .kv_len = KEYS, .head_dim = DIM, .v_head_dim = DIM,
-        .q_dtype = FASTATTN_FLOAT32, .kv_dtype = FASTATTN_FLOAT32,
-        .q = q, .q_strides = {0, sizeof q[0], sizeof q[0][0]},
-        .k = k, .k_strides = {0, sizeof k[0], sizeof k[0][0]},
-        .v = v, .v_strides = {0, sizeof v[0], sizeof v[0][0]},
-        .out = out, .out_strides = {0, sizeof out[0], sizeof out[0][0]},
-        .scale = 1.0f / sqrtf(DIM),
-        .causal = 1, .window_left = -1, .window_right = -1,
-        .num_threads = 2,
-    };
+    fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT; /* whatever is optional is absent */
+    args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS;
+    args.q_len = QUERIES, args.kv_len = KEYS, args.head_dim = args.v_head_dim = DIM;
+    args.q = q, args.q_strides[1] = sizeof q[0], args.q_strides[2] = sizeof q[0][0];
+    args.k = k, args.k_strides[1] = sizeof k[0], args.k_strides[2] = sizeof k[0][0];
+    args.v = v, args.v_strides[1] = sizeof v[0], args.v_strides[2] = sizeof v[0][0];
+    args.out = out, args.out_strides[1] = sizeof out[0], args.out_strides[2] = sizeof out[0][0];
+    args.scale = 1.0f / sqrtf(DIM), args.causal = 1, args.num_threads = 2;
+
     fastattn_plan_info plan = {.size = sizeof plan};
     fastattn_status status = fastattn_explain(&args, &plan);
     if (status == FASTATTN_OK)

@@ -409,8 +409,8 @@ def finish(plan, unit, state, scratch, row):
     for lane in range(panel.n_rows):
         i, head = row_of(plan, panel, lane)
         top, total, factor = float64(m[lane]), float64(l[lane]), 1.0
-        if plan.sinks:
-            sink = float64(elements(plan.sinks, float32)[head])
+        sink = float64(elements(plan.sinks, float32)[head]) if plan.sinks else -np.inf
+        if sink > -np.inf:
             top = max(top, sink)
             factor = np.exp(m[lane] - top)
             total = total * factor + np.exp(sink - top)

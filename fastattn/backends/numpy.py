@@ -196,7 +196,7 @@ def _softmax_step(m, l, scores):
 
 def _add_sink(call, h, m, l):
     """Let the sink of head `h`, if it has one, take part in the denominator: the new `m` and `l`, and what `acc` shrinks by."""
-    if call.sinks is None:
+    if call.sinks is None or call.sinks[h] == -np.inf:
         return m, l, np.ones_like(l)
     m_new = np.maximum(m, call.sinks[h])
     alpha = np.exp(m - m_new)

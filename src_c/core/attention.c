@@ -225,7 +225,7 @@ fastattn_status fastattn_attention_run(const fastattn_attention_args *args, int 
     fastattn_status status = prepare(&job, args, workspace, workspace_size);
     if (status != FASTATTN_OK) return status;
     if (!workspace || item < 0 || item >= phase_items(&job.call, phase) || worker < 0 ||
-        worker >= (args->num_threads > 1 ? args->num_threads : 1))
+        worker >= (job.call.args->num_threads > 1 ? job.call.args->num_threads : 1))
         return FASTATTN_ERROR_ARGUMENT;
     fastattn_for_range(item, item + 1, worker, phase == 0 ? run_item : merge_item, &job);
     return FASTATTN_OK;

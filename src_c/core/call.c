@@ -2,7 +2,6 @@
 
 #include "../cpu/fpenv.h"
 #include "../ukernel/storage.h"
-#include "check.h"
 #include "ints.h"
 #include "state.h"
 
@@ -121,8 +120,9 @@ static fastattn_status plan_memory(fa_call *call) {
     return FASTATTN_OK;
 }
 
-static fastattn_status plan(fa_call *call, const fastattn_attention_args *args) {
-    fastattn_status status = fastattn_check_args(args);
+static fastattn_status plan(fa_call *call, const fastattn_attention_args *given) {
+    const fastattn_attention_args *args = &call->own.attention;
+    fastattn_status status = fastattn_check_args(&call->own, given);
     if (status != FASTATTN_OK) return status;
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);

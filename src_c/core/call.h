@@ -3,6 +3,7 @@
 #define FA_CALL_H
 
 #include "../ukernel/ukernel.h"
+#include "check.h"
 
 enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
 
@@ -35,6 +36,7 @@ typedef struct fa_scratch {
 } fa_scratch;
 
 typedef struct fa_call {
+    fa_args own;           /* what args points to: a call cannot be copied */
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
     const fa_products *products;

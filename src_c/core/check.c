@@ -4,6 +4,7 @@
 #include "ints.h"
 
 #include <math.h>
+#include <string.h>
 
 /* Sizes are bounded so that no product in the plan overflows 63 bits: rows of a panel sequence, tiles, work items. */
 static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 40,
@@ -29,27 +30,51 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     return FASTATTN_OK;
 }
 
-static int misaligned(const void *p, const int64_t *strides, int count, int64_t size) {
-    int64_t bits = (int64_t)(uintptr_t)p;
-    for (int i = 0; i < count; i++) bits |= strides[i];
-    return (bits & (size - 1)) != 0;
+/* An array of the caller's, and what is known of it. */
+typedef struct fa_table {
+    const void *pointer;
+    int64_t *strides;     /* of all axes but those packed at the end, or null */
+    int axes;             /* that have strides */
+    int64_t shape[4], packed; /* of those axes, and the elements of the others */
+    int64_t size;         /* bytes of an element */
+    int required, output; /* may not be null; may not overlap itself */
+} fa_table;
+
+/* No stride along an axis of length 1, or of an array without elements, is ever used: NumPy, for one, leaves anything there. */
+static fastattn_status check_table(const fa_table *t) {
+    int empty = t->packed == 0;
+    for (int axis = 0; axis < t->axes; axis++) empty |= t->shape[axis] == 0;
+    for (int axis = 0; axis < t->axes; axis++)
+        if (empty || t->shape[axis] == 1) t->strides[axis] = 0;
+    if (empty) return FASTATTN_OK;
+    if (!t->pointer) return t->required ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+    int64_t bits = (int64_t)(uintptr_t)t->pointer;
+    for (int axis = 0; axis < t->axes; axis++) {
+        if (t->output && t->shape[axis] > 1 && t->strides[axis] == 0) return FASTATTN_ERROR_ARGUMENT;
+        bits |= t->strides[axis];
+    }
+    return (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
 }
 
-static fastattn_status check_pointers(const fastattn_attention_args *a) {
-    if (misaligned(a->q, a->q_strides, 3, fa_size_of(a->q_dtype)) ||
-        misaligned(a->k, a->k_strides, 3, fa_size_of(a->kv_dtype)) ||
-        misaligned(a->v, a->v_strides, 3, fa_size_of(a->kv_dtype)) ||
-        misaligned(a->out, a->out_strides, 3, fa_size_of(a->q_dtype)) ||
-        (a->lse && misaligned(a->lse, a->lse_strides, 3, 4)) ||
-        (a->mask && misaligned(a->mask, a->mask_strides, 4, fa_size_of(a->mask_dtype))) ||
-        (a->alibi_slopes && misaligned(a->alibi_slopes, a->alibi_strides, 2, 4)))
-        return FASTATTN_ERROR_ARGUMENT;
-    int64_t queries = a->batch * a->num_heads * a->q_len;
-    if (queries == 0) return FASTATTN_OK;
-    if (a->v_head_dim > 0 && !a->out) return FASTATTN_ERROR_ARGUMENT;
-    if (a->head_dim > 0 && !a->q) return FASTATTN_ERROR_ARGUMENT;
-    if (a->kv_len > 0 && ((a->head_dim > 0 && !a->k) || (a->v_head_dim > 0 && !a->v))) return FASTATTN_ERROR_ARGUMENT;
-    return FASTATTN_OK;
+static fastattn_status check_tables(fastattn_attention_args *a) {
+    const int64_t batch = a->batch, heads = a->num_heads, kv_heads = a->num_kv_heads, rows = a->q_len, keys = a->kv_len;
+    const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
+    const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
+    const fa_table tables[] = {
+        {a->q, a->q_strides, 3, {batch, heads, rows}, a->head_dim, q_size, 1, 0},
+        {a->k, a->k_strides, 3, {batch, kv_heads, keys}, used * a->head_dim, kv_size, 1, 0},
+        {a->v, a->v_strides, 3, {batch, kv_heads, keys}, used * a->v_head_dim, kv_size, 1, 0},
+        {a->out, a->out_strides, 3, {batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
+        {a->lse, a->lse_strides, 3, {batch, heads, rows}, 1, 4, 0, 1},
+        {a->mask, a->mask_strides, 4, {batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
+        {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, used, 4, 0, 0},
+        {a->sinks, NULL, 0, {0}, heads, 4, 0, 0},
+        {a->query_offset, NULL, 0, {0}, batch, 8, 0, 0},
+        {a->kv_lengths, NULL, 0, {0}, batch, 8, 0, 0},
+    };
+    fastattn_status status = FASTATTN_OK;
+    for (size_t n = 0; n < sizeof tables / sizeof *tables && status == FASTATTN_OK; n++) status = check_table(&tables[n]);
+    return status;
 }
 
 static fastattn_status check_numbers(const fastattn_attention_args *a) {
@@ -58,7 +83,13 @@ static fastattn_status check_numbers(const fastattn_attention_args *a) {
     if ((int)a->precision < FASTATTN_PRECISION_HIGHEST || a->precision > FASTATTN_PRECISION_MEDIUM)
         return FASTATTN_ERROR_ARGUMENT;
     for (int64_t h = 0; a->sinks && h < a->num_heads; h++)
-        if (!isfinite(a->sinks[h])) return FASTATTN_ERROR_SCALE;
+        if (!isfinite(a->sinks[h]) && a->sinks[h] != -INFINITY) return FASTATTN_ERROR_SCALE;
+    const int64_t slopes = a->alibi_strides[0] == 0 ? fa_min(a->batch, 1) : a->batch;
+    for (int64_t b = 0; a->alibi_slopes && b < slopes; b++)
+        for (int64_t h = 0; h < a->num_heads; h++)
+            if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] +
+                                           h * a->alibi_strides[1])))
+                return FASTATTN_ERROR_SCALE;
     for (int64_t b = 0; a->kv_lengths && b < a->batch; b++)
         if (a->kv_lengths[b] < 0 || a->kv_lengths[b] > a->kv_len) return FASTATTN_ERROR_KV_LENGTHS;
     return FASTATTN_OK;
@@ -68,7 +99,8 @@ static fastattn_status check_numbers(const fastattn_attention_args *a) {
 static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const fastattn_block_mask *m = a->block_mask;
     if (!m) return FASTATTN_OK;
-    if (m->size != sizeof *m) return FASTATTN_ERROR_ARGUMENT;
+    if (fa_misaligned(m->indptr, 8) || fa_misaligned(m->indices, 4) || fa_misaligned(m->partial, 4))
+        return FASTATTN_ERROR_ARGUMENT;
     if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 ||
         m->head_stride < 0 || !m->indptr || m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
         return FASTATTN_ERROR_BLOCK_MASK;
@@ -97,15 +129,51 @@ static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     return FASTATTN_OK;
 }
 
-fastattn_status fastattn_check_args(const fastattn_attention_args *a) {
-    if (!a || a->size != sizeof *a) return FASTATTN_ERROR_ARGUMENT;
+int fastattn_known_size(size_t size, size_t first, size_t own) {
+    return size >= first && size <= own && size % sizeof(void *) == 0;
+}
+
+/* A struct that begins with its size takes the place of `to`, which says what is absent. */
+static fastattn_status take(void *to, const void *from, size_t first, size_t own) {
+    size_t size;
+    memcpy(&size, from, sizeof size);
+    if (!fastattn_known_size(size, first, own)) return FASTATTN_ERROR_ARGUMENT;
+    memcpy(to, from, size);
+    memcpy(to, &own, sizeof own);
+    return FASTATTN_OK;
+}
+
+enum {
+    FIRST_ARGS = FA_END_OF(fastattn_attention_args, num_threads),
+    FIRST_BLOCK_MASK = FA_END_OF(fastattn_block_mask, num_element_masks)
+};
+
+fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size) {
+    const fastattn_attention_args absent = FASTATTN_ATTENTION_ARGS_INIT;
+    if (!args || !fastattn_known_size(size, FIRST_ARGS, sizeof absent)) return FASTATTN_ERROR_ARGUMENT;
+    memcpy(args, &absent, size);
+    memcpy(args, &size, sizeof size);
+    return FASTATTN_OK;
+}
+
+fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given) {
+    fastattn_attention_args *a = &args->attention;
+    if (!given) return FASTATTN_ERROR_ARGUMENT;
+    *args = (fa_args){.attention = FASTATTN_ATTENTION_ARGS_INIT};
+    fastattn_status status = take(a, given, FIRST_ARGS, sizeof *a);
+    if (status != FASTATTN_OK) return status;
+    if (a->block_mask) {
+        status = take(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, sizeof args->block_mask);
+        if (status != FASTATTN_OK) return status;
+        a->block_mask = &args->block_mask;
+    }
     if (!is_storage(a->q_dtype) || !is_storage(a->kv_dtype)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;
-    fastattn_status status = check_shape(a);
+    status = check_shape(a);
+    if (status == FASTATTN_OK) status = check_tables(a);
     if (status == FASTATTN_OK) status = check_numbers(a);
-    if (status == FASTATTN_OK) status = check_pointers(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     return status;
 }

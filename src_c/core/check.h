@@ -6,6 +6,21 @@
 
 enum { FA_MOST_DIM = 1 << 20 }; /* the largest head_dim and v_head_dim */
 
-fastattn_status fastattn_check_args(const fastattn_attention_args *args);
+/* The arguments as the engine sees them: of this version's size, whatever header the caller had, and with strides of 0 for
+ * the axes along which nothing is ever reached. */
+typedef struct fa_args {
+    fastattn_attention_args attention;
+    fastattn_block_mask block_mask; /* attention.block_mask points to it, if to anything */
+} fa_args;
+
+/* Checks the caller's arguments and copies them, which changes nothing else: tables stay the caller's. */
+fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given);
+
+/* Whether a struct of this size is that of a version which had the fields up to `first`, or of a later one up to this. */
+int fastattn_known_size(size_t size, size_t first, size_t own);
+#define FA_END_OF(type, field) (offsetof(type, field) + sizeof(((type *)NULL)->field))
+
+/* Whether a pointer is no multiple of size, a power of two. */
+static inline int fa_misaligned(const void *pointer, size_t size) { return ((uintptr_t)pointer & (size - 1)) != 0; }
 
 #endif

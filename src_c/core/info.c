@@ -3,6 +3,7 @@
 #include "keyblocks.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #ifndef FASTATTN_VERSION
 #define FASTATTN_VERSION "unknown"
@@ -13,10 +14,10 @@ const char *fastattn_version(void) { return FASTATTN_VERSION; }
 const char *fastattn_status_string(fastattn_status status) {
     switch (status) {
     case FASTATTN_OK: return "success";
-    case FASTATTN_ERROR_ARGUMENT: return "a pointer is null or misaligned, or a struct size or an enum is unknown";
+    case FASTATTN_ERROR_ARGUMENT: return "a pointer is null or misaligned, an output overlaps itself, or a struct size or an enum is unknown";
     case FASTATTN_ERROR_SHAPE: return "a size is negative or too large, or num_heads is no multiple of num_kv_heads";
     case FASTATTN_ERROR_DTYPE: return "the dtypes of q, k, v and mask are unknown or do not go together";
-    case FASTATTN_ERROR_SCALE: return "scale, softcap or a sink is not finite, or softcap is negative";
+    case FASTATTN_ERROR_SCALE: return "scale, softcap or an ALiBi slope is not finite, softcap is negative, or a sink is NaN or +inf";
     case FASTATTN_ERROR_KV_LENGTHS: return "an entry of kv_lengths is negative or larger than kv_len";
     case FASTATTN_ERROR_BLOCK_MASK: return "the tables of block_mask are out of order or out of range";
     case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
@@ -56,7 +57,8 @@ static double visited_pairs(const fa_call *call, char *memory) {
 }
 
 fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info) {
-    if (!info || info->size != sizeof *info) return FASTATTN_ERROR_ARGUMENT;
+    enum { FIRST_INFO = FA_END_OF(fastattn_plan_info, visible_fraction) };
+    if (!info || !fastattn_known_size(info->size, FIRST_INFO, sizeof *info)) return FASTATTN_ERROR_ARGUMENT;
     fa_call call;
     const fastattn_status status = fastattn_call_prepare(&call, args);
     if (status != FASTATTN_OK) return status;
@@ -68,14 +70,18 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
         free(memory);
     }
     const double pairs = (double)args->batch * (double)args->num_heads * (double)args->q_len * (double)args->kv_len;
-    info->isa = call.products->isa;
-    info->kernel = call.products->name;
-    info->tile_rows = call.items > 0 ? call.rows.panel_rows : 0;
-    info->tile_keys = call.block_keys;
-    info->splits = call.splits;
-    info->work_items = call.items;
-    info->num_threads = call.threads;
-    info->workspace = call.workspace;
-    info->visible_fraction = pairs > 0 ? visited / pairs : 0;
+    const fastattn_plan_info found = {
+        .size = info->size,
+        .isa = call.products->isa,
+        .kernel = call.products->name,
+        .tile_rows = call.items > 0 ? call.rows.panel_rows : 0,
+        .tile_keys = call.block_keys,
+        .splits = call.splits,
+        .work_items = call.items,
+        .num_threads = call.threads,
+        .workspace = call.workspace,
+        .visible_fraction = pairs > 0 ? visited / pairs : 0,
+    };
+    memcpy(info, &found, info->size);
     return FASTATTN_OK;
 }

@@ -47,8 +47,11 @@ fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs
         return FASTATTN_ERROR_DTYPE;
     if (rows == 0) return FASTATTN_OK;
     if (!lse || (v_head_dim > 0 && !out) || (num_parts > 0 && (!outs || !lses))) return FASTATTN_ERROR_ARGUMENT;
+    const size_t size = (size_t)fa_size_of(dtype);
+    if (fa_misaligned(lse, 4) || (v_head_dim > 0 && fa_misaligned(out, size))) return FASTATTN_ERROR_ARGUMENT;
     for (int64_t n = 0; n < num_parts; n++)
-        if (!lses[n] || (v_head_dim > 0 && !outs[n])) return FASTATTN_ERROR_ARGUMENT;
+        if (!lses[n] || fa_misaligned(lses[n], 4) || (v_head_dim > 0 && (!outs[n] || fa_misaligned(outs[n], size))))
+            return FASTATTN_ERROR_ARGUMENT;
 
     const size_t bytes = fastattn_state_bytes(1, v_head_dim);
     char *memory = malloc(2 * bytes);

@@ -46,6 +46,7 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
 }
 
 float fastattn_state_finish(const fa_state *state, int64_t r, double unit, const float *sink, float *lse) {
+    if (sink && *sink == -INFINITY) sink = NULL;
     if (state->seen[r] == 0.0f) {
         if (lse) *lse = sink ? *sink : -INFINITY;
         return 0.0f;

@@ -27,7 +27,7 @@ void fastattn_state_clear(fa_state *state, int with_o);
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);
 
 /* What row r's o must be multiplied by, and its lse. Scores times unit are logits; sink points to one more logit of the
- * denominator, or is null. */
+ * denominator; null and -inf are none. */
 float fastattn_state_finish(const fa_state *state, int64_t r, double unit, const float *sink, float *lse);
 
 #endif

@@ -51,11 +51,13 @@ extern "C" {
 /* The outcome of a call. Unless it is FASTATTN_OK, nothing has been written to any output. */
 typedef enum fastattn_status {
     FASTATTN_OK = 0,
-    FASTATTN_ERROR_ARGUMENT = 1,     /* a null or misaligned pointer, or an unknown struct size or enum */
+    FASTATTN_ERROR_ARGUMENT = 1,     /* a null or misaligned pointer, an output that overlaps itself, or an unknown struct
+                                        size or enum */
     FASTATTN_ERROR_SHAPE = 2,        /* a size that is negative or too large (2**20 for head_dim, 2**40 for
                                         lengths), or num_heads is no multiple of num_kv_heads */
     FASTATTN_ERROR_DTYPE = 3,        /* an unknown dtype, or a combination that is not supported */
-    FASTATTN_ERROR_SCALE = 4,        /* scale, softcap or a sink that is not finite, or a negative softcap */
+    FASTATTN_ERROR_SCALE = 4,        /* scale, softcap or an ALiBi slope that is not finite, a negative softcap, or a
+                                        sink that is NaN or +inf */
     FASTATTN_ERROR_KV_LENGTHS = 5,   /* a length below 0 or above kv_len */
     FASTATTN_ERROR_BLOCK_MASK = 6,   /* indptr, indices or bit tables out of order or out of range */
     FASTATTN_ERROR_WORKSPACE = 7,    /* the workspace is too small, or not aligned to 64 bytes */
@@ -128,10 +130,15 @@ typedef struct fastattn_block_mask {
     int64_t num_element_masks;
 } fastattn_block_mask;
 
-/* The arguments of one call. Zero the struct, set size, then what differs from "absent".
+/* The arguments of one call. Begin with FASTATTN_ATTENTION_ARGS_INIT, in which whatever is optional is absent, and set the
+ * rest. A zeroed struct is not that: there a window of 0 is a window of one key, and a scale of 0 is a scale.
  *
- * All strides are in bytes and may be zero or negative; the last axis of q, k, v and out is contiguous. Elements must be
- * aligned to their own size. out and lse must not overlap an input. */
+ * All strides are in bytes and may be zero or negative; those of axes of length 1, and of arrays without elements, mean
+ * nothing. The last axis of q, k, v and out is contiguous. Elements, of tables too, must be aligned to their own size. out
+ * and lse must not overlap an input or themselves.
+ *
+ * Later versions may add fields at the end of this and of the other structs that begin with their size. A caller that was
+ * compiled against an earlier header is understood: what lies beyond its size is absent. */
 typedef struct fastattn_attention_args {
     size_t size;                     /* sizeof(fastattn_attention_args) */
 
@@ -150,7 +157,7 @@ typedef struct fastattn_attention_args {
     int64_t out_strides[3];
     int64_t lse_strides[3];
 
-    float scale;                     /* any finite value */
+    float scale;                     /* any finite value, commonly 1 / sqrt(head_dim); there is no default */
     float softcap;                   /* 0: none */
     fastattn_precision precision;
 
@@ -163,14 +170,38 @@ typedef struct fastattn_attention_args {
     const void *mask;                /* (batch, num_heads, q_len, kv_len), or null */
     fastattn_dtype mask_dtype;       /* any of fastattn_dtype */
     int64_t mask_strides[4];
-    const float *alibi_slopes;       /* (batch, num_heads), or null */
+    const float *alibi_slopes;       /* (batch, num_heads), finite, or null */
     int64_t alibi_strides[2];
-    const float *sinks;              /* (num_heads), or null */
+    const float *sinks;              /* (num_heads), finite or -inf (none in that head), or null */
     const fastattn_block_mask *block_mask; /* or null */
 
     fastattn_isa isa;                /* the highest instruction set to use; FASTATTN_ISA_BEST for no limit */
     int num_threads;                 /* at most so many; 0 or 1: the calling thread alone */
 } fastattn_attention_args;
+
+/* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
+ * NaN, which is refused: no call goes through for which they were forgotten.
+ *
+ *     fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+ */
+#define FASTATTN_ATTENTION_ARGS_INIT                                                                                \
+    {                                                                                                               \
+        sizeof(fastattn_attention_args), 0, 0, 0, 0, 0, 0, 0, FASTATTN_FLOAT32, FASTATTN_FLOAT32, NULL, NULL, NULL, \
+            NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
+            FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
+            NULL, NULL, FASTATTN_ISA_BEST, 0                                                                        \
+    }
+
+/* A constant expression, which C99 has in <math.h> only. */
+#ifdef __GNUC__
+#define FASTATTN_NAN __builtin_nanf("")
+#else
+#define FASTATTN_NAN ((float)1e300 * 0.0f)
+#endif
+
+/* The same for callers that cannot use the macro. size is the caller's sizeof(fastattn_attention_args): no byte beyond it is
+ * written. FASTATTN_ERROR_ARGUMENT for null, or a size that no version of this header has. */
+FASTATTN_API fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size);
 
 /* Attention as defined at the top of this file.
  *

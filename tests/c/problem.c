@@ -111,7 +111,7 @@ static void build_blocks(struct problem *problem, const struct spec *spec, struc
 void problem_build(struct problem *problem, const struct spec *spec, uint64_t seed, enum guard_side side) {
     struct rng rng = {seed};
     int64_t strides[4];
-    *problem = (struct problem){.args = {.size = sizeof problem->args}};
+    *problem = (struct problem){.args = FASTATTN_ATTENTION_ARGS_INIT};
     fastattn_attention_args *a = &problem->args;
 
     a->batch = spec->batch ? spec->batch : 1;
@@ -127,8 +127,10 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
     a->softcap = spec->softcap;
     a->precision = spec->precision;
     a->causal = spec->causal;
-    a->window_left = spec->windowed ? spec->window_left : -1;
-    a->window_right = spec->windowed ? spec->window_right : -1;
+    if (spec->windowed) {
+        a->window_left = spec->window_left;
+        a->window_right = spec->window_right;
+    }
     a->isa = test_isa;
     a->num_threads = spec->num_threads;
 

@@ -3,9 +3,16 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { ANY_ERROR = -1 }; /* where the header does not say which */
+
+/* The structs as the first published header had them ended here. */
+#define END_OF(type, field) (offsetof(type, field) + sizeof(((type *)NULL)->field))
+#define FIRST_ARGS END_OF(fastattn_attention_args, num_threads)
+#define FIRST_BLOCK_MASK END_OF(fastattn_block_mask, num_element_masks)
+#define FIRST_PLAN_INFO END_OF(fastattn_plan_info, visible_fraction)
 
 static const struct spec valid = {.name = "valid", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50,
                                   .head_dim = 16, .offset = OFFSET_ZERO, .lengths = LENGTHS_RANDOM, .mask = MASK_BOOL,
@@ -42,9 +49,13 @@ static void check_refused(int expected) {
 
 #define REFUSED(expected, spoil) (context("%s", #spoil), build_valid(), (void)(spoil), check_refused(expected))
 
+/* The address so many bytes before a table. */
+#define SHIFTED(table, bytes) (table = (void *)((char *)(uintptr_t)(table) - (bytes)))
+
 TEST(errors_arguments) {
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = 0);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size -= 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = FIRST_ARGS - 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size += 1);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size += 8);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = SIZE_MAX);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q = NULL);
@@ -53,15 +64,25 @@ TEST(errors_arguments) {
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out = NULL);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.precision = (fastattn_precision)3);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.precision = (fastattn_precision)-1);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q = (const char *)p.args.q + 2);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k = (const char *)p.args.k + 1);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.v = (const char *)p.args.v + 3);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out = (char *)p.args.out + 2);
-    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.lse = (float *)(void *)((char *)p.args.lse + 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.q, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.k, 1));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.v, 3));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.out, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.lse, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.alibi_slopes, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.sinks, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.query_offset, 4));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.kv_lengths, 1));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.blocks.indptr, 4));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.blocks.indices, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.blocks.partial, 1));
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q_strides[2] += 2);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.k_strides[0] += 1);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.alibi_strides[1] += 1);
     REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.mask_dtype = FASTATTN_FLOAT32, p.args.mask_strides[3] = 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out_strides[0] = 0); /* an output on top of itself */
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.out_strides[2] = 0);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.lse_strides[1] = 0);
 
     fastattn_plan_info info = {.size = sizeof info};
     build_valid();
@@ -117,7 +138,9 @@ TEST(errors_scales) {
     REFUSED(FASTATTN_ERROR_SCALE, p.args.softcap = -FLT_MIN);
     REFUSED(FASTATTN_ERROR_SCALE, p.sinks[0] = NAN);
     REFUSED(FASTATTN_ERROR_SCALE, p.sinks[3] = INFINITY);
-    REFUSED(FASTATTN_ERROR_SCALE, p.sinks[2] = -INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.alibi_slopes[0] = NAN);
+    REFUSED(FASTATTN_ERROR_SCALE, p.alibi_slopes[7] = INFINITY);
+    REFUSED(FASTATTN_ERROR_SCALE, p.alibi_slopes[5] = -INFINITY);
 }
 
 TEST(errors_lengths) {
@@ -129,8 +152,9 @@ TEST(errors_lengths) {
 
 /* Every list of the valid mask has the key blocks 0, 1, 2, 3; there are 24 rows of them. */
 TEST(errors_block_masks) {
-    REFUSED(ANY_ERROR, p.blocks.size = 0);
-    REFUSED(ANY_ERROR, p.blocks.size += 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.blocks.size = 0);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.blocks.size = FIRST_BLOCK_MASK - 8);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.blocks.size += 8);
     REFUSED(ANY_ERROR, p.blocks.indptr = NULL);
     REFUSED(ANY_ERROR, p.blocks.indices = NULL);
     REFUSED(ANY_ERROR, p.blocks.element_bits = NULL);
@@ -224,6 +248,131 @@ TEST(errors_items) {
     guard_check();
 }
 
+/* What a call must have and was not given is refused: an initialised struct never computes something by chance. */
+TEST(errors_of_omission) {
+    const fastattn_attention_args initial = FASTATTN_ATTENTION_ARGS_INIT;
+    REFUSED(FASTATTN_ERROR_SCALE, p.args.scale = initial.scale);
+    REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = initial.num_kv_heads);
+    REFUSED(FASTATTN_ERROR_ARGUMENT, memcpy(p.args.out_strides, initial.out_strides, sizeof initial.out_strides));
+}
+
+/* All optional arguments of an initialised struct are absent: it computes the plain formula. */
+TEST(errors_none_after_initialisation) {
+    const struct spec plain = {.name = "plain", .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 9, .kv_len = 50, .head_dim = 16};
+    fastattn_attention_args args, initial = FASTATTN_ATTENTION_ARGS_INIT;
+    memset(&args, 0x5A, sizeof args);
+    CHECK_STATUS(fastattn_attention_args_init(&args, sizeof args), FASTATTN_OK);
+    CHECK(args.size == sizeof args && args.window_left == -1 && args.window_right == -1 && isnan(args.scale) &&
+              isnan(initial.scale), "not what absent is");
+    args.scale = initial.scale = 1;
+    for (int by_function = 0; by_function < 2; by_function++) {
+        problem_build(&p, &plain, 3, GUARD_BEHIND);
+        fastattn_attention_args *a = by_function ? &args : &initial;
+        a->batch = 2, a->num_heads = 4, a->num_kv_heads = 2, a->q_len = 9, a->kv_len = 50, a->head_dim = a->v_head_dim = 16;
+        a->scale = p.args.scale, a->q = p.args.q, a->k = p.args.k, a->v = p.args.v, a->out = p.args.out, a->lse = p.args.lse;
+        memcpy(a->q_strides, p.args.q_strides, sizeof a->q_strides);
+        memcpy(a->k_strides, p.args.k_strides, sizeof a->k_strides);
+        memcpy(a->v_strides, p.args.v_strides, sizeof a->v_strides);
+        memcpy(a->out_strides, p.args.out_strides, sizeof a->out_strides);
+        memcpy(a->lse_strides, p.args.lse_strides, sizeof a->lse_strides);
+        p.args = *a;
+        problem_check(&p, GUARD_BEHIND);
+        guard_release();
+    }
+    CHECK_STATUS(fastattn_attention_args_init(NULL, sizeof args), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_attention_args_init(&args, FIRST_ARGS - 8), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_attention_args_init(&args, sizeof args + 8), FASTATTN_ERROR_ARGUMENT);
+}
+
+/* Callers that were compiled against the first header: their structs end before a page that cannot be read. */
+TEST(errors_none_of_older_callers) {
+    build_valid();
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(&p.args, p.workspace, p.workspace_size), FASTATTN_OK);
+    uint8_t *bits = problem_snapshot(&p);
+    guard_release();
+
+    build_valid();
+    fastattn_block_mask *blocks = guard_input("block mask", FIRST_BLOCK_MASK, 8, GUARD_BEHIND);
+    fastattn_attention_args *args = guard_input("arguments", FIRST_ARGS, 8, GUARD_BEHIND);
+    fastattn_attention_args *blank = guard_output("initialised arguments", FIRST_ARGS, 8, GUARD_BEHIND);
+    fastattn_plan_info *info = guard_output("plan", FIRST_PLAN_INFO, 8, GUARD_BEHIND);
+    p.blocks.size = FIRST_BLOCK_MASK;
+    memcpy(blocks, &p.blocks, FIRST_BLOCK_MASK);
+    p.args.size = FIRST_ARGS;
+    p.args.block_mask = blocks;
+    memcpy(args, &p.args, FIRST_ARGS);
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(args, p.workspace, p.workspace_size), FASTATTN_OK);
+    CHECK(problem_equals(&p, bits), "an older caller gets another result");
+    CHECK(fastattn_workspace_size(args) == p.workspace_size && fastattn_attention_items(args, 0) > 0, "another plan");
+    info->size = FIRST_PLAN_INFO;
+    CHECK_STATUS(fastattn_explain(args, info), FASTATTN_OK);
+    CHECK(info->size == FIRST_PLAN_INFO && info->workspace == p.workspace_size, "another plan is explained");
+    CHECK_STATUS(fastattn_attention_args_init(blank, FIRST_ARGS), FASTATTN_OK);
+    CHECK(blank->size == FIRST_ARGS && blank->window_right == -1, "not initialised");
+    guard_check();
+    free(bits);
+}
+
+/* Strides along axes of length 1, and all those of arrays without elements, may be anything. */
+TEST_EACH_ISA(errors_none_of_unused_strides) {
+    const struct spec specs[] = {
+        {.name = "one of each", .q_len = 1, .kv_len = 1, .head_dim = 16, .mask = MASK_FLOAT32, .alibi = ALIBI_ALL},
+        {.name = "one query", .q_len = 1, .kv_len = 50, .head_dim = 16, .mask = MASK_FLOAT32, .alibi = ALIBI_ALL},
+        {.name = "one key", .q_len = 70, .kv_len = 1, .head_dim = 16, .mask = MASK_FLOAT64, .alibi = ALIBI_ALL},
+        {.name = "one entry and head", .q_len = 70, .kv_len = 50, .head_dim = 16, .mask = MASK_FLOAT16, .alibi = ALIBI_ALL},
+        {.name = "no keys", .batch = 2, .heads = 4, .q_len = 70, .head_dim = 16, .mask = MASK_FLOAT64},
+        {.name = "no numbers in a query", .batch = 2, .heads = 4, .q_len = 7, .kv_len = 9, .v_head_dim = 16},
+    };
+    static const int64_t odd[] = {897, -1, INT64_MAX, INT64_MIN};
+    for (size_t n = 0; n < COUNT(specs); n++)
+        for (size_t value = 0; value < COUNT(odd); value++) {
+            context("%s, strides %lld", specs[n].name, (long long)odd[value]);
+            problem_build(&p, &specs[n], n, GUARD_BEHIND);
+            fastattn_attention_args *a = &p.args;
+            const fastattn_attention_args sane = *a;
+            const int64_t lengths[4] = {a->batch, a->num_heads, a->q_len, a->kv_len};
+            for (int axis = 0; axis < 3; axis++) {
+                const int64_t queries = lengths[axis], keys = axis == 1 ? a->num_kv_heads : axis == 2 ? a->kv_len : a->batch;
+                if (queries == 1 || a->head_dim == 0) a->q_strides[axis] = odd[value];
+                if (keys == 1 || a->head_dim == 0 || a->kv_len == 0) a->k_strides[axis] = odd[value];
+                if (keys == 1 || a->kv_len == 0) a->v_strides[axis] = odd[value];
+                if (queries == 1) a->out_strides[axis] = a->lse_strides[axis] = odd[value];
+                if (axis < 2 && queries == 1) a->alibi_strides[axis] = odd[value];
+            }
+            for (int axis = 0; axis < 4; axis++)
+                if (lengths[axis] == 1 || a->kv_len == 0) a->mask_strides[axis] = odd[value];
+            problem_seal(&p, GUARD_BEHIND);
+            CHECK_STATUS(fastattn_attention(a, p.workspace, p.workspace_size), FASTATTN_OK);
+            p.args = sane;
+            problem_verify(&p, 1);
+            guard_release();
+        }
+}
+
+/* A sink of -inf is none: the head has the bits that it has without sinks. */
+TEST_EACH_ISA(errors_none_of_absent_sinks) {
+    const struct spec spec = {.name = "sinks", .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50, .head_dim = 16,
+                              .offset = OFFSET_RANDOM, .mask = MASK_BOOL, .hidden = 0.9, .sinks = 1, .causal = 1};
+    const struct spec bare = {.name = "no sinks", .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 50, .head_dim = 16,
+                              .offset = OFFSET_RANDOM, .mask = MASK_BOOL, .hidden = 0.9, .causal = 1};
+    problem_build(&p, &bare, 5, GUARD_BEHIND);
+    problem_check(&p, GUARD_BEHIND);
+    uint8_t *bits = problem_snapshot(&p);
+    guard_release();
+    problem_build(&p, &spec, 5, GUARD_BEHIND);
+    for (int head = 0; head < 4; head++) p.sinks[head] = -INFINITY;
+    problem_check(&p, GUARD_BEHIND);
+    CHECK(problem_equals(&p, bits), "a sink of -inf is not no sink");
+    guard_release();
+    problem_build(&p, &spec, 5, GUARD_BEHIND);
+    p.sinks[1] = -INFINITY;
+    problem_check(&p, GUARD_BEHIND);
+    guard_release();
+    free(bits);
+}
+
 /* Sizes whose products do not fit in 64 bits. A call is refused, or wants so much memory that it cannot have it. */
 TEST(errors_overflows) {
     static const int64_t huge[] = {INT64_C(1) << 31, INT64_C(1) << 32, INT64_C(1) << 47, INT64_C(1) << 58,
@@ -291,6 +440,9 @@ TEST(errors_merge_states) {
     float part[6] = {0}, lse[2] = {0}, out[6] = {42, 42, 42, 42, 42, 42}, out_lse[2] = {42, 42};
     const void *outs[] = {part, part}, *null_outs[] = {part, NULL};
     const float *lses[] = {lse, lse}, *null_lses[] = {NULL, lse};
+    _Alignas(8) char odd[24] = {0};
+    const void *odd_outs[] = {part, odd + 2};
+    const float *odd_lses[] = {lse, (const void *)(odd + 1)};
     static const fastattn_dtype f32 = FASTATTN_FLOAT32;
     const struct {
         const char *name;
@@ -307,6 +459,10 @@ TEST(errors_merge_states) {
         {"a null out", fastattn_merge_states(2, null_outs, lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
         {"a null lse", fastattn_merge_states(2, outs, null_lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
         {"out", fastattn_merge_states(2, outs, lses, 2, 3, f32, NULL, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"an odd part", fastattn_merge_states(2, odd_outs, lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"an odd lse", fastattn_merge_states(2, outs, odd_lses, 2, 3, f32, out, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"odd out", fastattn_merge_states(2, outs, lses, 2, 3, f32, odd + 2, out_lse), FASTATTN_ERROR_ARGUMENT},
+        {"odd out_lse", fastattn_merge_states(2, outs, lses, 2, 3, f32, out, (void *)(odd + 1)), FASTATTN_ERROR_ARGUMENT},
     };
     for (size_t n = 0; n < COUNT(calls); n++)
         CHECK(calls[n].got == calls[n].expected, "%s: status %d, not %d", calls[n].name, (int)calls[n].got,

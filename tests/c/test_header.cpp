@@ -1,7 +1,13 @@
-// The public header is valid C++, needs nothing before it, and links.
+// The public header is valid C++, needs nothing before it, and links; its initialiser is C++ too.
 #include "fastattn.h"
+
+static const fastattn_attention_args initial = FASTATTN_ATTENTION_ARGS_INIT;
 
 int main()
 {
-    return fastattn_isa_available(FASTATTN_ISA_PORTABLE) ? 0 : 1;
+    fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+    const bool refused = fastattn_attention(&args, nullptr, 0) == FASTATTN_ERROR_SCALE; // none was given
+    args.scale = 1;
+    const bool empty = fastattn_attention(&args, nullptr, 0) == FASTATTN_OK;
+    return refused && empty && initial.window_left == -1 && fastattn_isa_available(FASTATTN_ISA_PORTABLE) ? 0 : 1;
 }
