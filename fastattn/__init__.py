@@ -17,8 +17,12 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
 
+For programs of other makers there are ``fastattn.torch`` and more, modules that are imported when they are first named.
+
 Settings (threads, backend, instruction set) belong to the process. No result depends on the number of threads.
 """
+
+import importlib
 
 from .attention import (
     attention,
@@ -61,3 +65,12 @@ __all__ = [
 
 _initialize()
 del _initialize
+
+_FRAMEWORKS = ("torch",)
+
+
+def __getattr__(name):
+    """The module for a framework, which is imported when its name is first used, so that ``import fastattn`` stays light."""
+    if name in _FRAMEWORKS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

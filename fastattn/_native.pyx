@@ -5,6 +5,8 @@ Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plai
 memory: nothing here computes with an element.
 """
 
+from cpython.object cimport PyTypeObject
+from cpython.ref cimport Py_INCREF
 from libc.float cimport FLT_MAX
 from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t
@@ -14,6 +16,12 @@ from libc.string cimport memset
 cimport numpy as np
 
 np.import_array()
+
+
+cdef extern from "numpy/arrayobject.h":
+    np.ndarray PyArray_NewFromDescr(
+        PyTypeObject *subtype, np.dtype dtype, int rank, np.npy_intp *shape, np.npy_intp *strides, void *data, int flags, object context
+    )
 
 
 cdef extern from "fastattn.h" nogil:
@@ -233,6 +241,23 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     if call.block_mask is not None:
         take_block_mask(block_mask, call.block_mask)
         args.block_mask = block_mask
+
+
+def array_at(size_t address, shape, strides, np.dtype dtype, owner):
+    """An array over another library's memory, which `owner` keeps alive; `strides` count elements. Nothing is checked."""
+    cdef np.npy_intp lengths[32]
+    cdef np.npy_intp steps[32]
+    cdef int axis, rank = len(shape)
+    if rank > 32:
+        raise ValueError(f"at most 32 axes; got {rank}")
+    for axis in range(rank):
+        lengths[axis] = shape[axis]
+        steps[axis] = <np.npy_intp>strides[axis] * dtype.itemsize
+    Py_INCREF(dtype)  # the array takes a reference
+    array = PyArray_NewFromDescr(<PyTypeObject *>np.ndarray, dtype, rank, lengths, steps, <void *>address, np.NPY_ARRAY_WRITEABLE, None)
+    np.set_array_base(array, owner)
+    np.PyArray_UpdateFlags(array, np.NPY_ARRAY_ALIGNED | np.NPY_ARRAY_C_CONTIGUOUS | np.NPY_ARRAY_F_CONTIGUOUS)
+    return array
 
 
 def attention(call):

@@ -131,7 +131,12 @@ def set_num_threads(n):
         raise TypeError(f"n must be an int; got {n!r}")
     if not 1 <= n <= 2**16:
         raise ValueError(f"n must lie between 1 and {2**16}; got {n}")
-    _state.threads, _state.threads_from = int(n), "set_num_threads"
+    _set_threads(int(n), "set_num_threads")
+
+
+def _set_threads(n, source):
+    """Use `n` threads from now on; `source` is what :func:`show_config` says of where the number came from."""
+    _state.threads, _state.threads_from = n, source
     if _state.module is not None:
         _state.module.set_num_threads(get_num_threads())
 

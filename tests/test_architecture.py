@@ -23,9 +23,11 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "backends", "attention", "sparse"},
     "positions": set(),
+    "torch": {"_check", "runtime", "_native", "attention"},
     "sparse": {"sparse"},
     "backends": {"backends", "_native"},
 }
+FRAMEWORKS = {"torch": {"torch"}}  # a module for a framework, and the packages that are there when it is imported
 OPTIONAL = {"numba", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
 
 
@@ -58,9 +60,10 @@ def test_who_may_import_whom(module):
 
 @pytest.mark.parametrize("module", modules(), ids=str)
 def test_optional_packages_are_imported_when_used(module):
-    """At the top of a module there is the standard library and NumPy; Numba in its own backend."""
+    """At the top of a module there is the standard library and NumPy; Numba in its own backend, a framework in its own module."""
     outside = {name.split(".")[0] for name in imports(modules()[module], top_level_only=True)} - {"fastattn"}
     own = {"numba", "llvmlite"} if "numba" in module.name and module.parts[0] == "backends" else set()
+    own = FRAMEWORKS.get(module.parts[0].removesuffix(".py"), own)
     assert outside - set(sys.stdlib_module_names) <= {"numpy"} | own
 
 
@@ -78,6 +81,16 @@ def test_import_is_light():
         import fastattn
         assert not {OPTIONAL!r} & set(sys.modules), {OPTIONAL!r} & set(sys.modules)
         """)
+
+
+def test_modules_for_frameworks_are_found_when_named():
+    for name, packages in FRAMEWORKS.items():
+        for package in packages:
+            pytest.importorskip(package)
+        assert getattr(fastattn, name).__name__ == f"fastattn.{name}"
+        assert all(getattr(getattr(fastattn, name), public).__doc__ for public in getattr(fastattn, name).__all__)
+    with pytest.raises(AttributeError, match="no attribute 'tensorflow'"):
+        getattr(fastattn, "tensorflow")  # noqa: B009
 
 
 def test_public_names_exist_and_are_documented():
