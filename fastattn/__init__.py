@@ -31,6 +31,7 @@ from .attention import (
     merge_states,
     scaled_dot_product_attention,
 )
+from .kvcache import CacheFullError, KVCache
 from .runtime import (
     BackendWarning,
     cpu_info,
@@ -49,6 +50,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendWarning",
     "BlockMask",
+    "CacheFullError",
+    "KVCache",
     "attention",
     "attention_mass",
     "attention_weights",

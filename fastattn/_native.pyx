@@ -92,6 +92,20 @@ cdef extern from "fastattn.h" nogil:
         size_t workspace
         double visible_fraction
 
+    ctypedef struct fastattn_store_args:
+        size_t size
+        int64_t batch, new_len, num_heads, head_dim
+        const void *from_ "from"
+        fastattn_dtype from_dtype
+        int64_t from_strides[3]
+        void *to
+        fastattn_dtype to_dtype
+        int64_t num_pages, page_size
+        int64_t to_strides[3]
+        const int64_t *slots
+        fastattn_isa isa
+        int num_threads
+
     const char *fastattn_status_string(fastattn_status status)
     const char *fastattn_isa_name(fastattn_isa isa)
     int fastattn_isa_available(fastattn_isa isa)
@@ -100,6 +114,7 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size)
     fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size)
     fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info)
+    fastattn_status fastattn_store(const fastattn_store_args *args)
     fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
                                           int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse)
 
@@ -377,4 +392,26 @@ def merge_states(outs, lses, np.ndarray out, np.ndarray lse):
             parts, out_pointers, lse_pointers, rows, v_head_dim, dtype, np.PyArray_DATA(out), <float *>np.PyArray_DATA(lse)
         )
         free(out_pointers)
+    return <int>status
+
+
+def store(np.ndarray rows, np.ndarray cache, np.ndarray slots):
+    """Cast `rows` into `cache` at `slots`; the status."""
+    cdef fastattn_store_args args
+    cdef fastattn_status status
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.batch, args.new_len, args.num_heads, args.head_dim = rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3]
+    args.from_ = np.PyArray_DATA(rows)
+    args.from_dtype = dtype_code(rows)
+    copy_strides(args.from_strides, rows, 3)
+    args.to = np.PyArray_DATA(cache)
+    args.to_dtype = dtype_code(cache)
+    args.num_pages, args.page_size = cache.shape[0], cache.shape[1]
+    copy_strides(args.to_strides, cache, 3)
+    args.slots = <const int64_t *>np.PyArray_DATA(slots)
+    args.isa = isa_limit
+    args.num_threads = num_threads
+    with nogil:
+        status = fastattn_store(&args)
     return <int>status

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_processors": set(),
     "runtime": {"_check", "_processors", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
-    "kvcache": {"_check", "runtime", "backends", "attention", "sparse"},
+    "kvcache": {"_check", "runtime", "attention"},
     "positions": set(),
     "torch": {"_check", "runtime", "_native", "attention"},
     "sparse": {"sparse"},

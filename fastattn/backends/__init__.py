@@ -6,6 +6,9 @@ Every backend is a module with these names and no others:
     Fill ``call.out`` and, unless it is None, ``call.lse``; `call` is a :class:`fastattn._check.Call`.
 ``merge_states(outs, lses, out, lse)``
     Combine parts, lists of contiguous ``(rows, Dv)`` and ``(rows,)`` arrays, into `out` and `lse`.
+``store(rows, cache, slots)``
+    Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)``: each to the slot ``page * (rows of a page) + row`` that
+    `slots`, ``(B, L)`` int64, has for it; -1 leaves it out.
 ``explain(call)``
     A dict that says how `call` would be computed.
 ``dtypes``

@@ -21,6 +21,11 @@ def merge_states(outs, lses, out, lse):
     _raise_unless_ok(_native.merge_states(outs, lses, out, lse))
 
 
+def store(rows, cache, slots):
+    """Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
+    _raise_unless_ok(_native.store(rows, cache, slots))
+
+
 def explain(call):
     """How `call` is computed."""
     status, plan = _native.explain(call)

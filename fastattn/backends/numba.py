@@ -22,6 +22,7 @@ from numba import config, njit
 
 from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
 from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, WHOLE
+from .numpy import store as store  # a cast and a scatter, which NumPy does as well
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")

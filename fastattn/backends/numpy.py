@@ -58,6 +58,14 @@ def merge_states(outs, lses, out, lse):
         out[...] = np.where((m == -np.inf)[:, None], 0, acc / l[:, None])
 
 
+def store(rows, cache, slots):
+    """Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
+    wanted = slots >= 0
+    page, row = np.divmod(slots[wanted], cache.shape[1])
+    with np.errstate(over="ignore"):  # beyond the largest number is inf, as in any cast
+        cache[page, row] = rows[wanted]
+
+
 def explain(call):
     """How `call` is computed."""
     batch, num_heads, q_len, head_dim = call.q.shape

@@ -23,6 +23,7 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
     case FASTATTN_ERROR_MEMORY: return "out of memory";
     case FASTATTN_ERROR_ISA: return "the instruction set is unknown or not available";
+    case FASTATTN_ERROR_SLOT: return "a slot is below -1 or beyond the pages";
     }
     return "unknown status";
 }

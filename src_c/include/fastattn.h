@@ -62,7 +62,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_BLOCK_MASK = 6,   /* indptr, indices or bit tables out of order or out of range */
     FASTATTN_ERROR_WORKSPACE = 7,    /* the workspace is too small, or not aligned to 64 bytes */
     FASTATTN_ERROR_MEMORY = 8,       /* the library had to allocate and could not */
-    FASTATTN_ERROR_ISA = 9           /* the instruction set asked for is unknown or not available here */
+    FASTATTN_ERROR_ISA = 9,          /* the instruction set asked for is unknown or not available here */
+    FASTATTN_ERROR_SLOT = 10         /* a slot below -1, or beyond the pages */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -248,6 +249,28 @@ FASTATTN_API fastattn_status fastattn_attention_run(const fastattn_attention_arg
 FASTATTN_API fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,
                                                    int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out,
                                                    float *lse);
+
+/* New tokens for a cache: rows are cast to the cache's dtype, once, and put where they belong.
+ *
+ * A cache is an array of pages, (num_pages, page_size, num_heads, head_dim) of any strides; a cache of one stretch for each
+ * sequence has one page for each. Rounding is to nearest, even; what is too large for float16 becomes an infinity. */
+typedef struct fastattn_store_args {
+    size_t size;                     /* sizeof(fastattn_store_args) */
+    int64_t batch, new_len, num_heads, head_dim;
+    const void *from;                /* (batch, new_len, num_heads, head_dim), the last axis contiguous */
+    fastattn_dtype from_dtype;       /* float32, float16 or bfloat16, as the cache's */
+    int64_t from_strides[3];         /* batch, token, head; in bytes, as all strides */
+    void *to;                        /* the cache, which may not overlap from */
+    fastattn_dtype to_dtype;
+    int64_t num_pages, page_size;
+    int64_t to_strides[3];           /* page, row of a page, head */
+    const int64_t *slots;            /* (batch, new_len): page * page_size + row, each at most once; -1 leaves a token out */
+    fastattn_isa isa;
+    int num_threads;
+} fastattn_store_args;
+
+/* Checks all slots before it writes anything. Needs no memory. */
+FASTATTN_API fastattn_status fastattn_store(const fastattn_store_args *args);
 
 #ifdef __cplusplus
 }

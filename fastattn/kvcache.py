@@ -1,0 +1,378 @@
+"""Caches of keys and values: preallocated, appended in place, attended to as they lie."""
+
+import operator
+
+import numpy as np
+
+from . import runtime
+from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, window_sides
+from .attention import attention, merge_states
+
+_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+_LEAST_ROOM = 64  # of a cache that grows
+
+
+class CacheFullError(RuntimeError):
+    """A cache has no room for what was to be appended; nothing has been written."""
+
+
+def cache_dtype(dtype):
+    """The NumPy dtype of a cache by its name or as it is."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    try:
+        result = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"dtype must be one of {_CACHE_DTYPES}; got {dtype!r}") from error
+    if result.name not in _CACHE_DTYPES:
+        raise TypeError(f"dtype must be one of {_CACHE_DTYPES}; got {dtype!r}")
+    return result
+
+
+def size(name, value, low=0):
+    """`value` as an int of at least `low`."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an int; got {value!r}") from error
+    if isinstance(value, (bool, np.bool_)) or number < low:
+        raise ValueError(f"{name} must be an int of at least {low}; got {value!r}")
+    return number
+
+
+def new_rows(name, value, shape, what):
+    """New keys or values of this shape, in which -1 stands for any length, as an array that a cache can take."""
+    array = as_array(name, value)
+    if dtype_name(array.dtype) not in (*_CACHE_DTYPES, "float64"):
+        raise TypeError(f"{name} must hold floats: float32, float16, bfloat16 or float64; got {array.dtype}")
+    if array.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, array.shape)):
+        wanted = ", ".join("n" if n == -1 else str(n) for n in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), {what}; got {array.shape}")
+    return kernel_ready(array.astype(np.float32) if array.itemsize == 8 else array)
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, each of its own length.
+
+    The memory is there from the beginning (or grows, if that is asked for); tokens are cast to the dtype of the cache once, when
+    they are appended, and read where they lie. An entry of length n gives the bits that arrays of length n give, whatever the
+    capacity.
+
+    With `window` the cache is a ring: the first `keep_first` tokens stay, and of the others the latest, in
+    ``capacity - keep_first`` places. A query at position ``p`` then sees key ``j`` when ``j < keep_first`` or
+    ``p - window < j <= p`` (attention sinks and a sliding window; Xiao et al., "Efficient Streaming Language Models with Attention
+    Sinks", 2023), exactly what a cache of all tokens gives under that rule. What the capacity has beyond ``keep_first + window``
+    is slack: that many tokens can be truncated again, or attended to by one query more in one call.
+
+    Parameters
+    ----------
+    batch, num_kv_heads : int
+    capacity : int or None
+        Tokens that each entry has room for. None: the room doubles when it is needed (and then the tokens that are there are copied).
+    head_dim : int
+    v_head_dim : int, optional
+        Head size of the values. Default: `head_dim`.
+    dtype : {"bfloat16", "float16", "float32"} or dtype
+    window : int, optional
+        Needs a `capacity` of at least ``keep_first + window``.
+    keep_first : int
+        Only with `window`.
+
+    Notes
+    -----
+    Several threads may attend to one cache at once; appending to it meanwhile is for the caller to order. A cache can be pickled.
+
+    Examples
+    --------
+    >>> cache = fastattn.KVCache(batch=2, num_kv_heads=8, capacity=1024, head_dim=64)
+    >>> cache.append(k, v)                      # (2, 8, L, 64) each
+    >>> out = cache.attend(q)                   # the queries (2, 32, L, 64) of these tokens, causal
+    """
+
+    def __init__(self, batch, num_kv_heads, capacity, head_dim, v_head_dim=None, dtype="bfloat16", *, window=None, keep_first=0):
+        batch, heads = size("batch", batch), size("num_kv_heads", num_kv_heads)
+        head_dim = size("head_dim", head_dim)
+        v_head_dim = head_dim if v_head_dim is None else size("v_head_dim", v_head_dim)
+        self._keep_first = size("keep_first", keep_first)
+        self._window = None if window is None else size("window", window, 1)
+        self._grows = capacity is None
+        room = 0 if capacity is None else size("capacity", capacity)
+        if self._window is None and self._keep_first:
+            raise ValueError(f"keep_first must be 0 without a window; got {keep_first!r}")
+        if self._window is not None and (self._grows or room < self._keep_first + self._window):
+            least = self._keep_first + self._window
+            raise ValueError(f"capacity must be at least keep_first + window, {least}; got {capacity!r}")
+        dtype = cache_dtype(dtype)
+        self._k = np.empty((batch, heads, room, head_dim), dtype)
+        self._v = np.empty((batch, heads, room, v_head_dim), dtype)
+        self._lengths = np.zeros(batch, np.int64)
+        self._held_from = np.full(batch, self._keep_first, np.int64)  # on a ring, the oldest token behind the first ones
+
+    def __repr__(self):
+        batch, heads, room, head_dim = self._k.shape
+        return (
+            f"<KVCache of {batch} sequences with {heads} heads of {head_dim}, {self._k.dtype}, lengths {self._lengths.tolist()} "
+            f"in a capacity of {room}>"
+        )
+
+    @property
+    def lengths(self):
+        """(B,) int64: the tokens that each entry has seen. A copy."""
+        return self._lengths.copy()
+
+    @property
+    def capacity(self):
+        """Tokens that each entry has room for."""
+        return self._k.shape[2]
+
+    @property
+    def dtype(self):
+        """Of the stored keys and values."""
+        return self._k.dtype
+
+    @property
+    def nbytes(self):
+        """Bytes of keys and values, filled or not."""
+        return self._k.nbytes + self._v.nbytes
+
+    def copy(self):
+        """A cache of its own memory with the same content."""
+        other = object.__new__(KVCache)
+        other.__dict__.update(self.__dict__)
+        for name in ("_k", "_v", "_lengths", "_held_from"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+    def append(self, k, v, lengths=None):
+        """Take in new tokens.
+
+        Parameters
+        ----------
+        k : array_like, (B, Hkv, L, D)
+            Of any strides and any of the storage types; cast to that of the cache.
+        v : array_like, (B, Hkv, L, Dv)
+        lengths : int or array_like of int, (B,), optional
+            How many of the L tokens of each entry are real; the others are left out. Default: all.
+
+        Raises
+        ------
+        CacheFullError
+            If some entry has no room for its tokens. Nothing has been written then.
+        """
+        batch, heads, room, head_dim = self._k.shape
+        k = new_rows("k", k, (batch, heads, -1, head_dim), "(B, Hkv, L, D)")
+        new_len = k.shape[2]
+        v = new_rows("v", v, (batch, heads, new_len, self._v.shape[3]), "(B, Hkv, L, Dv) with the L of k")
+        counts = np.full(batch, new_len, np.int64) if lengths is None else integers("lengths", lengths, batch, 0, new_len)
+        after = self._lengths + counts
+        longest = int(after.max(initial=0))
+        if longest > room and self._window is None:
+            if not self._grows:
+                b = int(after.argmax())
+                raise CacheFullError(
+                    f"the cache has room for {room} tokens; entry {b} has {self._lengths[b]} and would get {counts[b]} more"
+                )
+            self._grow(longest)
+
+        token = np.arange(new_len)
+        position = self._lengths[:, None] + token
+        left_out = token >= counts[:, None]
+        if self._window is not None:  # nor is written what the same call would overwrite
+            left_out |= (position >= self._keep_first) & (position < after[:, None] - self._ring)
+            np.maximum(self._held_from, after - self._ring, out=self._held_from)
+            position = np.where(position < self._keep_first, position, self._keep_first + (position - self._keep_first) % self._ring)
+        slots = position + self._k.shape[2] * np.arange(batch)[:, None]
+        slots[left_out] = -1
+        store = runtime.backend().store
+        for rows, cache in ((k, self._k), (v, self._v)):
+            store(rows.swapaxes(1, 2), cache.swapaxes(1, 2), slots)
+        self._lengths = after
+
+    def attend(self, q, *, causal=True, tail_mask=None, **keywords):
+        """Attention of the latest tokens' queries to what the cache holds.
+
+        Parameters
+        ----------
+        q : array_like, (B, Hq, Lq, D)
+            The queries of the last Lq positions of each entry (of its last ``q_lengths[b]``, if these are given).
+        causal : bool
+        tail_mask : array_like of bool, (Lq, Lt) or (B, Lq, Lt), optional
+            Who sees whom among the last Lt keys, as in a tree of drafts; keys before them are visible to all. It takes the place
+            of `causal`.
+        **keywords
+            As for :func:`attention`: window, scale, softcap, alibi_slopes, sinks, return_lse, out, ... but none that the cache
+            knows better: query_offset and kv_lengths; nor `mask` on a ring.
+
+        Returns
+        -------
+        out : ndarray, (B, Hq, Lq, Dv)
+            Of the dtype of `q`.
+        lse : ndarray, (B, Hq, Lq)
+            float32, only with ``return_lse=True``.
+        """
+        for name in ("query_offset", "kv_lengths", *(("mask", "kv_starts") if self._window is not None else ())):
+            if name in keywords:
+                raise TypeError(f"attend() has no argument {name}: the cache knows where its tokens are")
+        q = as_array("q", q)
+        if q.ndim != 4 or q.shape[0] != self._lengths.size:
+            raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {self._k.shape[3]}); got {q.shape}")
+        if tail_mask is not None:
+            if "mask" in keywords:
+                raise TypeError("attend() has either mask or tail_mask")
+            tail_mask, causal = self._tail(tail_mask, q.shape[2]), False
+        if self._window is not None:
+            return self._attend_ring(q, flag("causal", causal), tail_mask, keywords)
+        longest = int(self._lengths.max(initial=0))
+        if tail_mask is not None:
+            keywords["mask"] = _spread(tail_mask, self._lengths, np.arange(longest))
+        if (self._lengths != longest).any():
+            keywords["kv_lengths"] = self._lengths
+        return attention(q, self._k[:, :, :longest], self._v[:, :, :longest], causal=causal, **keywords)
+
+    def truncate(self, lengths):
+        """Forget all but the first tokens of each entry: drafts that were rejected.
+
+        Parameters
+        ----------
+        lengths : int or array_like of int, (B,)
+            Tokens to keep, at most those that are there. A ring can forget as many as it has slack.
+        """
+        new = integers("lengths", lengths, self._lengths.size, 0, int(self._lengths.max(initial=0)))
+        if (new > self._lengths).any():
+            b = int((new > self._lengths).argmax())
+            raise ValueError(f"lengths must not exceed those that are there; entry {b} has {self._lengths[b]}, got {new[b]}")
+        if self._window is not None:
+            gone = np.maximum(new - self._window, self._keep_first) < self._held_from
+            if gone.any():
+                b = int(gone.argmax())
+                raise ValueError(
+                    f"lengths must leave a ring its window of {self._window} tokens; of entry {b} only those from "
+                    f"{self._held_from[b]} on are still there, got {new[b]}"
+                )
+        self._lengths = new
+
+    def reorder(self, indices):
+        """Let entry ``b`` become what entry ``indices[b]`` was, in place, as in a beam search.
+
+        Parameters
+        ----------
+        indices : array_like of int, (B,)
+            Entries may be repeated and left out.
+        """
+        batch = self._lengths.size
+        indices = as_array("indices", indices)
+        if indices.shape != (batch,):
+            raise ValueError(f"indices must have shape ({batch},), one for each entry; got {indices.shape}")
+        indices = integers("indices", indices, batch, 0, batch - 1)
+        moved = np.flatnonzero(indices != np.arange(batch))
+        sources = indices[moved]
+        used = min(int(self._lengths[sources].max(initial=0)), self.capacity)
+        for cache in (self._k, self._v):
+            cache[moved, :, :used] = cache[sources, :, :used]
+        self._lengths, self._held_from = self._lengths[indices], self._held_from[indices]
+
+    @property
+    def _ring(self):
+        """Places that the latest tokens share."""
+        return self.capacity - self._keep_first
+
+    def _grow(self, least):
+        room = max(least, 2 * self.capacity, _LEAST_ROOM)
+        used = int(self._lengths.max(initial=0))
+        for name in ("_k", "_v"):
+            old = getattr(self, name)
+            new = np.empty((*old.shape[:2], room, old.shape[3]), old.dtype)
+            new[:, :, :used] = old[:, :, :used]
+            setattr(self, name, new)
+
+    def _tail(self, tail_mask, q_len):
+        """A checked `tail_mask`, (1 or B, Lq, Lt)."""
+        mask = as_array("tail_mask", tail_mask)
+        batch = self._lengths.size
+        if mask.dtype != bool:
+            raise TypeError(f"tail_mask must hold bools; got {mask.dtype}")
+        if mask.shape[:-1] not in ((q_len,), (batch, q_len)):
+            raise ValueError(f"tail_mask must have shape ({q_len}, Lt) or ({batch}, {q_len}, Lt); got {mask.shape}")
+        if batch and mask.shape[-1] > self._lengths.min():
+            b = int(self._lengths.argmin())
+            raise ValueError(f"tail_mask must not be longer than an entry; entry {b} has {self._lengths[b]} keys, got {mask.shape}")
+        return mask.reshape(-1, *mask.shape[-2:])
+
+    def _attend_ring(self, q, causal, tail_mask, keywords):
+        """Attention to the first tokens, the older turn of the ring and the newer one, merged.
+
+        Of ``n`` tokens the newer turn holds the last ``w``, and row ``i`` of the older one is token ``n - w - ring + i``.
+        """
+        n, first, ring = self._lengths, self._keep_first, self._ring
+        q_lengths = keywords.get("q_lengths")
+        rows = q.shape[2] if q_lengths is None else integers("q_lengths", q_lengths, n.size, 0, q.shape[2])
+        position = n - rows  # of the first query
+        gone = np.maximum(position - self._window + 1, first) < self._held_from
+        if gone.any():
+            b = int(gone.argmax())
+            raise ValueError(
+                f"q must have fewer rows: entry {b} of the ring holds tokens from {self._held_from[b]} on, and its first query, at "
+                f"{position[b]}, has a window of {self._window}; got {q.shape[2]} rows"
+            )
+        if q.shape[2] == 1 and tail_mask is None and self._all_visible(keywords):
+            held = np.minimum(n, self.capacity)
+            return attention(q, self._k, self._v, kv_lengths=held, **keywords)
+
+        newer = np.where(n > self.capacity, (n - first) % ring, np.maximum(n - first, 0))
+        older = np.where(n > self.capacity, ring, 0)
+        left, right = window_sides(keywords.pop("window", None))
+        beyond = None if right < 0 else right
+        of_first = (None if left < 0 else left, beyond)
+        of_ring = (self._window - 1 if left < 0 else min(left, self._window - 1), beyond)
+        wanted = {name: keywords.pop(name, None) for name in ("out", "return_lse")}
+        wide = q.astype(np.float32) if q.itemsize == 2 else q  # parts are rounded once, when they have been merged
+        states = []
+        # (places in the cache, the token in the first of them, where those begin and end that are of this part, window)
+        for places, token, starts, ends, window in (
+            (slice(first, None), n - newer, None, newer, of_ring),
+            (slice(first, None), n - newer - ring, newer, older, of_ring),
+            (slice(0, first), np.zeros_like(n), None, np.minimum(n, first), of_first),
+        ):
+            if states and not ends.any():
+                continue
+            k, v = self._k[:, :, places], self._v[:, :, places]
+            if tail_mask is not None:
+                keywords["mask"] = _spread(tail_mask, n, token[:, None] + np.arange(k.shape[2]))
+            if starts is not None:
+                keywords["kv_starts"] = np.minimum(starts, ends)
+            states.append(
+                attention(
+                    wide, k, v, causal=causal, window=window, query_offset=position - token, kv_lengths=ends, return_lse=True,
+                    **keywords,
+                )
+            )  # fmt: skip
+            for name in ("sinks", "kv_starts"):  # a sink takes part once
+                keywords.pop(name, None)
+        merged, lse = merge_states(*map(list, zip(*states))) if len(states) > 1 else states[0]
+        if wanted["out"] is None:
+            out = merged.astype(q.dtype, copy=False)
+        else:
+            out = check_out(wanted["out"], merged.shape, q.dtype, (("q", q), ("the cache", self._k), ("the cache", self._v)))
+            out[...] = merged
+            out = wanted["out"]
+        return (out, lse) if flag("return_lse", wanted["return_lse"] or False) else out
+
+    def _all_visible(self, keywords):
+        """Whether one query sees all that the ring holds, so that the order of its places does not matter."""
+        position_matters = {"window", "alibi_slopes", "q_lengths"} & {name for name, x in keywords.items() if x is not None}
+        oldest = np.maximum(self._lengths - self._window, self._keep_first)
+        held = np.where(self._lengths > self.capacity, self._lengths - self._ring, self._keep_first)
+        return not position_matters and (held == oldest).all() and (held == self._held_from).all()
+
+
+def _spread(tail_mask, lengths, token):
+    """The mask (B or 1, 1, Lq, Lk) that a `tail_mask` makes of keys that are these tokens, (Lk,) or (B, Lk)."""
+    tail = tail_mask.shape[2]
+    if (lengths == lengths[:1]).all() and token.ndim == 1:
+        lengths = lengths[:1]
+    place = token - (lengths[:, None] - tail)  # (B or 1, Lk), from 0 in the tail
+    tail_mask = np.concatenate([tail_mask, np.ones((*tail_mask.shape[:2], 1), bool)], axis=2)  # and what is before it
+    place = np.where((place >= 0) & (place < tail), place, tail)
+    return np.take_along_axis(tail_mask, place[:, None], axis=2)[:, None]
