@@ -298,7 +298,7 @@ class KVCache:
         if batch and mask.shape[-1] > self._lengths.min():
             b = int(self._lengths.argmin())
             raise ValueError(f"tail_mask must not be longer than an entry; entry {b} has {self._lengths[b]} keys, got {mask.shape}")
-        return mask.reshape(-1, *mask.shape[-2:])
+        return mask if mask.ndim == 3 else mask[None]
 
     def _attend_ring(self, q, causal, tail_mask, keywords):
         """Attention to the first tokens, the older turn of the ring and the newer one, merged.

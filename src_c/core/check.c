@@ -12,10 +12,6 @@ static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 
 
 static int product_exceeds(int64_t a, int64_t b, int64_t most) { return b != 0 && a > most / b; }
 
-static int is_storage(fastattn_dtype dtype) {
-    return dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
-}
-
 static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->batch < 0 || a->num_heads < 0 || a->num_kv_heads < 0 || a->q_len < 0 || a->kv_len < 0 || a->head_dim < 0 ||
         a->v_head_dim < 0)
@@ -30,18 +26,7 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     return FASTATTN_OK;
 }
 
-/* An array of the caller's, and what is known of it. */
-typedef struct fa_table {
-    const void *pointer;
-    int64_t *strides;     /* of all axes but those packed at the end, or null */
-    int axes;             /* that have strides */
-    int64_t shape[4], packed; /* of those axes, and the elements of the others */
-    int64_t size;         /* bytes of an element */
-    int required, output; /* may not be null; may not overlap itself */
-} fa_table;
-
-/* No stride along an axis of length 1, or of an array without elements, is ever used: NumPy, for one, leaves anything there. */
-static fastattn_status check_table(const fa_table *t) {
+fastattn_status fastattn_check_table(const fa_table *t) {
     int empty = t->packed == 0;
     for (int axis = 0; axis < t->axes; axis++) empty |= t->shape[axis] == 0;
     for (int axis = 0; axis < t->axes; axis++)
@@ -73,7 +58,7 @@ static fastattn_status check_tables(fastattn_attention_args *a) {
         {a->kv_lengths, NULL, 0, {0}, batch, 8, 0, 0},
     };
     fastattn_status status = FASTATTN_OK;
-    for (size_t n = 0; n < sizeof tables / sizeof *tables && status == FASTATTN_OK; n++) status = check_table(&tables[n]);
+    for (size_t n = 0; n < sizeof tables / sizeof *tables && status == FASTATTN_OK; n++) status = fastattn_check_table(&tables[n]);
     return status;
 }
 
@@ -167,7 +152,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
         if (status != FASTATTN_OK) return status;
         a->block_mask = &args->block_mask;
     }
-    if (!is_storage(a->q_dtype) || !is_storage(a->kv_dtype)) return FASTATTN_ERROR_DTYPE;
+    if (!fa_is_storage(a->q_dtype) || !fa_is_storage(a->kv_dtype)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;

@@ -23,4 +23,23 @@ int fastattn_known_size(size_t size, size_t first, size_t own);
 /* Whether a pointer is no multiple of size, a power of two. */
 static inline int fa_misaligned(const void *pointer, size_t size) { return ((uintptr_t)pointer & (size - 1)) != 0; }
 
+/* What q, k, v, out and a cache may hold. */
+static inline int fa_is_storage(fastattn_dtype dtype) {
+    return dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
+}
+
+/* An array of the caller's, and what is known of it. */
+typedef struct fa_table {
+    const void *pointer;
+    int64_t *strides;     /* of all axes but those packed at the end, or null */
+    int axes;             /* that have strides */
+    int64_t shape[4], packed; /* of those axes, and the elements of the others */
+    int64_t size;         /* bytes of an element */
+    int required, output; /* may not be null; may not overlap itself */
+} fa_table;
+
+/* Whether the table can be used as it is said to be. No stride along an axis of length 1, or of an array without elements, is ever
+ * used: NumPy, for one, leaves anything there. Such strides become 0. */
+fastattn_status fastattn_check_table(const fa_table *t);
+
 #endif

@@ -54,46 +54,37 @@ static void store_item(const void *context, int64_t item, int worker) {
     }
 }
 
-/* Strides along axes of length 1 are never used, and may be anything. */
-static int misaligned(const void *at, const int64_t *shape, const int64_t *strides, int axes, int64_t size) {
-    int64_t bits = (int64_t)(uintptr_t)at;
-    for (int axis = 0; axis < axes; axis++) bits |= shape[axis] > 1 ? strides[axis] : 0;
-    return (bits & (size - 1)) != 0;
-}
-
-static int is_storage(fastattn_dtype dtype) {
-    return dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
-}
-
-static fastattn_status check_store(const fastattn_store_args *a) {
+static fastattn_status check_store(fastattn_store_args *a) {
     const int64_t most = (int64_t)1 << 40;
-    if (!a || a->size != sizeof *a) return FASTATTN_ERROR_ARGUMENT;
-    if (!is_storage(a->from_dtype) || !is_storage(a->to_dtype)) return FASTATTN_ERROR_DTYPE;
-    if (a->batch < 0 || a->new_len < 0 || a->num_heads < 0 || a->head_dim < 0 || a->num_pages < 0 || a->page_size < 1 ||
-        a->head_dim > FA_MOST_DIM || a->num_heads > most || a->page_size > most || a->num_pages > most / a->page_size ||
+    if (!fa_is_storage(a->from_dtype) || !fa_is_storage(a->to_dtype)) return FASTATTN_ERROR_DTYPE;
+    if (a->batch < 0 || a->new_len < 0 || a->num_heads < 0 || a->head_dim < 0 || a->num_pages < 0 || a->page_size < 0 ||
+        a->head_dim > FA_MOST_DIM || a->num_heads > most || (a->page_size > 0 && a->num_pages > most / a->page_size) ||
         (a->new_len > 0 && a->batch > most / a->new_len))
         return FASTATTN_ERROR_SHAPE;
-    const int64_t tokens = a->batch * a->new_len;
-    if (tokens == 0 || a->num_heads == 0 || a->head_dim == 0) return FASTATTN_OK;
-    const int64_t from_shape[3] = {a->batch, a->new_len, a->num_heads}, to_shape[3] = {a->num_pages, a->page_size, a->num_heads};
-    if (!a->from || !a->to || !a->slots || (uintptr_t)a->slots % sizeof *a->slots != 0 ||
-        misaligned(a->from, from_shape, a->from_strides, 3, fa_size_of(a->from_dtype)) ||
-        misaligned(a->to, to_shape, a->to_strides, 3, fa_size_of(a->to_dtype)))
-        return FASTATTN_ERROR_ARGUMENT;
+    const int64_t tokens = a->batch * a->new_len, slots = a->num_pages * a->page_size;
+    const fa_table tables[] = {
+        {a->from, a->from_strides, 3, {a->batch, a->new_len, a->num_heads}, a->head_dim, fa_size_of(a->from_dtype), 1, 0},
+        {a->to, a->to_strides, 3, {a->num_pages, a->page_size, a->num_heads}, a->head_dim, fa_size_of(a->to_dtype), 1, 1},
+        {a->slots, NULL, 0, {0}, tokens, sizeof *a->slots, 1, 0},
+    };
+    for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
+        if (fastattn_check_table(&tables[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
     for (int64_t t = 0; t < tokens; t++)
-        if (a->slots[t] < -1 || a->slots[t] >= a->num_pages * a->page_size) return FASTATTN_ERROR_SLOT;
+        if (a->slots[t] < -1 || a->slots[t] >= slots) return FASTATTN_ERROR_SLOT;
     return FASTATTN_OK;
 }
 
-fastattn_status fastattn_store(const fastattn_store_args *args) {
-    const fastattn_status status = check_store(args);
+fastattn_status fastattn_store(const fastattn_store_args *given) {
+    if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
+    fastattn_store_args args = *given;
+    const fastattn_status status = check_store(&args);
     if (status != FASTATTN_OK) return status;
-    const fa_store store = {args, fastattn_ukernel_select(args->isa)};
+    const fa_store store = {&args, fastattn_ukernel_select(args.isa)};
     if (!store.uk) return FASTATTN_ERROR_ISA;
-    const int64_t tokens = args->batch * args->new_len;
-    if (args->num_heads == 0 || args->head_dim == 0) return FASTATTN_OK;
-    const int64_t paying = tokens * args->num_heads * args->head_dim / NUMBERS_OF_A_THREAD;
-    const int threads = (int)fa_max(1, fa_min(args->num_threads, paying));
+    const int64_t tokens = args.batch * args.new_len;
+    if (args.num_heads == 0 || args.head_dim == 0) return FASTATTN_OK;
+    const int64_t paying = tokens * args.num_heads * args.head_dim / NUMBERS_OF_A_THREAD;
+    const int threads = (int)fa_max(1, fa_min(args.num_threads, paying));
     fastattn_for_each(fa_ceil_div(tokens, TOKENS_OF_AN_ITEM), threads, store_item, &store);
     return FASTATTN_OK;
 }
