@@ -69,7 +69,7 @@ __all__ = [
 _initialize()
 del _initialize
 
-_FRAMEWORKS = ("torch",)
+_FRAMEWORKS = ("flash_attn", "torch")
 
 
 def __getattr__(name):

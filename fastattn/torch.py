@@ -15,8 +15,7 @@ import warnings
 import numpy as np
 import torch
 
-from . import runtime
-from ._check import as_array
+from . import _check, runtime
 from .attention import attention as _attention
 
 __all__ = ["FallbackWarning", "attention", "replaced", "scaled_dot_product_attention"]
@@ -43,10 +42,8 @@ _library.define(f"attention({_ARGUMENTS}) -> Tensor", tags=_TAGS)
 _library.define(f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
 
 
-def _needs_gradient(q, k, v, *others):
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or any(getattr(x, "requires_grad", False) for x in others)
-    )
+def _needs_gradient(*arguments):
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in arguments)
 
 
 def _follow_torch_threads():
@@ -73,25 +70,34 @@ except ImportError:  # another backend computes, and a microsecond more is nothi
 _dtypes = {torch.float32: np.dtype(np.float32), torch.float16: np.dtype(np.float16)}  # bfloat16 when its package is needed
 
 
-def _array(tensor):
+def as_array(tensor):
     """An array over the memory of a tensor in the memory of the CPU."""
     dtype = _dtypes.get(tensor.dtype)
     if dtype is None or array_at is None:
-        array = as_array("tensor", tensor.detach())
+        array = _check.as_array("tensor", tensor.detach())
         if tensor.dtype is torch.bfloat16:
             _dtypes[torch.bfloat16] = array.dtype
         return array
     return array_at(tensor.data_ptr(), tensor.shape, tensor.stride(), dtype, tensor)
 
 
-def _tensor(array, dtype):
-    """A tensor over the memory of an array, which for bfloat16 torch takes as the integers of the same bits."""
-    return torch.from_numpy(array) if dtype is not torch.bfloat16 else torch.from_numpy(array.view(np.int16)).view(dtype)
+def as_tensor(array):
+    """A tensor over the memory of an array; for bfloat16, which torch does not take from NumPy, by integers of the same bits."""
+    if array.dtype.kind != "V":  # as which NumPy sees bfloat16
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def prepare(q, *others):
+    """Before arrays of tensors are computed with: refuse a gradient, and use torch's number of threads."""
+    if _needs_gradient(q, *others):
+        raise RuntimeError(_NO_GRADIENT)
+    _follow_torch_threads()
 
 
 def _keywords(given):
     """Arguments of the operators as keywords of :func:`fastattn.attention`."""
-    keywords = {name: _array(value) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    keywords = {name: as_array(value) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     sides = keywords.pop("window_left", None), keywords.pop("window_right", None)
     if sides != (None, None):
         keywords["window"] = sides
@@ -105,23 +111,19 @@ def _keywords(given):
 
 
 def _kernel(q, k, v, **given):
-    if _needs_gradient(q, k, v, *given.values()):
-        raise RuntimeError(_NO_GRADIENT)
-    _follow_torch_threads()
+    prepare(q, k, v, *given.values())
     keywords = _keywords(given) if given else given
     if _side_by_side(q):
         out = _empty_out(q, v)
-        _attention(_array(q), _array(k), _array(v), out=_array(out), **keywords)
+        _attention(as_array(q), as_array(k), as_array(v), out=as_array(out), **keywords)
         return out
-    return _tensor(_attention(_array(q), _array(k), _array(v), **keywords), q.dtype)
+    return as_tensor(_attention(as_array(q), as_array(k), as_array(v), **keywords))
 
 
 def _kernel_lse(q, k, v, **given):
-    if _needs_gradient(q, k, v, *given.values()):
-        raise RuntimeError(_NO_GRADIENT)
-    _follow_torch_threads()
+    prepare(q, k, v, *given.values())
     out = _empty_out(q, v)
-    lse = _attention(_array(q), _array(k), _array(v), return_lse=True, out=_array(out), **_keywords(given))[1]
+    lse = _attention(as_array(q), as_array(k), as_array(v), return_lse=True, out=as_array(out), **_keywords(given))[1]
     return out, torch.from_numpy(lse)
 
 

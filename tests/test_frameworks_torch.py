@@ -140,7 +140,7 @@ def test_strides_cost_nothing(dtype, monkeypatch):
 
 def test_arrays_keep_tensors_alive():
     def view():
-        return fastattn.torch._array(torch.full((3, 5), 7.0))
+        return fastattn.torch.as_array(torch.full((3, 5), 7.0))
 
     array = view()
     np.testing.assert_array_equal(array, np.full((3, 5), 7.0, np.float32))
