@@ -6,9 +6,11 @@ A message names the argument, says what it must be and then what it was. Nothing
 import functools
 import math
 import operator
-import sys
+from typing import NamedTuple
 
 import numpy as np
+
+from ._arrays import as_array
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
@@ -20,23 +22,6 @@ _PRECISIONS = ("highest", "high", "medium")
 def dtype_name(dtype):
     """``dtype.name``, which NumPy works out anew each time."""
     return dtype.name
-
-
-def as_array(name, value):
-    """`value` as an ndarray that shares its memory wherever the CPU can see it; `TypeError` where it cannot."""
-    if type(value) is np.ndarray:
-        return value
-    try:
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16:
-            import ml_dtypes  # torch exports no bfloat16 to NumPy, but the same bits as integers
-
-            return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        if hasattr(value, "__dlpack__") and not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
-            return np.from_dlpack(value)
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, BufferError, ImportError) as error:
-        raise TypeError(f"{name} must be an array in the memory of the CPU; got {type(value).__name__} ({error})") from error
 
 
 def kernel_ready(array):
@@ -88,6 +73,17 @@ def integers(name, value, batch, low, high):
     return np.full(batch, array, np.int64)
 
 
+def integer(name, value, least):
+    """`value` as an int of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an int; got {value!r}") from error
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}; got {number}")
+    return number
+
+
 def window_sides(window):
     """``(left, right)`` with -1 for an unbounded side."""
     if window is None:
@@ -96,11 +92,48 @@ def window_sides(window):
         left, right = window
         sides = [-1 if side is None else operator.index(side) for side in (left, right)]
     except (TypeError, ValueError) as error:
-        raise TypeError(f"window must be a pair (left, right) of ints or None; got {window!r}") from error
-    for side, given in zip(sides, (left, right)):
-        if side < 0 and given is not None:
-            raise ValueError(f"window must have sides that are None (unbounded) or at least 0; got {window!r}")
+        # One number means the last n keys to some and n keys on both sides to others.
+        n = window if isinstance(window, (int, np.integer)) and window > 0 else None
+        both = f"({n}, {n}) for {n} on both sides"
+        hint = "" if n is None else f": write ({n - 1}, 0) for a row's own key and the {n - 1} before it, {both}"
+        raise TypeError(f"window must be a pair (left, right) of ints or None; got {window!r}{hint}") from error
+    if min(sides) < -1:
+        raise ValueError(f"window must have sides that are at least 0, or None or -1 (unbounded); got {window!r}")
     return tuple(min(side, 2 * _MAX_OFFSET) for side in sides)
+
+
+def known_keywords(function, keywords, without=()):
+    """Raise unless `keywords` are some of those of attention, and none of `without`."""
+    for name in keywords:
+        if name not in Call.__init__.__kwdefaults__ or name in without:
+            raise TypeError(f"{function}() has no argument {name}")
+
+
+class Names(NamedTuple):
+    """What a function calls those arguments of attention that have other names elsewhere."""
+
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    mask: str = "mask"
+
+
+NAMES = Names()
+
+
+def is_block_mask(mask):
+    """Whether it is a BlockMask, which this module need not know."""
+    return hasattr(type(mask), "dense_rows")
+
+
+def broadcast_mask(name, array, shape, axes="(B, Hq, Lq, Lk)"):
+    """A view of a dense mask that has the shape of all scores."""
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError as error:
+        padding = len(shape) == 4 and array.shape == (shape[0], shape[3])
+        hint = f": of a mask of padding, (B, Lk), give {name}[:, None, None, :], or kv_lengths" if padding else ""
+        raise ValueError(f"{name} must broadcast to {axes} = {shape}; got shape {array.shape}{hint}") from error
 
 
 def _overlap(a, b):
@@ -121,13 +154,13 @@ def check_dtype(name, array, backend):
         raise TypeError(f"{name} must be {', '.join(sorted(backend.dtypes))}; got {array.dtype}{hint}")
 
 
-def check_out(out, shape, dtype, inputs):
-    """The caller's `out` as an ndarray: writable, of this shape and dtype, apart from every one of the named `inputs`."""
+def check_out(out, shape, dtype, inputs, q="q"):
+    """The caller's `out` as an ndarray: writable, of this shape, the dtype of `q`, apart from each of the named `inputs`."""
     if not (isinstance(out, np.ndarray) or hasattr(out, "__array_interface__") or hasattr(out, "__dlpack__")):
         raise TypeError(f"out must be an array; got {type(out).__name__}")
     array = as_array("out", out)
     if array.dtype != dtype:
-        raise TypeError(f"out must be {dtype}, the dtype of q; got {array.dtype}")
+        raise TypeError(f"out must be {dtype}, the dtype of {q}; got {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"out must have shape {shape}; got {array.shape}")
     if not array.flags.writeable:
@@ -175,10 +208,10 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None,
-        softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
+        self, backend, q, k, v, names=NAMES, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
+        scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
     ):  # fmt: skip
-        given = {"q": as_array("q", q), "k": as_array("k", k), "v": as_array("v", v)}
+        given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend)
         batch, num_heads, q_len, head_dim = self.q.shape
         kv_len, v_head_dim = self.v.shape[2:]
@@ -203,7 +236,7 @@ class Call:
 
         self.mask = self.block_mask = self.alibi_slopes = self.sinks = None
         if mask is not None:
-            self._take_mask(mask, given)
+            self._take_mask(names.mask, mask, given)
         if alibi_slopes is not None:
             slopes = given["alibi_slopes"] = as_float32("alibi_slopes", alibi_slopes)
             if slopes.shape not in ((num_heads,), (batch, num_heads)):
@@ -226,7 +259,7 @@ class Call:
         if out is None:
             self.out = np.empty(out_shape, self.q.dtype)
         else:
-            target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items())
+            target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items(), names.q)
             ready = target.flags.aligned and (v_head_dim <= 1 or target.strides[-1] == target.itemsize)
             target = target[(None,) * (4 - self._rank)]
             self.out = target if ready else np.empty(out_shape, self.q.dtype)
@@ -234,19 +267,19 @@ class Call:
 
     def _take_qkv(self, given, backend):
         """Check the three arrays against each other and keep them with rank 4."""
-        q, k, v = given.values()
+        (q_name, q), (k_name, k), (v_name, v) = given.items()
         self._rank = q.ndim
         if q.ndim not in (2, 3, 4):
-            raise ValueError(f"q must have shape (B, Hq, Lq, D), (Hq, Lq, D) or (Lq, D); got {q.shape}")
-        for name in ("k", "v"):
-            if given[name].ndim != q.ndim:
-                raise ValueError(f"{name} must have as many axes as q, {q.ndim}; got shape {given[name].shape}")
+            raise ValueError(f"{q_name} must have shape (B, Hq, Lq, D), (Hq, Lq, D) or (Lq, D); got {q.shape}")
+        for name, array in ((k_name, k), (v_name, v)):
+            if array.ndim != q.ndim:
+                raise ValueError(f"{name} must have as many axes as {q_name}, {q.ndim}; got shape {array.shape}")
         for name, array in given.items():
             check_dtype(name, array, backend)
         if dtype_name(v.dtype) != dtype_name(k.dtype):
-            raise TypeError(f"v must have the dtype of k, {k.dtype}; got {v.dtype}")
+            raise TypeError(f"{v_name} must have the dtype of {k_name}, {k.dtype}; got {v.dtype}")
         if dtype_name(q.dtype) != dtype_name(k.dtype) and q.itemsize <= k.itemsize:
-            raise TypeError(f"q must have the dtype of k and v, {k.dtype}, or a wider one; got {q.dtype}")
+            raise TypeError(f"{q_name} must have the dtype of {k_name} and {v_name}, {k.dtype}, or a wider one; got {q.dtype}")
 
         self.q, self.k, self.v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
         if q.ndim < 4:
@@ -255,31 +288,32 @@ class Call:
         batch, num_heads, _, head_dim = self.q.shape
         num_kv_heads, kv_len = self.k.shape[1:3]
         if self.k.shape[0] != batch:
-            raise ValueError(f"k must have the batch size of q, {batch}; got shape {k.shape}")
+            raise ValueError(f"{k_name} must have the batch size of {q_name}, {batch}; got shape {k.shape}")
         if self.k.shape[3] != head_dim:
-            raise ValueError(f"k must have the head size of q, {head_dim}; got shape {k.shape}")
+            raise ValueError(f"{k_name} must have the head size of {q_name}, {head_dim}; got shape {k.shape}")
         if num_heads % num_kv_heads if num_kv_heads else num_heads:
-            raise ValueError(f"k must have a number of heads that divides that of q, {num_heads}; got {num_kv_heads}, shape {k.shape}")
+            divides = f"a number of heads that divides that of {q_name}, {num_heads}"
+            raise ValueError(f"{k_name} must have {divides}; got {num_kv_heads}, shape {k.shape}")
         if self.v.shape[:3] != (batch, num_kv_heads, kv_len):
-            raise ValueError(f"v must have the shape of k, {k.shape}, in all but the last axis; got {v.shape}")
+            raise ValueError(f"{v_name} must have the shape of {k_name}, {k.shape}, in all but the last axis; got {v.shape}")
 
-    def _take_mask(self, mask, given):
+    def _take_mask(self, name, mask, given):
         """Keep a dense mask as a broadcast view, or a block mask as it is."""
         shape = (*self.q.shape[:3], self.k.shape[2])
-        if hasattr(type(mask), "dense_rows"):
-            if len(mask.shape) != 4 or any(m not in (1, n) for m, n in zip(mask.shape[:2], shape)) or tuple(mask.shape[2:]) != shape[2:]:
-                raise ValueError(f"mask must be a BlockMask for {shape}, 1 standing for any batch size or heads; got {mask.shape}")
+        if is_block_mask(mask):
+            fits = len(mask.shape) == 4 and all(m in (1, n) for m, n in zip(mask.shape[:2], shape))
+            if not fits or tuple(mask.shape[2:]) != shape[2:]:
+                wanted = f"a BlockMask for {shape}, 1 standing for any batch size or heads"
+                raise ValueError(f"{name} must be {wanted}; got {mask.shape}")
             self.block_mask = mask
             return
-        array = given["mask"] = as_array("mask", mask)
+        array = given[name] = as_array(name, mask)
         if dtype_name(array.dtype) not in _MASK_DTYPES:
-            raise TypeError(f"mask must be a BlockMask or an array of {', '.join(_MASK_DTYPES)}; got {array.dtype}")
+            hint = f": give {name}.astype(bool), if what is not 0 is visible" if array.dtype.kind in "iu" else ""
+            raise TypeError(f"{name} must be a BlockMask or an array of {', '.join(_MASK_DTYPES)}; got {array.dtype}{hint}")
         if not (array.dtype.isnative and array.flags.aligned):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
-        try:
-            self.mask = np.broadcast_to(array, shape)
-        except ValueError as error:
-            raise ValueError(f"mask must broadcast to (B, Hq, Lq, Lk) = {shape}; got shape {array.shape}") from error
+        self.mask = broadcast_mask(name, array, shape)
 
     def result(self):
         """What the caller is given once the backend has filled `out` and `lse`, in the rank that `q` had."""

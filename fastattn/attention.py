@@ -3,10 +3,24 @@
 import numpy as np
 
 from . import runtime
-from ._check import Call, as_array, as_float32, check_dtype, finite, flag
+from ._check import (
+    NAMES,
+    Call,
+    Names,
+    as_array,
+    as_float32,
+    broadcast_mask,
+    check_dtype,
+    finite,
+    flag,
+    integer,
+    is_block_mask,
+    known_keywords,
+)
 from .backends import numpy as _oracle
 
 _state = runtime._state
+_SDPA_NAMES = Names(q="query", k="key", v="value", mask="attn_mask")
 
 
 def attention(
@@ -71,11 +85,13 @@ def attention(
         Values, of the dtype of `k`, which may be narrower than that of `q`.
     mask : array_like or BlockMask, optional
         Broadcast to ``(B, Hq, Lq, Lk)`` without a copy. Boolean: True is visible. Floating: added to the scores, and exactly
-        -inf hides a key.
+        -inf hides a key. By NumPy's rules two axes are ``(Lq, Lk)``: a mask of padding ``(B, Lk)`` has to be given as
+        ``mask[:, None, None, :]``, or, better, as `kv_lengths`.
     causal : bool
         Key ``j`` is visible when ``j <= p``.
     window : (left, right), optional
-        Key ``j`` is visible when ``p - left <= j <= p + right``; None leaves a side unbounded.
+        Key ``j`` is visible when ``p - left <= j <= p + right``; None, or -1 as in flash-attn, leaves a side unbounded. A row's
+        own key and the ``n - 1`` before it, the "sliding window of n" of model configurations, are ``(n - 1, 0)``.
     query_offset : int or array_like of int, (B,), optional
         The position of the first query. Default: ``kv_lengths - Lq``.
     kv_lengths : int or array_like of int, (B,), optional
@@ -102,7 +118,9 @@ def attention(
     out : ndarray, (B, Hq, Lq, Dv)
         Of the dtype of `q`; the caller's object if `out` was given.
     lse : ndarray, (B, Hq, Lq)
-        float32, only with ``return_lse=True``.
+        float32, only with ``return_lse=True``. Beyond the rounding of the scores its error is at most
+        ``2**-22 * max(1, abs(lse))``, two units in the last place: it is relative to the lse, so that of weights
+        ``exp(s - lse)`` grows with its size.
 
     Notes
     -----
@@ -131,12 +149,17 @@ def attention(
         result = plain(q, k, v, causal, scale)  # None sends anything out of the ordinary through the checks below
         if result is not None:
             return result
-    backend = runtime.backend()
-    call = Call(
-        backend, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
+    return _attend(
+        NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
         scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision, return_lse=return_lse,
         out=out,
     )  # fmt: skip
+
+
+def _attend(names, q, k, v, **keywords):
+    """:func:`attention`, every argument checked, for a function that calls its own by these `names`."""
+    backend = runtime.backend()
+    call = Call(backend, q, k, v, names, **keywords)
     backend.attention(call)
     return call.result()
 
@@ -156,9 +179,7 @@ def attention_weights(q, k, **keywords):
     ndarray, (B, Hq, Lq, Lk)
         float32. A row sums to 1, to less where a sink takes its share, and to 0 where it sees no key.
     """
-    for name in ("return_lse", "out"):
-        if name in keywords:
-            raise TypeError(f"attention_weights() has no argument {name}")
+    known_keywords("attention_weights", keywords, without=("return_lse", "out"))
     k = as_array("k", k)
     call = Call(_oracle, q, k, np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **keywords)
     probabilities = _oracle.weights(call)
@@ -188,19 +209,17 @@ def attention_mass(q, k, segments, *, num_segments=None, **keywords):
 
     >>> fastattn.attention_mass(q[:, :, -1:], k, np.arange(k.shape[2]) >= 100)
     """
-    for name in ("return_lse", "out"):
-        if name in keywords:
-            raise TypeError(f"attention_mass() has no argument {name}")
-    q, k = as_array("q", q), as_array("k", k)
-    segments = as_array("segments", segments)
+    known_keywords("attention_mass", keywords, without=("return_lse", "out"))
+    q, k, segments = as_array("q", q), as_array("k", k), as_array("segments", segments)
+    if k.ndim not in (2, 3, 4):
+        raise ValueError(f"k must have shape (B, Hkv, Lk, D), (Hkv, Lk, D) or (Lk, D); got {k.shape}")
     if segments.dtype.kind not in "biu":
         raise TypeError(f"segments must hold ints; got {segments.dtype}")
     shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
     if segments.shape not in shapes:
         raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
     smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
-    if num_segments is None:
-        num_segments = max(largest, -1) + 1
+    num_segments = max(largest, -1) + 1 if num_segments is None else integer("num_segments", num_segments, 0)
     if smallest < -1 or largest >= num_segments:
         raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
 
@@ -225,8 +244,9 @@ def scaled_dot_product_attention(
         At least rank 2. Leading axes broadcast among the three arrays.
     key : array_like, (N, ..., H, S, E)
     value : array_like, (N, ..., H, S, Ev)
-    attn_mask : array_like, optional
-        Broadcast to ``(N, ..., Hq, L, S)``. Boolean: True takes part. Floating: added to the scores.
+    attn_mask : array_like or BlockMask, optional
+        Broadcast to ``(N, ..., Hq, L, S)``. Boolean: True takes part. Floating: added to the scores. A BlockMask has the last
+        of the leading axes as its heads and the one before as its batch.
     dropout_p : float
         Must be 0: this is inference.
     is_causal : bool
@@ -252,30 +272,27 @@ def scaled_dot_product_attention(
             raise ValueError(f"{name} must have at least 2 axes, (..., L, E); got shape {x.shape}")
     lead, (query, key, value) = _broadcast_leads(arrays, enable_gqa)
     shape = (*lead, query.shape[-2], key.shape[-2])
-    if attn_mask is not None:
-        attn_mask = as_array("attn_mask", attn_mask)
-        try:
-            attn_mask = np.broadcast_to(attn_mask, shape)
-        except ValueError as error:
-            raise ValueError(f"attn_mask must broadcast to {shape}; got shape {attn_mask.shape}") from error
+    of_blocks = is_block_mask(attn_mask)
+    if attn_mask is not None and not of_blocks:
+        attn_mask = broadcast_mask("attn_mask", as_array("attn_mask", attn_mask), shape, "(N, ..., Hq, L, S)")
     offset = 0 if is_causal and shape[-2] != shape[-1] else None  # a square is aligned to both corners
+    keywords = {"causal": is_causal, "query_offset": offset, "scale": scale}
     if len(lead) <= 2:
-        return attention(query, key, value, mask=attn_mask, causal=is_causal, query_offset=offset, scale=scale)
+        return _attend(_SDPA_NAMES, query, key, value, mask=attn_mask, **keywords)
 
     # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.
     out = np.empty((*shape[:-1], value.shape[-1]), query.dtype.newbyteorder("="))
     for index in np.ndindex(lead[:-2]):
-        attention(
-            query[index],
-            key[index],
-            value[index],
-            mask=None if attn_mask is None else attn_mask[index],
-            causal=is_causal,
-            query_offset=offset,
-            scale=scale,
-            out=out[index],
-        )
+        mask = attn_mask if attn_mask is None or of_blocks else attn_mask[index]
+        _attend(_SDPA_NAMES, query[index], key[index], value[index], mask=mask, out=out[index], **keywords)
     return out
+
+
+def _parts(name, value):
+    try:
+        return list(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a sequence of arrays; got {value!r}") from error
 
 
 def _broadcast_leads(arrays, enable_gqa):
@@ -328,8 +345,8 @@ def merge_states(outs, lses):
     >>> out, lse = fastattn.merge_states(*zip(left, right))
     """
     backend = runtime.backend()
-    outs = [as_array(f"outs[{n}]", part) for n, part in enumerate(outs)]
-    lses = [as_float32(f"lses[{n}]", part) for n, part in enumerate(lses)]
+    outs = [as_array(f"outs[{n}]", part) for n, part in enumerate(_parts("outs", outs))]
+    lses = [as_float32(f"lses[{n}]", part) for n, part in enumerate(_parts("lses", lses))]
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must have the same number of parts, 1 or more; got {len(outs)} and {len(lses)}")
     first = outs[0]

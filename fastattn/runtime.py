@@ -14,7 +14,7 @@ import warnings
 import numpy as np
 
 from . import _processors
-from ._check import Call
+from ._check import Call, known_keywords
 
 BACKENDS = ("native", "numba", "numpy")
 ISAS = ("portable", "avx2", "avx512", "amx", "neon")
@@ -318,6 +318,7 @@ def explain(q, k, v, **keywords):
         keys are cut; ``work_items``, the pieces to share among ``threads``; ``workspace_bytes``; ``visible_fraction``, the part
         of all (query, key) pairs that is computed. It prints as a table.
     """
+    known_keywords("explain", keywords)
     module = backend()
     return Explanation(module.explain(Call(module, q, k, v, **keywords)))
 

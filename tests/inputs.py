@@ -1,5 +1,7 @@
 """Inputs for the tests: seeded, shaped, and placed in awkward memory."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,38 @@ class DLPackOnly:
 
     def __dlpack_device__(self):
         return self._array.__dlpack_device__()
+
+
+class _DLManagedTensor(ctypes.Structure):
+    """DLPack's struct, https://dmlc.github.io/dlpack/latest/c_api.html: DLTensor, manager_ctx, deleter."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+
+
+class BFloat16DLPack:
+    """A bfloat16 tensor of a library that is not torch, for which NumPy's own DLPack has no dtype."""
+
+    def __init__(self, array):
+        self.array, self.freed = array, []
+        shape, strides = ((ctypes.c_int64 * array.ndim)(*n) for n in (array.shape, [n // 2 for n in array.strides]))
+        self._free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.freed.append)
+        self._tensor = _DLManagedTensor(array.ctypes.data - 2, (1, 0), array.ndim, 4, 16, 1, shape, strides, 2)
+
+    def __dlpack__(self):
+        return _new_capsule(ctypes.addressof(self._tensor), b"dltensor", ctypes.cast(self._free, ctypes.c_void_p))
+
+    def __dlpack_device__(self):
+        return (1, 0)
 
 
 class ArrayInterfaceOnly:

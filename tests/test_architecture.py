@@ -18,7 +18,8 @@ ENGINE = Path(__file__).parents[1] / "src_c"
 # Python
 
 MAY_IMPORT = {  # a part of the package, and the parts that it may know
-    "_check": set(),
+    "_arrays": set(),
+    "_check": {"_arrays"},
     "_processors": set(),
     "runtime": {"_check", "_processors", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},

@@ -453,6 +453,16 @@ def test_windows_over_many_tiles(window, offset):
     assert_matches(*random_qkv(1, 2, 300, 1100, 8, kv_heads=1), window=window, query_offset=offset)
 
 
+@pytest.mark.parametrize("window", [(-1, 3), (3, -1), (-1, -1)])
+def test_minus_one_is_unbounded(window):
+    """As flash-attn has it, and with the bits that None gives."""
+    q, k, v = random_qkv(1, 2, 40, 60, 8)
+    sides = tuple(None if side == -1 else side for side in window)
+    np.testing.assert_array_equal(fastattn.attention(q, k, v, window=window), fastattn.attention(q, k, v, window=sides))
+    masks = [fastattn.BlockMask.sliding_window(40, k_len=60, window=w, block_size=16) for w in (window, sides)]
+    assert masks[0] == masks[1]
+
+
 @pytest.mark.parametrize("lengths", [0, 1, 36, 37, [0, 37], [37, 0], [0, 0], [16, 17]], ids=str)
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_kv_lengths(lengths, q_len):

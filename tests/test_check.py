@@ -1,10 +1,11 @@
 """Every error: its type, the argument that it names, what that must be, and what it was. Nothing is written before it."""
 
+import gc
 import re
 
 import numpy as np
 import pytest
-from inputs import ArrayInterfaceOnly, DLPackOnly, dtype_of, random_qkv, read_only, unaligned
+from inputs import ArrayInterfaceOnly, BFloat16DLPack, DLPackOnly, dtype_of, random_qkv, read_only, unaligned
 
 import fastattn
 from fastattn._check import as_array, kernel_ready
@@ -59,6 +60,8 @@ ARRAYS = [
     ((None, k, v), ValueError, "q must have shape"),
     ((Unreadable(), k, v), TypeError, "q must be an array in the memory of the CPU; got Unreadable (the memory is on a GPU)"),
     ((q, k, [[1.0], [2.0, 3.0]]), TypeError, "v must be an array"),
+    ((np.ma.array(q, mask=q > 0), k, v), TypeError, "q must be a plain array; got a MaskedArray, whose mask would be ignored"),
+    ((q, k, np.ma.array(v)), TypeError, "v must be a plain array; got a MaskedArray"),
 ]
 
 
@@ -92,7 +95,14 @@ OPTIONS = [
     (
         {"mask": np.ones((5, 7), int)},
         TypeError,
-        "mask must be a BlockMask or an array of bool, float16, bfloat16, float32, float64; got int64",
+        "mask must be a BlockMask or an array of bool, float16, bfloat16, float32, float64; got int64: give mask.astype(bool)",
+    ),
+    ({"mask": np.ones((5, 7), np.uint8)}, TypeError, "got uint8: give mask.astype(bool), if what is not 0 is visible"),
+    ({"mask": np.ma.array(np.ones((5, 7), bool))}, TypeError, "mask must be a plain array; got a MaskedArray"),
+    (
+        {"mask": np.ones((2, 7), bool)},
+        ValueError,
+        "got shape (2, 7): of a mask of padding, (B, Lk), give mask[:, None, None, :], or kv_lengths",
     ),
     ({"mask": np.ones((5, 7), complex)}, TypeError, "mask must be"),
     ({"mask": "causal"}, TypeError, "mask must be"),
@@ -100,10 +110,16 @@ OPTIONS = [
     ({"causal": "yes"}, TypeError, "causal must be True or False; got 'yes'"),
     ({"causal": None}, TypeError, "causal must be True or False; got None"),
     ({"return_lse": 1}, TypeError, "return_lse must be True or False; got 1"),
-    ({"window": 3}, TypeError, "window must be a pair (left, right) of ints or None; got 3"),
+    (
+        {"window": 3},
+        TypeError,
+        "window must be a pair (left, right) of ints or None; got 3: write (2, 0) for a row's own key and the 2 before it, "
+        "(3, 3) for 3 on both sides",
+    ),
+    ({"window": -1}, TypeError, "window must be a pair (left, right) of ints or None; got -1"),
     ({"window": (1, 2, 3)}, TypeError, "window must be a pair"),
     ({"window": (1.5, 0)}, TypeError, "window must be a pair"),
-    ({"window": (-1, 0)}, ValueError, "window must have sides that are None (unbounded) or at least 0; got (-1, 0)"),
+    ({"window": (-3, 0)}, ValueError, "window must have sides that are at least 0, or None or -1 (unbounded); got (-3, 0)"),
     ({"window": (0, -2)}, ValueError, "window must have sides"),
     ({"kv_lengths": -1}, ValueError, "kv_lengths must lie between 0 and 7; got -1"),
     ({"kv_lengths": 8}, ValueError, "kv_lengths must lie between 0 and 7; got 8"),
@@ -161,6 +177,23 @@ def test_options(options, error, message):
     with np.errstate(all="raise"), pytest.raises(error, match=re.escape(message)):
         fastattn.attention(q, k, v, **{"out": out, **options})
     assert (out == 99).all()
+
+
+def test_bfloat16_of_other_libraries():
+    """Taken without a copy from whoever speaks DLPack, and given back when the last view of it is gone."""
+    array = random_qkv(2, 4, 5, 7, 8, dtype="bfloat16")[0].swapaxes(1, 2)
+    tensor = BFloat16DLPack(array)
+    taken = as_array("q", tensor)
+    assert np.shares_memory(taken, array) and taken.strides == array.strides
+    assert taken.dtype == array.dtype and np.array_equal(taken, array)
+    view = taken[1:]
+    del taken
+    gc.collect()
+    freed = len(tensor.freed)
+    del view
+    gc.collect()
+    assert len(tensor.freed) == freed + 1
+    np.testing.assert_array_equal(fastattn.attention(tensor, tensor, tensor), fastattn.attention(array, array, array))
 
 
 def test_unknown_keywords():
@@ -223,6 +256,8 @@ MERGES = [
     (([np.zeros((3, 5), int)], [with_shape(3)]), TypeError, "outs[0] must be"),
     (([with_shape(3, 5)], [np.zeros(3, complex)]), TypeError, "lses[0] must hold real numbers; got complex128"),
     (([np.float32(0)], [with_shape()]), ValueError, "outs[0] must have shape (..., Dv); got a scalar"),
+    ((None, [with_shape(3)]), TypeError, "outs must be a sequence of arrays; got None"),
+    (([with_shape(3, 5)], 1.0), TypeError, "lses must be a sequence of arrays; got 1.0"),
 ]
 
 
@@ -254,8 +289,49 @@ SDPA = [
         (q, k, v),
         {"enable_gqa": True, "attn_mask": with_shape(5, 8)},
         ValueError,
-        "attn_mask must broadcast to (2, 4, 5, 7); got shape (5, 8)",
+        "attn_mask must broadcast to (N, ..., Hq, L, S) = (2, 4, 5, 7); got shape (5, 8)",
     ),
+    (
+        (q, k, v),
+        {"enable_gqa": True, "attn_mask": np.ones((2, 7), bool)},
+        ValueError,
+        "got shape (2, 7): of a mask of padding, (B, Lk), give attn_mask[:, None, None, :], or kv_lengths",
+    ),
+    (
+        (q, k, v),
+        {"enable_gqa": True, "attn_mask": np.ones((5, 7), int)},
+        TypeError,
+        "attn_mask must be a BlockMask or an array of bool, float16, bfloat16, float32, float64; got int64: give attn_mask.astype",
+    ),
+    (
+        (q, k, v),
+        {"enable_gqa": True, "attn_mask": fastattn.BlockMask.causal(5, 9)},
+        ValueError,
+        "attn_mask must be a BlockMask for (2, 4, 5, 7), 1 standing for any batch size or heads; got (1, 1, 5, 9)",
+    ),
+    ((q.astype(int), q, q), {}, TypeError, "query must be"),
+    ((q, q.astype(np.float16), q), {}, TypeError, "value must have the dtype of key, float16; got float32"),
+    (
+        (q.astype(np.float16), q, q),
+        {},
+        TypeError,
+        "query must have the dtype of key and value, float32, or a wider one; got float16",
+    ),
+    ((q, q[..., :3], q), {}, ValueError, "key must have the head size of query, 8; got shape (2, 4, 5, 3)"),
+    (
+        (q, k, v[:, :, :3]),
+        {"enable_gqa": True},
+        ValueError,
+        "value must have the shape of key, (2, 2, 7, 8), in all but the last axis",
+    ),
+    (
+        (q, k[:, :1].repeat(3, 1), v[:, :1].repeat(3, 1)),
+        {"enable_gqa": True},
+        ValueError,
+        "key must have a number of heads that divides that of query, 4; got 3",
+    ),
+    (("q", k, v), {}, ValueError, "query must have at least 2 axes"),
+    ((q, Unreadable(), v), {}, TypeError, "key must be an array in the memory of the CPU"),
     ((q, k, v), {"enable_gqa": 1}, TypeError, "enable_gqa must be True or False; got 1"),
     ((q, k, v), {"enable_gqa": True, "is_causal": 1}, TypeError, "is_causal must be True or False; got 1"),
 ]
@@ -269,6 +345,10 @@ def test_scaled_dot_product_attention(arrays, options, error, message):
 
 @pytest.mark.parametrize("keyword", ["return_lse", "out"])
 def test_keywords_that_weights_do_not_have(keyword):
+    with pytest.raises(TypeError, match=r"attention_weights\(\) has no argument names"):
+        fastattn.attention_weights(q, k, names=None)
+    with pytest.raises(TypeError, match=r"explain\(\) has no argument dropout"):
+        fastattn.explain(q, k, v, dropout=0.1)
     with pytest.raises(TypeError, match=rf"attention_weights\(\) has no argument {keyword}"):
         fastattn.attention_weights(q, k, **{keyword: None})
     with pytest.raises(TypeError, match=rf"attention_mass\(\) has no argument {keyword}"):
@@ -287,3 +367,12 @@ SEGMENTS = [
 def test_attention_mass(segments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         fastattn.attention_mass(q, k, segments, num_segments=3)
+
+
+def test_arguments_of_attention_mass():
+    with pytest.raises(ValueError, match=re.escape("k must have shape (B, Hkv, Lk, D), (Hkv, Lk, D) or (Lk, D); got (7,)")):
+        fastattn.attention_mass(q, k[0, 0, :, 0], np.zeros(7, int))
+    with pytest.raises(TypeError, match="num_segments must be an int; got 2.5"):
+        fastattn.attention_mass(q, k, np.zeros(7, int), num_segments=2.5)
+    with pytest.raises(ValueError, match="num_segments must be at least 0; got -1"):
+        fastattn.attention_mass(q, k, np.zeros(7, int), num_segments=-1)

@@ -171,6 +171,19 @@ def test_poison_in_many_tiles(poison):
     assert_matches(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("q_len", [1, 40])
+def test_the_error_of_an_lse_is_relative_to_it(q_len):
+    """At most 2**-22 * max(1, |lse|) where the scores are exact: each row has an lse of another size, -275 among them."""
+    levels = np.array([-275, -0.001, 0, 3, 5e4, -3e38])[:, None, None] * np.linspace(0.5, 1, q_len)[:, None]
+    bias = np.float32(levels) + np.zeros((1, 1, 1, 700), np.float32)
+    bias[..., ::7] = -np.inf
+    q, k, v = random_qkv(1, 6, q_len, 700, 8)
+    q[:] = 0
+    _, lse = fastattn.attention(q, k, v, mask=bias, return_lse=True)
+    expected = np.float64(bias[..., 1]) + np.log(600)
+    assert (np.abs(lse - expected) <= 2.0**-22 * np.maximum(1, np.abs(expected))).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 20.0}, {"sinks": np.zeros(1, np.float32)}], ids=str)
 def test_visible_scores_of_minus_inf_are_not_hidden_ones(options):
     """The plain formula: NaN where all scores are -inf, no weight where some are."""

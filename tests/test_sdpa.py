@@ -31,6 +31,17 @@ def test_masks():
     assert_is(sdpa(q, k, v, attn_mask=additive, scale=0.2), q, k, v, mask=additive, scale=0.2)
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)])
+def test_block_masks(lead):
+    q, k, v = (np.broadcast_to(x[(0,) * 2], (*lead, *x.shape[2:])) for x in random_qkv(1, 1, 70, 90, 8))
+    mask = fastattn.BlockMask.sliding_window(70, 90, window=20, block_size=16)
+    actual = sdpa(q, k, v, mask)
+    assert actual.shape == (*lead, 70, 8)
+    first = (0,) * len(lead)
+    for index in (first, tuple(n - 1 for n in lead)):
+        assert_is(actual[index], q[first], k[first], v[first], mask=mask.to_dense()[0, 0])
+
+
 def test_grouped_heads_only_when_enabled():
     q, k, v = random_qkv(1, 6, 7, 9, 8, kv_heads=2)
     assert_is(sdpa(q, k, v, enable_gqa=True), q, k, v)

@@ -1,6 +1,7 @@
 """Against PyTorch: the same meaning, and errors that are no larger."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -63,6 +64,61 @@ def test_tensors_are_arrays():
     ours = fastattn.attention(*(x.to(torch.bfloat16) for x in tensors))
     assert ours.dtype.name == "bfloat16"
     np.testing.assert_allclose(ours.astype(np.float32), fastattn.attention(q, k, v), atol=0.05)
+
+
+class ByDLPack:
+    """A tensor of a library that speaks DLPack and nothing else."""
+
+    def __init__(self, tensor):
+        self._tensor = tensor
+
+    def __dlpack__(self):
+        return self._tensor.__dlpack__()
+
+    def __dlpack_device__(self):
+        return self._tensor.__dlpack_device__()
+
+
+def test_bfloat16_by_dlpack():
+    pytest.importorskip("ml_dtypes")
+    tensors = [torch.from_numpy(x).to(torch.bfloat16) for x in random_qkv(1, 2, 9, 33, 16)]
+    np.testing.assert_array_equal(fastattn.attention(*map(ByDLPack, tensors)), fastattn.attention(*tensors))
+
+
+UNFIT = [
+    *[
+        (
+            lambda dtype=dtype: torch.ones(2, 5, 8, dtype=dtype, requires_grad=True),
+            f"must not require a gradient, since there is no backward pass; got a {dtype} tensor that does: give NAME.detach()",
+        )
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ],
+    (
+        lambda: torch.ones(2, 5, 8, device="meta"),
+        "must be an array in the memory of the CPU; got a tensor on the meta device, without numbers",
+    ),
+    (
+        lambda: torch.ones(2, 5, 8).to(torch.float8_e4m3fn),
+        "must be an array that NumPy can see; got a torch.float8_e4m3fn tensor",
+    ),
+    (
+        lambda: torch.ones(5, 8).to_sparse(),
+        "must be a strided array; got a tensor of layout torch.sparse_coo: give NAME.to_dense()",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, message", UNFIT, ids=[message[-40:] for _, message in UNFIT])
+def test_tensors_that_are_no_arrays(make, message):
+    """Each error says what is missing, and what to do."""
+    good = torch.ones(2, 5, 8)
+    for position, name in enumerate(["q", "k", "v"]):
+        arguments = [good] * 3
+        arguments[position] = make()
+        with pytest.raises(TypeError, match=re.escape(f"{name} {message.replace('NAME', name)}")):
+            fastattn.attention(*arguments)
+    with pytest.raises(TypeError, match=re.escape(f"sinks {message.replace('NAME', 'sinks')}")):
+        fastattn.attention(good, good, good, sinks=make())
 
 
 # Accuracy

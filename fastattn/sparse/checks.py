@@ -100,11 +100,13 @@ def check_element_mask(grid, nnz, element_mask):
 
 
 def check_window(window, causal):
-    """``(left, right)`` of a window that is an int or a pair; None is no bound."""
-    sides = window if isinstance(window, (tuple, list)) else (window, window)
-    if len(sides) != 2:
+    """``(left, right)`` of a window that is an int or a pair; None, in a pair also -1, is no bound."""
+    if not isinstance(window, (tuple, list)):
+        left = right = None if window is None else check_int("window", window, 0)
+    elif len(window) == 2:
+        left, right = (None if side in (None, -1) else check_int("window", side, 0) for side in window)
+    else:
         raise ValueError(f"window must be an int or a pair (left, right); got {window!r}")
-    left, right = (None if side is None else check_int("window", side, 0) for side in sides)
     return left, 0 if causal else right
 
 

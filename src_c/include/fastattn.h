@@ -14,7 +14,8 @@
  *     s     -= alibi[b,h] * |p - j|,  p = i + query_offset[b]    when ALiBi slopes are given
  *     p[i,:] = softmax of s[i,:] over the visible keys, in float32; sinks[h] is one more logit of the denominator
  *     out[b,h,i,:] = sum_j p[i,j] * v[b,h/g,j,:]
- *     lse[b,h,i]   = natural logarithm of the denominator
+ *     lse[b,h,i]   = natural logarithm of the denominator; beyond the rounding of the scores its error is at most
+ *                    2**-22 * max(1, |lse|)
  *
  * Key j is visible when j < kv_lengths[b], the mask does not hide it (false, or a float of exactly -inf),
  * causal implies j <= p, the window implies p - window_left <= j <= p + window_right, and the block mask, if there is
