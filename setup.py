@@ -38,6 +38,8 @@ OPENMP = {
     "msvc": [(["/openmp"], [])],
 }
 
+PTHREAD = {"unix": ["-pthread"], "msvc": []}
+
 OPENMP_PROBE = """
 #include <omp.h>
 int main(void) {
@@ -73,11 +75,11 @@ class BuildNative(build_ext):
     def build_extensions(self):
         openmp = self.find_openmp()
         if openmp is None:
-            self.warn("fastattn: building without OpenMP; the native backend will use one thread per call")
+            self.warn("fastattn: building without OpenMP; the native backend will use its own threads only")
         compile_flags, link_flags = openmp or ([], [])
         for ext in self.extensions:
             ext.extra_compile_args = FLAGS.get(self.compiler.compiler_type, FLAGS["unix"]) + compile_flags
-            ext.extra_link_args = link_flags
+            ext.extra_link_args = link_flags + PTHREAD.get(self.compiler.compiler_type, PTHREAD["unix"])
         super().build_extensions()
 
     def build_extension(self, ext):

@@ -203,10 +203,10 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
         if (!own) return FASTATTN_ERROR_MEMORY;
         job.workspace = (char *)(((uintptr_t)own + 63) / 64 * 64);
     }
-    fastattn_for_each(phase_items(&job.call, 0), job.call.threads, run_item, &job);
-    fastattn_for_each(phase_items(&job.call, 1), job.call.threads, merge_item, &job);
+    status = fastattn_for_each(phase_items(&job.call, 0), &job.call.team, run_item, &job);
+    if (status == FASTATTN_OK) status = fastattn_for_each(phase_items(&job.call, 1), &job.call.team, merge_item, &job);
     free(own);
-    return FASTATTN_OK;
+    return status;
 }
 
 size_t fastattn_workspace_size(const fastattn_attention_args *args) {

@@ -59,17 +59,25 @@ static void plan_bundles(fa_call *call) {
     call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
 }
 
-/* Threads cost microseconds to wake, far more on a busy machine; each must have this many multiplications to do, some
- * 20 microseconds. A panel takes as long as a few more. Results do not depend on it. */
-static int plan_threads(const fa_call *call) {
-    const double enough = 2e6, of_panel = 5e4;
+/* Some number of multiplications; a panel takes as long as a few more. */
+static double work_of(const fa_call *call) {
+    const double of_panel = 5e4;
     const fastattn_attention_args *a = call->args;
-    const double work = (double)call->items * (double)call->bundle *
-                        (of_panel + (double)call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
-                                        (double)(a->head_dim + a->v_head_dim));
-    int64_t threads = fa_min(a->num_threads, call->items);
-    if (threads < 1 || work < 2 * enough) return 1;
-    return (int)(work / enough < (double)threads ? work / enough : (double)threads);
+    return (double)call->items * (double)call->bundle *
+           (of_panel + (double)call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
+                           (double)(a->head_dim + a->v_head_dim));
+}
+
+/* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` to do, some 20 microseconds. Nobody needs
+ * to interrupt what ends in milliseconds. Results do not depend on either. */
+static void plan_team(fa_call *call, double work) {
+    const double enough = 2e6, worth_interrupting = 1e9;
+    const fastattn_attention_args *a = call->args;
+    const double threads = fmin((double)fa_min(a->num_threads, call->items), work / enough);
+    call->team.threads = threads < 2 ? 1 : (int)threads;
+    call->team.threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading;
+    call->team.interrupted = work < worth_interrupting ? NULL : a->interrupted;
+    call->team.interrupted_context = a->interrupted_context;
 }
 
 static size_t take(size_t *bytes, int64_t count, size_t size) {
@@ -131,8 +139,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->items = call->panels = 0;
     call->workspace = 0;
     call->splits = 1;
-    call->threads = 1;
     call->block_keys = 0;
+    plan_team(call, 0);
     if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) return FASTATTN_OK;
 
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
@@ -154,7 +162,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
     plan_splits(call);
     plan_bundles(call);
-    call->threads = plan_threads(call);
+    plan_team(call, work_of(call));
     return plan_memory(call);
 }
 

@@ -4,6 +4,7 @@
 
 #include "../ukernel/ukernel.h"
 #include "check.h"
+#include "threads.h"
 
 enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
 
@@ -49,7 +50,7 @@ typedef struct fa_call {
     int64_t bundle;        /* consecutive panels of an item, which share what is made of a block of keys */
     int64_t bundles;       /* of a packed sequence */
     int64_t items;         /* batch * sequences * bundles * splits */
-    int threads;           /* workers that pay off, at most args->num_threads */
+    fa_team team;          /* as many threads as pay off, at most args->num_threads */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     float sign;            /* multiplies q while packing */
     float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */

@@ -2,6 +2,7 @@
 
 #include "../ukernel/storage.h"
 #include "ints.h"
+#include "threads.h"
 
 #include <math.h>
 #include <string.h>
@@ -156,6 +157,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;
+    if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     status = check_shape(a);
     if (status == FASTATTN_OK) status = check_tables(a);
     if (status == FASTATTN_OK) status = check_numbers(a);

@@ -24,6 +24,8 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_MEMORY: return "out of memory";
     case FASTATTN_ERROR_ISA: return "the instruction set is unknown or not available";
     case FASTATTN_ERROR_SLOT: return "a slot is below -1 or beyond the pages";
+    case FASTATTN_ERROR_INTERRUPTED: return "interrupted by the caller";
+    case FASTATTN_ERROR_THREADING: return "the way of threading is unknown or not available";
     }
     return "unknown status";
 }
@@ -79,9 +81,10 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
         .tile_keys = call.block_keys,
         .splits = call.splits,
         .work_items = call.items,
-        .num_threads = call.threads,
+        .num_threads = call.team.threads,
         .workspace = call.workspace,
         .visible_fraction = pairs > 0 ? visited / pairs : 0,
+        .threading = call.team.threading,
     };
     memcpy(info, &found, info->size);
     return FASTATTN_OK;

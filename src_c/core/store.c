@@ -57,6 +57,7 @@ static void store_item(const void *context, int64_t item, int worker) {
 static fastattn_status check_store(fastattn_store_args *a) {
     const int64_t most = (int64_t)1 << 40;
     if (!fa_is_storage(a->from_dtype) || !fa_is_storage(a->to_dtype)) return FASTATTN_ERROR_DTYPE;
+    if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     if (a->batch < 0 || a->new_len < 0 || a->num_heads < 0 || a->head_dim < 0 || a->num_pages < 0 || a->page_size < 0 ||
         a->head_dim > FA_MOST_DIM || a->num_heads > most || (a->page_size > 0 && a->num_pages > most / a->page_size) ||
         (a->new_len > 0 && a->batch > most / a->new_len))
@@ -84,7 +85,6 @@ fastattn_status fastattn_store(const fastattn_store_args *given) {
     const int64_t tokens = args.batch * args.new_len;
     if (args.num_heads == 0 || args.head_dim == 0) return FASTATTN_OK;
     const int64_t paying = tokens * args.num_heads * args.head_dim / NUMBERS_OF_A_THREAD;
-    const int threads = (int)fa_max(1, fa_min(args.num_threads, paying));
-    fastattn_for_each(fa_ceil_div(tokens, TOKENS_OF_AN_ITEM), threads, store_item, &store);
-    return FASTATTN_OK;
+    const fa_team team = {.threads = (int)fa_max(1, fa_min(args.num_threads, paying)), .threading = args.threading};
+    return fastattn_for_each(fa_ceil_div(tokens, TOKENS_OF_AN_ITEM), &team, store_item, &store);
 }

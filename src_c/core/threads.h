@@ -1,16 +1,37 @@
-/* Work shared among threads. The only place that knows OpenMP. */
+/* Work shared among threads: items that each of them takes one after another, until none is left. The threads are OpenMP's, which
+ * this room alone knows, or those of the library's own pool. */
 #ifndef FA_THREADS_H
 #define FA_THREADS_H
 
-#include <stdint.h>
+#include "fastattn.h"
 
 typedef void fa_work_fn(const void *context, int64_t item, int worker);
 
-/* Calls work for the items from `first` up to `end` on this thread, as `worker`, in the default floating-point
- * environment; the thread's own is left as it was, its exception flags too. */
+/* Who works, and who may end it. */
+typedef struct fa_team {
+    int threads;                   /* at most; the calling one is among them */
+    fastattn_threading threading;
+    int (*interrupted)(void *);    /* asked by the calling thread now and then, or null */
+    void *interrupted_context;
+} fa_team;
+
+/* Calls work for every item below `items`, in the default floating-point environment; each thread's own is left as it was, its
+ * exception flags too. `worker`, below team->threads, tells the threads apart. FASTATTN_ERROR_INTERRUPTED when work was
+ * interrupted: then some items have not been done, and none is being done any more. */
+fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn *work, const void *context);
+
+/* The same for the items from `first` up to `end` on this thread, as `worker`. */
 void fastattn_for_range(int64_t first, int64_t end, int worker, fa_work_fn *work, const void *context);
 
-/* The same for every item below `items`, on at most `threads` threads; worker tells them apart. */
-void fastattn_for_each(int64_t items, int threads, fa_work_fn *work, const void *context);
+/* What threads share. */
+typedef struct fa_share {
+    fa_work_fn *work;
+    const void *context;
+    int64_t items, next; /* next is atomic */
+} fa_share;
+
+/* This thread works on an item that it has taken, and on all that it can take then. `team` is that of the calling thread, which
+ * may be interrupted, and null for others; 0 if it was. */
+int fastattn_take_part(fa_share *share, int64_t item, int worker, const fa_team *team);
 
 #endif

@@ -3,8 +3,9 @@
  * This header is the whole public interface and its documentation. It is C99, may be used from C++, and needs nothing
  * but <stddef.h> and <stdint.h>.
  *
- * The library keeps no state between calls but the cached features of the processor, prints nothing, never aborts, and
- * leaves the floating-point environment as it found it. Every function may be called from several threads at once.
+ * The library keeps nothing between calls but the features of the processor and, once a call has used more than one, its idle
+ * threads (see fastattn_threading); no call depends on what another has set. It prints nothing, never aborts, and leaves the
+ * floating-point environment as it found it. Every function may be called from several threads at once.
  *
  * The operation. For batch entry b, query head h, query row i and key j, with g = num_heads / num_kv_heads:
  *
@@ -49,7 +50,7 @@ extern "C" {
 #endif
 #endif
 
-/* The outcome of a call. Unless it is FASTATTN_OK, nothing has been written to any output. */
+/* The outcome of a call. Unless it is FASTATTN_OK or FASTATTN_ERROR_INTERRUPTED, nothing has been written to any output. */
 typedef enum fastattn_status {
     FASTATTN_OK = 0,
     FASTATTN_ERROR_ARGUMENT = 1,     /* a null or misaligned pointer, an output that overlaps itself, or an unknown struct
@@ -64,7 +65,9 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_WORKSPACE = 7,    /* the workspace is too small, or not aligned to 64 bytes */
     FASTATTN_ERROR_MEMORY = 8,       /* the library had to allocate and could not */
     FASTATTN_ERROR_ISA = 9,          /* the instruction set asked for is unknown or not available here */
-    FASTATTN_ERROR_SLOT = 10         /* a slot below -1, or beyond the pages */
+    FASTATTN_ERROR_SLOT = 10,        /* a slot below -1, or beyond the pages */
+    FASTATTN_ERROR_INTERRUPTED = 11, /* the caller's `interrupted` said so; outputs hold anything */
+    FASTATTN_ERROR_THREADING = 12    /* the way of threading asked for is unknown, or this library was built without it */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -95,8 +98,33 @@ FASTATTN_API const char *fastattn_isa_name(fastattn_isa isa);
 /* 1 when this library holds kernels for the instruction set and this processor and its system can run them. */
 FASTATTN_API int fastattn_isa_available(fastattn_isa isa);
 
-/* 1 when the library was built with OpenMP; without it, num_threads has no effect. */
+/* How a call has more than one thread. Results do not depend on it.
+ *
+ * POOL: threads of the library's own, which the first call that needs them starts and all callers share. They sleep when there
+ * has been nothing to do for 50 microseconds. A caller waits for those that have begun and never for one that has not got a
+ * processor yet, so that more threads than processors cost little. After a fork the child starts threads of its own. They leave
+ * the program's signals to its other threads.
+ *
+ * OPENMP: those of the OpenMP run-time, which the program may share with other libraries and set by OpenMP's environment
+ * variables. A call waits for all of them. A child that has been forked after a call must not use it: few run-times survive. */
+typedef enum fastattn_threading {
+    FASTATTN_THREADING_DEFAULT = 0,  /* POOL */
+    FASTATTN_THREADING_OPENMP = 1,
+    FASTATTN_THREADING_POOL = 2
+} fastattn_threading;
+
+/* "openmp", "pool" or "default", or null for a number that is none of them. */
+FASTATTN_API const char *fastattn_threading_name(fastattn_threading threading);
+
+/* 1 when this library was built with it. */
+FASTATTN_API int fastattn_threading_available(fastattn_threading threading);
+
+/* 1 when the library was built with OpenMP. */
 FASTATTN_API int fastattn_has_openmp(void);
+
+/* Ends the threads of the pool and waits until they have ended, as must be done before the library is unloaded. Calls that run
+ * meanwhile are finished by their callers; a later one starts threads again. */
+FASTATTN_API void fastattn_threads_stop(void);
 
 /* "MAJOR.MINOR.PATCH". */
 FASTATTN_API const char *fastattn_version(void);
@@ -179,6 +207,12 @@ typedef struct fastattn_attention_args {
 
     fastattn_isa isa;                /* the highest instruction set to use; FASTATTN_ISA_BEST for no limit */
     int num_threads;                 /* at most so many; 0 or 1: the calling thread alone */
+    fastattn_threading threading;    /* how they are had */
+
+    int (*interrupted)(void *context); /* or null. Called by the thread that called, between items of work, about every 50 ms of a
+                                        call that takes longer: non-zero ends it with FASTATTN_ERROR_INTERRUPTED, as soon as
+                                        every thread has finished its item */
+    void *interrupted_context;       /* what it is given */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -191,7 +225,7 @@ typedef struct fastattn_attention_args {
         sizeof(fastattn_attention_args), 0, 0, 0, 0, 0, 0, 0, FASTATTN_FLOAT32, FASTATTN_FLOAT32, NULL, NULL, NULL, \
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
-            NULL, NULL, FASTATTN_ISA_BEST, 0                                                                        \
+            NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL                                \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */
@@ -229,6 +263,7 @@ typedef struct fastattn_plan_info {
     size_t workspace;                /* bytes */
     double visible_fraction;         /* of all (row, key) pairs, those in blocks that causal, window, lengths and the block
                                         mask leave to be computed */
+    fastattn_threading threading;    /* how threads are had, if there are more than one */
 } fastattn_plan_info;
 
 FASTATTN_API fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info);
@@ -268,6 +303,7 @@ typedef struct fastattn_store_args {
     const int64_t *slots;            /* (batch, new_len): page * page_size + row, each at most once; -1 leaves a token out */
     fastattn_isa isa;
     int num_threads;
+    fastattn_threading threading;
 } fastattn_store_args;
 
 /* Checks all slots before it writes anything. Needs no memory. */

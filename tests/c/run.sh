@@ -98,18 +98,18 @@ check_objects() {
     set -- "$build"/library/*.o
     expect_nothing symbols_begin_with_fastattn \
         "$("${tools}nm" -g --defined-only "$@" | awk 'NF == 3 && $3 !~ /^fastattn_/ { print $3 }')"
-    unwanted='printf|puts|putc|fwrite|^write$|perror|abort|exit|assert|stderr|stdout|signal'
+    unwanted='printf|puts|putc|fwrite|^write$|perror|abort|exit|assert|stderr|stdout|^signal$|sigaction'
     expect_nothing symbols_print_or_abort \
         "$("${tools}nm" -u "$@" | awk -v unwanted="$unwanted" '$2 ~ unwanted { print $2 }')"
 
-    # Mutable data: the cached features of the processor, and nothing else.
+    # Mutable data: the cached features of the processor and the pool of threads, and nothing else.
     data=$("${tools}objdump" -t "$@" | awk '
         /file format/ { object = $1; sub(".*/", "", object) }
         match($0, /\.(data|bss|tdata|tbss)[^ \t]*|\*COM\*/) {
             section = substr($0, RSTART, RLENGTH)
             if (section !~ /rel\.ro/ && $NF !~ /^\./) print object "/" $NF
         }')
-    expect_nothing data_is_cached_features "$(echo "$data" | grep -v -e '^cpu-' || true)"
+    expect_nothing data_is_cached_features_and_the_pool "$(echo "$data" | grep -v -e '^cpu-cpu' -e '^core-pool' || true)"
     echo "     mutable data: ${data:-none}"
 
     if $cc $flags $static -shared "$@" -lm -lpthread -o "$build/libfastattn.so" 2>/dev/null; then

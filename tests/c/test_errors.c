@@ -196,9 +196,13 @@ TEST(errors_block_masks) {
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_element_masks = -1);
 }
 
-TEST(errors_isas) {
+TEST(errors_isas_and_ways_of_threading) {
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)6);
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)-1);
+    REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = (fastattn_threading)3);
+    REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = (fastattn_threading)-1);
+    if (!fastattn_has_openmp())
+        REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = FASTATTN_THREADING_OPENMP);
     for (int isa = FASTATTN_ISA_PORTABLE; isa <= FASTATTN_ISA_NEON; isa++)
         if (!fastattn_isa_available((fastattn_isa)isa))
             REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)isa);

@@ -1,11 +1,17 @@
-/* The same bits whoever computes: any number of threads, the caller's own threads, several callers at once, a batch
- * entry alone; and an environment left as it was found. */
+/* The same bits whoever computes: any number of threads, had either way, the caller's own threads, several callers at once, after
+ * a fork, a batch entry alone; and an environment left as it was found. */
+#include "core/threads.h"
 #include "problem.h"
 
 #include <fenv.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static const fastattn_threading ways[] = {FASTATTN_THREADING_POOL, FASTATTN_THREADING_OPENMP};
 
 static const struct spec specs[] = {
     {.name = "prefill", .batch = 2, .heads = 3, .kv_heads = 3, .q_len = 130, .kv_len = 200, .head_dim = 24,
@@ -36,17 +42,22 @@ TEST_EACH_ISA(threads_do_not_change_results) {
         problem_build(&problem, &specs[n], n, GUARD_BEHIND);
         uint8_t *bits = reference(&problem);
         for (size_t t = 0; t < COUNT(threads); t++)
-            for (int owned = 0; owned < 2; owned++) {
-                context("%s, %d threads, %s workspace", specs[n].name, threads[t], owned ? "its own" : "a null");
-                problem.args.num_threads = threads[t];
-                problem_blank(&problem);
-                if (owned)
-                    problem_seal(&problem, GUARD_BEHIND);
-                CHECK_STATUS(fastattn_attention(&problem.args, owned ? problem.workspace : NULL,
-                                                owned ? problem.workspace_size : 0),
-                             FASTATTN_OK);
-                CHECK(problem_equals(&problem, bits), "other bits than with one thread");
-            }
+            for (size_t way = 0; way < COUNT(ways); way++)
+                for (int owned = 0; owned < 2; owned++) {
+                    context("%s, %d threads by %s, %s workspace", specs[n].name, threads[t],
+                            fastattn_threading_name(ways[way]), owned ? "its own" : "a null");
+                    if (!fastattn_threading_available(ways[way]))
+                        continue;
+                    problem.args.threading = ways[way];
+                    problem.args.num_threads = threads[t];
+                    problem_blank(&problem);
+                    if (owned)
+                        problem_seal(&problem, GUARD_BEHIND);
+                    CHECK_STATUS(fastattn_attention(&problem.args, owned ? problem.workspace : NULL,
+                                                    owned ? problem.workspace_size : 0),
+                                 FASTATTN_OK);
+                    CHECK(problem_equals(&problem, bits), "other bits than with one thread");
+                }
         guard_check();
         guard_release();
         free(bits);
@@ -127,6 +138,8 @@ static void *call_often(void *argument) {
     for (int round = 0; round < 5; round++) {
         problem_blank(&caller->problem);
         caller->problem.args.num_threads = round % 3;
+        caller->problem.args.threading = round == 2 && fastattn_has_openmp() ? FASTATTN_THREADING_OPENMP
+                                                                             : FASTATTN_THREADING_POOL;
         CHECK_STATUS(fastattn_attention(&caller->problem.args, NULL, 0), FASTATTN_OK);
         CHECK(problem_equals(&caller->problem, caller->bits), "other bits in company");
     }
@@ -147,6 +160,190 @@ TEST_EACH_ISA(threads_calling_at_once) {
         free(callers[n].bits);
     }
     guard_check();
+}
+
+/* Work without attention: what is shared, and by whom. */
+
+static fa_team team_of(int threads, fastattn_threading threading) {
+    return (fa_team){.threads = threads, .threading = threading};
+}
+
+struct roll {
+    int done[1000], present[5];
+};
+
+static void answer(const void *context, int64_t item, int worker) {
+    struct roll *roll = (struct roll *)context;
+    CHECK(worker >= 0 && worker < (int)COUNT(roll->present), "worker %d", worker);
+    CHECK(__atomic_exchange_n(&roll->present[worker], 1, __ATOMIC_RELAXED) == 0, "two are worker %d", worker);
+    __atomic_add_fetch(&roll->done[item], 1, __ATOMIC_RELAXED);
+    for (volatile int n = 0; n < 200; n++) continue;
+    __atomic_store_n(&roll->present[worker], 0, __ATOMIC_RELAXED);
+}
+
+TEST(threads_do_each_item_once) {
+    for (int round = 0; round < 40; round++)
+        for (size_t way = 0; way < COUNT(ways); way++) {
+            struct roll roll = {{0}, {0}};
+            if (!fastattn_threading_available(ways[way]))
+                continue;
+            const fa_team team = team_of(COUNT(roll.present), ways[way]);
+            const int64_t items = round % 4 == 0 ? round : (int64_t)COUNT(roll.done);
+            context("%lld items by %s", (long long)items, fastattn_threading_name(ways[way]));
+            CHECK_STATUS(fastattn_for_each(items, &team, answer, &roll), FASTATTN_OK);
+            for (int64_t n = 0; n < (int64_t)COUNT(roll.done); n++)
+                CHECK(roll.done[n] == (n < items), "item %lld was done %d times", (long long)n, roll.done[n]);
+        }
+}
+
+struct gate {
+    int waiting, open;
+};
+
+static void wait_at(const void *context, int64_t item, int worker) {
+    struct gate *gate = (struct gate *)context;
+    (void)item, (void)worker;
+    __atomic_add_fetch(&gate->waiting, 1, __ATOMIC_SEQ_CST);
+    while (!__atomic_load_n(&gate->open, __ATOMIC_SEQ_CST)) sched_yield();
+}
+
+static void *keep_all_busy(void *gate) {
+    const fa_team team = team_of(3, FASTATTN_THREADING_POOL);
+    CHECK_STATUS(fastattn_for_each(3, &team, wait_at, gate), FASTATTN_OK);
+    return NULL;
+}
+
+/* Two callers hold whatever helpers there are; a third does not wait for them. */
+TEST(threads_that_do_not_come_are_not_waited_for) {
+    struct gate gate = {0, 0};
+    pthread_t callers[2];
+    for (size_t n = 0; n < COUNT(callers); n++)
+        CHECK(pthread_create(&callers[n], NULL, keep_all_busy, &gate) == 0, "pthread_create");
+    while (__atomic_load_n(&gate.waiting, __ATOMIC_SEQ_CST) < 4) sched_yield(); /* both, and two helpers at least */
+    for (int round = 0; round < 20; round++) {
+        struct roll roll = {{0}, {0}};
+        const fa_team team = team_of(COUNT(roll.present), FASTATTN_THREADING_POOL);
+        CHECK_STATUS(fastattn_for_each(100, &team, answer, &roll), FASTATTN_OK);
+    }
+    __atomic_store_n(&gate.open, 1, __ATOMIC_SEQ_CST);
+    for (size_t n = 0; n < COUNT(callers); n++)
+        pthread_join(callers[n], NULL);
+}
+
+static void *stop_often(void *open) {
+    for (int round = 0; round < 20 || !__atomic_load_n((int *)open, __ATOMIC_SEQ_CST); round++) {
+        fastattn_threads_stop();
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *share_often(void *unused) {
+    (void)unused;
+    for (int round = 0; round < 100; round++) {
+        struct roll roll = {{0}, {0}};
+        const fa_team team = team_of(COUNT(roll.present), FASTATTN_THREADING_POOL);
+        CHECK_STATUS(fastattn_for_each((int64_t)COUNT(roll.done), &team, answer, &roll), FASTATTN_OK);
+        for (size_t n = 0; n < COUNT(roll.done); n++)
+            CHECK(roll.done[n] == 1, "item %zu was done %d times", n, roll.done[n]);
+    }
+    return NULL;
+}
+
+TEST(threads_stop_and_start_again) {
+    fastattn_threads_stop(); /* before there are any */
+    share_often(NULL);
+    fastattn_threads_stop();
+    fastattn_threads_stop();
+    share_often(NULL);
+    fastattn_threads_stop();
+}
+
+TEST(threads_are_stopped_while_others_call) {
+    pthread_t callers[3], stoppers[2];
+    int over = 0;
+    for (size_t n = 0; n < COUNT(callers); n++)
+        CHECK(pthread_create(&callers[n], NULL, share_often, NULL) == 0, "pthread_create");
+    for (size_t n = 0; n < COUNT(stoppers); n++)
+        CHECK(pthread_create(&stoppers[n], NULL, stop_often, &over) == 0, "pthread_create");
+    for (size_t n = 0; n < COUNT(callers); n++)
+        pthread_join(callers[n], NULL);
+    __atomic_store_n(&over, 1, __ATOMIC_SEQ_CST);
+    for (size_t n = 0; n < COUNT(stoppers); n++)
+        pthread_join(stoppers[n], NULL);
+    fastattn_threads_stop();
+}
+
+static void compute_in_a_child(void) {
+    const pid_t child = fork();
+    CHECK(child >= 0, "fork");
+    if (child == 0) {
+        alarm(60);
+        share_often(NULL);
+        fastattn_threads_stop();
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && status == 0, "the child ended with status %#x", status);
+}
+
+static void skip_if_forks_may_not_thread(void) {
+#if defined(__SANITIZE_THREAD__)
+    skip("the thread sanitizer knows no threads after a fork");
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+    skip("the thread sanitizer knows no threads after a fork");
+#endif
+#endif
+}
+
+/* With idle helpers, and while other threads call and have helpers at work. */
+TEST(threads_after_a_fork) {
+    skip_if_forks_may_not_thread();
+    pthread_t callers[2];
+    share_often(NULL);
+    compute_in_a_child();
+    for (size_t n = 0; n < COUNT(callers); n++)
+        CHECK(pthread_create(&callers[n], NULL, share_often, NULL) == 0, "pthread_create");
+    for (int round = 0; round < 5; round++)
+        compute_in_a_child();
+    for (size_t n = 0; n < COUNT(callers); n++)
+        pthread_join(callers[n], NULL);
+    share_often(NULL);
+}
+
+/* A call that would take seconds at least, on operands of one row: their strides are 0. */
+static int asked;
+static pthread_t asking;
+
+static int ask(void *context) {
+    CHECK(context == &asked && pthread_equal(pthread_self(), asking), "asked by another thread, or for something else");
+    return ++asked >= 2;
+}
+
+TEST_EACH_ISA(threads_are_interrupted) {
+    enum { ROWS = 1 << 16, DIM = 64 };
+    float row[DIM] = {0}, *out = malloc(sizeof(float) * ROWS * DIM);
+    CHECK(out, "malloc");
+    fastattn_attention_args args = {.size = sizeof args, .batch = 1, .num_heads = 1, .num_kv_heads = 1, .q_len = ROWS,
+                                    .kv_len = ROWS, .head_dim = DIM, .v_head_dim = DIM, .q = row, .k = row, .v = row,
+                                    .out = out, .out_strides = {0, 0, sizeof(float) * DIM}, .scale = 1, .window_left = -1,
+                                    .window_right = -1, .isa = test_isa, .interrupted = ask, .interrupted_context = &asked};
+    asking = pthread_self();
+    for (int threads = 1; threads < 3; threads++)
+        for (size_t way = 0; way < COUNT(ways); way++) {
+            if (!fastattn_threading_available(ways[way]))
+                continue;
+            context("%d threads by %s", threads, fastattn_threading_name(ways[way]));
+            args.num_threads = threads;
+            args.threading = ways[way];
+            asked = 0;
+            CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_INTERRUPTED);
+            CHECK(asked == 2, "asked %d times", asked);
+        }
+    args.q_len = args.kv_len = 64; /* the next call is none the worse */
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
+    free(out);
 }
 
 /* Entry b of a batch, called as a batch of one. */

@@ -1,0 +1,188 @@
+#include "pool.h"
+
+#include "../cpu/atomic.h"
+#include "../cpu/thread.h"
+#include "fastattn.h"
+
+#include <stddef.h>
+
+enum {
+    MOST_HELPERS = 1024,
+    IDLE_NS = 50000,   /* how long a helper looks out for the next call, which often follows at once, before it sleeps */
+    FINISH_NS = 100000 /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
+};
+
+/* The lock guards everything but `quiet`, which is atomic and on a line of a cache that no one else writes: spinning helpers
+ * look at it. */
+static struct {
+    int64_t quiet;        /* neither offers nor a stop: nothing for a helper to do */
+    char apart[56];
+    fa_mutex lock;
+    fa_condition called;  /* there is an offer, or helpers are to stop */
+    fa_condition left;    /* helpers have left a call for which somebody sleeps, or all have stopped */
+    fa_offer *offers;     /* with seats left, and items as far as is known; the newest first */
+    int helpers;          /* started; of them */
+    int idle;             /* not at work, and of them */
+    int asleep;           /* not even spinning */
+    int sleepers;         /* callers that wait for `left` */
+    int stopping, at_fork, processors;
+    fa_thread threads[MOST_HELPERS];
+} pool = {.quiet = 1, .lock = FA_MUTEX_FREE, .called = FA_CONDITION_NEW, .left = FA_CONDITION_NEW};
+
+static void note_quiet(void) { fa_atomic_store(&pool.quiet, !pool.offers && !pool.stopping); }
+
+static void unlist(const fa_offer *offer) {
+    fa_offer **at = &pool.offers;
+    while (*at && *at != offer) at = &(*at)->next;
+    if (*at) *at = offer->next;
+    note_quiet();
+}
+
+/* Spins until the number is 0 or the clock has come to `end`. */
+static void spin(int64_t *number, int64_t end) {
+    enum { LOOKS = 16 }; /* cheaper than a reading of the clock */
+    do {
+        for (int look = 0; look < LOOKS; look++) {
+            if (fa_atomic_load(number) == 0) return;
+            fastattn_pause();
+        }
+    } while (fastattn_clock() < end);
+}
+
+/* Whether a thread that runs there cannot go on while this one does, so that to spin for it would be to wait for oneself. */
+static int in_the_way_of(int64_t processor) {
+    return pool.processors == 1 || (processor >= 0 && processor == fastattn_processor());
+}
+
+/* How many of those asleep are to be woken: two, who wake two more each, so that nobody wakes many in turn. Those who spin come
+ * unasked. */
+static int wanted_awake(void) {
+    int seats = pool.asleep - pool.idle;
+    for (const fa_offer *offer = pool.offers; offer; offer = offer->next) seats += offer->seats - offer->seated;
+    const int most = pool.asleep < 2 ? pool.asleep : 2;
+    return seats < most ? seats : most;
+}
+
+static void wake(int count) {
+    for (; count > 0; count--) fa_wake_one(&pool.called);
+}
+
+/* A helper, which holds the lock, takes a seat together with an item, so that nobody waits for one that has none. 0 if there is no
+ * seat. `caller` becomes the processor of the call that was helped. */
+static int serve(int64_t *caller) {
+    fa_offer *offer = pool.offers;
+    if (!offer || pool.stopping) return 0;
+    const int64_t item = fa_atomic_add(&offer->share->next, 1);
+    if (item >= offer->share->items) {
+        unlist(offer);
+        return 1;
+    }
+    const int worker = ++offer->seated;
+    fa_atomic_add(&offer->busy, 1);
+    fa_atomic_store(&offer->helper_runs, fastattn_processor());
+    if (worker == offer->seats) unlist(offer);
+    *caller = offer->caller_runs;
+    pool.idle--;
+    const int more = wanted_awake();
+    fa_unlock(&pool.lock);
+    wake(more);
+    fastattn_take_part(offer->share, item, worker, NULL);
+    const int last = fa_atomic_add(&offer->busy, -1) == 1; /* from here on the offer may be gone */
+    fa_lock(&pool.lock);
+    if (last && pool.sleepers) fa_wake_all(&pool.left);
+    pool.idle++;
+    return 1;
+}
+
+static void help(void) {
+    int64_t awake_until = 0;
+    fa_lock(&pool.lock);
+    for (;;) {
+        int64_t caller = -2;
+        while (serve(&caller)) continue;
+        if (pool.stopping) break;
+        if (caller != -2) awake_until = in_the_way_of(caller) ? 0 : fastattn_clock() + IDLE_NS;
+        if (awake_until && fastattn_clock() < awake_until) {
+            fa_unlock(&pool.lock);
+            spin(&pool.quiet, awake_until);
+            fa_lock(&pool.lock);
+        } else {
+            pool.asleep++;
+            fa_wait(&pool.called, &pool.lock);
+            pool.asleep--;
+        }
+    }
+    fa_unlock(&pool.lock);
+}
+
+/* A fork leaves the child one thread, and the lock as it is at that moment. */
+static void before_fork(void) { fa_lock(&pool.lock); }
+static void after_fork_in_parent(void) { fa_unlock(&pool.lock); }
+static void after_fork_in_child(void) {
+    const fa_mutex lock = FA_MUTEX_FREE;
+    const fa_condition condition = FA_CONDITION_NEW;
+    pool.lock = lock;
+    pool.called = pool.left = condition;
+    pool.offers = NULL;
+    pool.helpers = pool.idle = pool.asleep = pool.sleepers = pool.stopping = 0;
+    note_quiet();
+}
+
+/* Starts what helpers are missing. All callers together have one for each other processor, or as many as one asks for. */
+static void hire(int seats) {
+    if (!pool.at_fork) {
+        fastattn_thread_at_fork(before_fork, after_fork_in_parent, after_fork_in_child);
+        pool.at_fork = 1;
+        pool.processors = fastattn_processors();
+    }
+    int most = seats > pool.processors - 1 ? seats : pool.processors - 1;
+    if (most > MOST_HELPERS) most = MOST_HELPERS;
+    while (!pool.stopping && pool.idle < seats && pool.helpers < most) {
+        if (!fastattn_thread_start(&pool.threads[pool.helpers], help)) break; /* fewer will do */
+        pool.helpers++;
+        pool.idle++;
+    }
+}
+
+void fastattn_pool_offer(fa_offer *offer, fa_share *share, int seats) {
+    const fa_offer made = {.share = share, .seats = seats, .caller_runs = fastattn_processor(), .helper_runs = -1};
+    *offer = made;
+    fa_lock(&pool.lock);
+    hire(seats);
+    offer->next = pool.offers;
+    pool.offers = offer;
+    note_quiet();
+    const int count = wanted_awake();
+    fa_unlock(&pool.lock);
+    wake(count);
+}
+
+void fastattn_pool_withdraw(fa_offer *offer) {
+    fa_lock(&pool.lock);
+    unlist(offer);
+    fa_unlock(&pool.lock);
+    if (fa_atomic_load(&offer->busy) && !in_the_way_of(fa_atomic_load(&offer->helper_runs)))
+        spin(&offer->busy, fastattn_clock() + FINISH_NS);
+    if (fa_atomic_load(&offer->busy) == 0) return;
+    fa_lock(&pool.lock);
+    pool.sleepers++;
+    while (fa_atomic_load(&offer->busy)) fa_wait(&pool.left, &pool.lock);
+    pool.sleepers--;
+    fa_unlock(&pool.lock);
+}
+
+void fastattn_threads_stop(void) {
+    fa_lock(&pool.lock);
+    while (pool.stopping) fa_wait(&pool.left, &pool.lock); /* another thread is doing it */
+    pool.stopping = 1;
+    note_quiet();
+    const int helpers = pool.helpers;
+    fa_wake_all(&pool.called);
+    fa_unlock(&pool.lock);
+    for (int n = 0; n < helpers; n++) fastattn_thread_join(pool.threads[n]);
+    fa_lock(&pool.lock);
+    pool.helpers = pool.idle = pool.stopping = 0;
+    note_quiet();
+    fa_wake_all(&pool.left);
+    fa_unlock(&pool.lock);
+}
