@@ -19,6 +19,9 @@ splitting, caching and distributing all rest on that.
 
 For programs of other makers there are ``fastattn.torch`` and more, modules that are imported when they are first named.
 
+Where tokens stand is data as well: :func:`rope_table` and :func:`apply_rope` turn queries and keys by their positions,
+:func:`alibi_slopes` and :func:`t5_bias` are biases that no array per head and batch entry has to hold.
+
 Settings (threads, backend, instruction set) belong to the process. No result depends on the number of threads.
 """
 
@@ -32,6 +35,8 @@ from .attention import (
     scaled_dot_product_attention,
 )
 from .kvcache import CacheFullError, KVCache
+from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
+from .rope import apply_rope
 from .runtime import (
     BackendWarning,
     cpu_info,
@@ -52,6 +57,8 @@ __all__ = [
     "BlockMask",
     "CacheFullError",
     "KVCache",
+    "alibi_slopes",
+    "apply_rope",
     "attention",
     "attention_mass",
     "attention_weights",
@@ -59,9 +66,12 @@ __all__ = [
     "explain",
     "get_num_threads",
     "merge_states",
+    "rope_table",
     "scaled_dot_product_attention",
     "set_num_threads",
     "show_config",
+    "sinusoidal_positions",
+    "t5_bias",
     "threads",
     "use_backend",
 ]

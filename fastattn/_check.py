@@ -73,7 +73,7 @@ def integers(name, value, batch, low, high):
     return np.full(batch, array, np.int64)
 
 
-def integer(name, value, least):
+def integer(name, value, least=-math.inf):
     """`value` as an int of at least `least`."""
     try:
         number = operator.index(value)

@@ -106,6 +106,22 @@ cdef extern from "fastattn.h" nogil:
         fastattn_isa isa
         int num_threads
 
+    ctypedef struct fastattn_rope_args:
+        size_t size
+        int64_t batch, num_heads, length, head_dim, rotary_dim
+        fastattn_dtype dtype
+        int interleaved
+        const void *x
+        void *out
+        const float *cos
+        const float *sin
+        int64_t x_strides[3]
+        int64_t out_strides[3]
+        int64_t cos_strides[3]
+        int64_t sin_strides[3]
+        fastattn_isa isa
+        int num_threads
+
     const char *fastattn_status_string(fastattn_status status)
     const char *fastattn_isa_name(fastattn_isa isa)
     int fastattn_isa_available(fastattn_isa isa)
@@ -117,6 +133,7 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_store(const fastattn_store_args *args)
     fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
                                           int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse)
+    fastattn_status fastattn_rope(const fastattn_rope_args *args)
 
 
 OK = FASTATTN_OK
@@ -414,4 +431,29 @@ def store(np.ndarray rows, np.ndarray cache, np.ndarray slots):
     args.num_threads = num_threads
     with nogil:
         status = fastattn_store(&args)
+    return <int>status
+
+
+def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, interleaved):
+    """Fill `out` with the rows of `x` turned by the angles of the tables, all of rank 4; the status."""
+    cdef fastattn_rope_args args
+    cdef fastattn_status status
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.batch, args.num_heads, args.length, args.head_dim = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    args.rotary_dim = 2 * cos.shape[3]
+    args.dtype = dtype_code(x)
+    args.interleaved = interleaved
+    args.x = np.PyArray_DATA(x)
+    args.out = np.PyArray_DATA(out)
+    args.cos = <const float *>np.PyArray_DATA(cos)
+    args.sin = <const float *>np.PyArray_DATA(sin)
+    copy_strides(args.x_strides, x, 3)
+    copy_strides(args.out_strides, out, 3)
+    copy_strides(args.cos_strides, cos, 3)
+    copy_strides(args.sin_strides, sin, 3)
+    args.isa = isa_limit
+    args.num_threads = num_threads
+    with nogil:
+        status = fastattn_rope(&args)
     return <int>status

@@ -24,7 +24,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "runtime": {"_check", "_processors", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "attention"},
-    "positions": set(),
+    "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
+    "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "torch"},
     "sparse": {"sparse"},

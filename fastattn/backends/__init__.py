@@ -9,6 +9,8 @@ Every backend is a module with these names and no others:
 ``store(rows, cache, slots)``
     Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)``: each to the slot ``page * (rows of a page) + row`` that
     `slots`, ``(B, L)`` int64, has for it; -1 leaves it out.
+``apply_rope(x, cos, sin, out, interleaved)``
+    Turn the pairs of `x` ``(B, H, L, D)`` by the angles of the tables ``(B, H, L, pairs)`` into `out`, which may be `x`.
 ``explain(call)``
     A dict that says how `call` would be computed.
 ``dtypes``

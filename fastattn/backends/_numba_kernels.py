@@ -512,3 +512,42 @@ def build_merge(stamp, rows_of_item):
 
     integers = types.Array(int64, 1, "C")
     return merge, types.void(integers, *[int64] * 7, integers)
+
+
+def build_rope(stamp, code, interleaved, rows_of_item):
+    """The function that turns the pairs of rows, and its signature.
+
+    `at` holds the addresses of x, out, cos and sin, and `strides` for each of them those of batch entries, heads and rows. Rows are
+    counted so that the heads of a position follow each other, for they share a row of the tables.
+    """
+
+    def rope(at, strides, num_heads, length, n_rows, head_dim, pairs, counter):
+        stamp  # noqa: B018
+        step, apart = (2, 1) if interleaved else (1, pairs)
+        while True:
+            begin = count(counter) * rows_of_item
+            if begin >= n_rows:
+                return
+            for row in range(begin, min(begin + rows_of_item, n_rows)):
+                b, i, h = row // (num_heads * length), row // num_heads % length, row % num_heads
+                x = at[0] + b * strides[0, 0] + h * strides[0, 1] + i * strides[0, 2]
+                out = at[1] + b * strides[1, 0] + h * strides[1, 1] + i * strides[1, 2]
+                cos = elements(at[2] + b * strides[2, 0] + h * strides[2, 1] + i * strides[2, 2], float32)
+                sin = elements(at[3] + b * strides[3, 0] + h * strides[3, 1] + i * strides[3, 2], float32)
+                for n in range(pairs):
+                    first, second = widen(x, n * step, code), widen(x, n * step + apart, code)
+                    one, other = first * cos[n] - second * sin[n], second * cos[n] + first * sin[n]
+                    if code == FLOAT32:
+                        elements(out, float32)[n * step] = one
+                        elements(out, float32)[n * step + apart] = other
+                    else:
+                        elements(out, uint16)[n * step] = narrow(one, code)
+                        elements(out, uint16)[n * step + apart] = narrow(other, code)
+                for d in range(2 * pairs, head_dim):
+                    if code == FLOAT32:
+                        elements(out, float32)[d] = elements(x, float32)[d]
+                    else:
+                        elements(out, uint16)[d] = elements(x, uint16)[d]
+
+    integers = types.Array(int64, 1, "C")
+    return rope, types.void(integers, types.Array(int64, 2, "C"), *[int64] * 5, integers)

@@ -26,6 +26,11 @@ def store(rows, cache, slots):
     _raise_unless_ok(_native.store(rows, cache, slots))
 
 
+def apply_rope(x, cos, sin, out, interleaved):
+    """Fill `out` with the rows of `x` turned by the angles of the tables."""
+    _raise_unless_ok(_native.apply_rope(x, cos, sin, out, interleaved))
+
+
 def explain(call):
     """How `call` is computed."""
     status, plan = _native.explain(call)

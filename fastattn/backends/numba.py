@@ -41,6 +41,7 @@ _OWN_FIELDS = (
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
 _MERGE_ROWS = 64
+_ROPE_ROWS = 256
 _MAX_POOL = 1024
 
 # The lanes of a register; the registers in which query rows are few; and the register tile, (rows, registers of a row):
@@ -109,6 +110,20 @@ def merge_states(outs, lses, out, lse):
         kernel(parts, len(outs), n_rows, width, code, _address(out), _address(lse), _address(scratch), counter)
 
     _share(run, _useful_threads(-(-n_rows // _MERGE_ROWS), len(outs) * n_rows * width))
+
+
+def apply_rope(x, cos, sin, out, interleaved):
+    """Fill `out` with the rows of `x` turned by the angles of the tables."""
+    batch, num_heads, length, head_dim = x.shape
+    n_rows = batch * num_heads * length
+    kernel = _kernel(_numba_kernels.build_rope, _CODES[x.dtype.name], interleaved, _ROPE_ROWS)
+    arrays = x, out, cos, sin
+    at, strides = np.array([_address(array) for array in arrays]), np.array([array.strides[:3] for array in arrays])
+
+    def run(counter):
+        kernel(at, strides, num_heads, length, n_rows, head_dim, cos.shape[-1], counter)
+
+    _share(run, _useful_threads(-(-n_rows // _ROPE_ROWS), n_rows * head_dim))
 
 
 def explain(call):

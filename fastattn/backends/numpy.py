@@ -66,6 +66,18 @@ def store(rows, cache, slots):
         cache[page, row] = rows[wanted]
 
 
+def apply_rope(x, cos, sin, out, interleaved):
+    """Fill `out` with the rows of `x` turned by the angles of the tables."""
+    dtype, pairs = _compute_dtype(x.dtype), cos.shape[-1]
+    first, second = (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    with np.errstate(all="ignore"):
+        for head in np.ndindex(x.shape[:2]):
+            a, b = x[head][:, first].astype(dtype), x[head][:, second].astype(dtype)
+            out[head][:, first], out[head][:, second] = a * cos[head] - b * sin[head], b * cos[head] + a * sin[head]
+    if out is not x:
+        out[..., 2 * pairs :] = x[..., 2 * pairs :]
+
+
 def explain(call):
     """How `call` is computed."""
     batch, num_heads, q_len, head_dim = call.q.shape

@@ -309,6 +309,39 @@ typedef struct fastattn_store_args {
 /* Checks all slots before it writes anything. Needs no memory. */
 FASTATTN_API fastattn_status fastattn_store(const fastattn_store_args *args);
 
+/* Rotary position embedding (Su et al., "RoFormer", 2021). With angles theta of each row, given as cosines and sines, every pair of
+ * numbers of a row is turned by the angle that is its own:
+ *
+ *     out[a] = x[a] * cos[n] - x[b] * sin[n]
+ *     out[b] = x[b] * cos[n] + x[a] * sin[n]       for n < rotary_dim / 2
+ *
+ * where (a, b) is (n, n + rotary_dim / 2), or (2 * n, 2 * n + 1) when interleaved. Numbers from rotary_dim on are copied. Arithmetic is
+ * float32, rounded once to dtype.
+ *
+ * All strides are in bytes and may be zero (out's may not) or negative; the last axes are contiguous, and elements aligned to their own
+ * size. out may be x, with the same strides; it must not overlap x otherwise, nor cos or sin. */
+typedef struct fastattn_rope_args {
+    size_t size;                     /* sizeof(fastattn_rope_args) */
+
+    int64_t batch, num_heads, length, head_dim;
+    int64_t rotary_dim;              /* even, at most head_dim */
+    fastattn_dtype dtype;            /* of x and out */
+    int interleaved;
+
+    const void *x;                   /* (batch, num_heads, length, head_dim) */
+    void *out;                       /* likewise */
+    const float *cos, *sin;          /* (batch, num_heads, length, rotary_dim / 2) */
+    int64_t x_strides[3];            /* batch, head, row */
+    int64_t out_strides[3];
+    int64_t cos_strides[3];          /* 0 shares a table */
+    int64_t sin_strides[3];
+
+    fastattn_isa isa;                /* as in fastattn_attention_args */
+    int num_threads;
+} fastattn_rope_args;
+
+FASTATTN_API fastattn_status fastattn_rope(const fastattn_rope_args *args);
+
 #ifdef __cplusplus
 }
 #endif

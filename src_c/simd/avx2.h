@@ -90,6 +90,16 @@ static inline void simd_transpose(simd_f v[8]) {
         v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
 }
+static inline void simd_unzip(simd_f *a, simd_f *b) {
+    const __m256 low = _mm256_permute2f128_ps(*a, *b, 0x20), high = _mm256_permute2f128_ps(*a, *b, 0x31);
+    *a = _mm256_shuffle_ps(low, high, 0x88);
+    *b = _mm256_shuffle_ps(low, high, 0xdd);
+}
+static inline void simd_zip(simd_f *a, simd_f *b) {
+    const __m256 low = _mm256_unpacklo_ps(*a, *b), high = _mm256_unpackhi_ps(*a, *b);
+    *a = _mm256_permute2f128_ps(low, high, 0x20);
+    *b = _mm256_permute2f128_ps(low, high, 0x31);
+}
 static inline simd_f simd_sum_lanes(const simd_f v[8]) {
     __m256 a[4], b[2];
 #pragma GCC unroll 8

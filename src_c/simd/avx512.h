@@ -111,6 +111,18 @@ static inline void simd_transpose(simd_f v[16]) {
         v[i + 12] = _mm512_shuffle_f32x4(low1, high1, 0xdd);
     }
 }
+static inline void simd_unzip(simd_f *a, simd_f *b) {
+    const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512 x = *a, y = *b;
+    *a = _mm512_permutex2var_ps(x, evens, y);
+    *b = _mm512_permutex2var_ps(x, _mm512_or_si512(evens, _mm512_set1_epi32(1)), y);
+}
+static inline void simd_zip(simd_f *a, simd_f *b) {
+    const __m512i firsts = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 x = *a, y = *b;
+    *a = _mm512_permutex2var_ps(x, firsts, y);
+    *b = _mm512_permutex2var_ps(x, _mm512_or_si512(firsts, _mm512_set1_epi32(8)), y);
+}
 /* Sums of neighbours, which are interleaved with those of the next vector; likewise with quarters. */
 static inline simd_f simd_sum_lanes(const simd_f v[16]) {
     __m512 a[8], b[4];

@@ -79,6 +79,16 @@ static inline void simd_transpose(simd_f v[4]) {
     v[2] = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
     v[3] = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
 }
+static inline void simd_unzip(simd_f *a, simd_f *b) {
+    const simd_f x = *a, y = *b;
+    *a = vuzp1q_f32(x, y);
+    *b = vuzp2q_f32(x, y);
+}
+static inline void simd_zip(simd_f *a, simd_f *b) {
+    const simd_f x = *a, y = *b;
+    *a = vzip1q_f32(x, y);
+    *b = vzip2q_f32(x, y);
+}
 static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
 }

@@ -64,6 +64,17 @@ static inline void simd_transpose(simd_f v[4]) {
         v[j].lane[i] = x;
     }
 }
+/* Two vectors of pairs to their first numbers, in a, and their second ones, in b; and back. */
+static inline void simd_unzip(simd_f *a, simd_f *b) {
+    const simd_f x = *a, y = *b;
+    *a = (simd_f){{x.lane[0], x.lane[2], y.lane[0], y.lane[2]}};
+    *b = (simd_f){{x.lane[1], x.lane[3], y.lane[1], y.lane[3]}};
+}
+static inline void simd_zip(simd_f *a, simd_f *b) {
+    const simd_f x = *a, y = *b;
+    *a = (simd_f){{x.lane[0], y.lane[0], x.lane[1], y.lane[1]}};
+    *b = (simd_f){{x.lane[2], y.lane[2], x.lane[3], y.lane[3]}};
+}
 /* Lane i is the sum of the lanes of v[i], for SIMD_LANES vectors. */
 static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     simd_f r;

@@ -26,6 +26,7 @@
 #include "scores.h"
 #include "tile.h"
 #include "few.h"
+#include "rotate.h"
 
 #define FA_TABLE(suffix, instructions, block_size)                                                              \
     static const fa_products suffix##_products = {                                                              \
@@ -35,4 +36,4 @@
     const fa_ukernel fastattn_ukernel_##suffix = {                                                              \
         .products = &suffix##_products, .widen = widen, .fetch = fetch, .mask = mask, .scores = scores,         \
         .qk_few = qk_few, .softmax_few = softmax_few, .pv_few = pv_few, .finite = all_finite, .unpack = unpack, \
-        .narrow = narrow};
+        .narrow = narrow, .rotate = rotate};

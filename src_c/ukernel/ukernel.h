@@ -32,6 +32,7 @@ enum {
     FA_FEW_ROWS = 12,         /* up to here lanes are numbers of a key, and beyond, queries, some of FA_ROW_STEP lanes empty */
     FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
+    FA_ROTATED_HEADS = 4,     /* heads whose rows are turned together, by angles that are loaded once */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
@@ -131,6 +132,20 @@ static inline int64_t fa_round_up(int64_t n, int64_t step) { return (n + step - 
 /* The first row of o that no value has, rounded up to tiles. */
 static inline int64_t fa_sums_row(int64_t v_head_dim) { return fa_round_up(v_head_dim, FA_ROW_STEP); }
 
+/* Rows of numbers in pairs, and the angles by which the pairs are turned: the same for some heads. Strides are in bytes. */
+typedef struct fa_rotation {
+    const char *x;
+    char *out; /* x with the same strides, or nothing of x */
+    const char *cos, *sin;
+    int64_t x_head, out_head;
+    int64_t x_row, out_row, cos_row, sin_row;
+    int heads; /* FA_ROTATED_HEADS at most, which is also the best */
+    int64_t rows, head_dim;
+    int64_t pairs;   /* of the first 2 * pairs numbers of a row, which is head_dim at most; the rest is copied */
+    int interleaved; /* pair n is numbers 2 * n and 2 * n + 1, else n and pairs + n */
+    fastattn_dtype dtype;
+} fa_rotation;
+
 /* What is done in float32 lanes whatever the products, and the products of few rows. */
 typedef struct fa_ukernel {
     const fa_products *products; /* in float32, for every storage type */
@@ -169,6 +184,9 @@ typedef struct fa_ukernel {
 
     /* The same for one row of a row-major o: to[d] = from[d] * factor. */
     void (*narrow)(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype);
+
+    /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
+    void (*rotate)(const fa_rotation *rotation);
 } fa_ukernel;
 
 /* The best table at or below the limit (FASTATTN_ISA_BEST: no limit) that this processor can run; null when the limit

@@ -1,0 +1,90 @@
+/* fastattn_rope: rows are turned where they lie.
+ *
+ * Memory is walked through in the order in which it lies. Where the heads of a position lie side by side, they share the angles from
+ * L1. Where the positions of a head do, a pass over them reads as many cosines and sines as there are numbers in the head, so that
+ * bundles of heads are turned together, in blocks of positions whose part of the tables stays in L2. */
+#include "../ukernel/storage.h"
+#include "../ukernel/ukernel.h"
+#include "check.h"
+#include "ints.h"
+#include "threads.h"
+
+#include <stdlib.h>
+
+enum { ITEM_BYTES = 128 << 10 }; /* of x or of the tables: what is worth an item of its own, and stays in L2 */
+
+typedef struct fa_rope {
+    const fastattn_rope_args *args;
+    const fa_ukernel *uk;
+    int side_by_side;      /* heads of a position lie closer together than positions of a head */
+    int bundle;            /* heads that are turned together, at most */
+    int64_t heads, rows;   /* of an item, at most */
+    int64_t head_items, row_items;
+} fa_rope;
+
+static void rotate_item(const void *context, int64_t item, int worker) {
+    const fa_rope *x = context;
+    const fastattn_rope_args *a = x->args;
+    const int64_t h0 = item % x->head_items * x->heads, i0 = item / x->head_items % x->row_items * x->rows;
+    const int64_t b = item / x->head_items / x->row_items;
+    const int64_t heads = fa_min(x->heads, a->num_heads - h0), rows = fa_min(x->rows, a->length - i0);
+    const int axis = x->side_by_side ? 1 : 2; /* along which the kernel's rows lie */
+    fa_rotation r = {.x_head = a->x_strides[1], .out_head = a->out_strides[1], .x_row = a->x_strides[axis],
+                     .out_row = a->out_strides[axis], .cos_row = a->cos_strides[axis], .sin_row = a->sin_strides[axis],
+                     .rows = x->side_by_side ? heads : rows, .head_dim = a->head_dim, .pairs = a->rotary_dim / 2,
+                     .interleaved = a->interleaved, .dtype = a->dtype};
+    (void)worker;
+    for (int64_t n = 0; n < (x->side_by_side ? rows : heads); n += r.heads) {
+        const int64_t h = h0 + (x->side_by_side ? 0 : n), i = i0 + (x->side_by_side ? n : 0);
+        r.x = (const char *)a->x + b * a->x_strides[0] + h * a->x_strides[1] + i * a->x_strides[2];
+        r.out = (char *)a->out + b * a->out_strides[0] + h * a->out_strides[1] + i * a->out_strides[2];
+        r.cos = (const char *)a->cos + b * a->cos_strides[0] + h * a->cos_strides[1] + i * a->cos_strides[2];
+        r.sin = (const char *)a->sin + b * a->sin_strides[0] + h * a->sin_strides[1] + i * a->sin_strides[2];
+        r.heads = x->side_by_side ? 1 : (int)fa_min(x->bundle, heads - n);
+        x->uk->rotate(&r);
+    }
+}
+
+static fastattn_status check_rope(fastattn_rope_args *a) {
+    const int64_t most = (int64_t)1 << 40; /* rows: bytes then have less than 63 bits */
+    if (!fa_is_storage(a->dtype)) return FASTATTN_ERROR_DTYPE;
+    if (a->batch < 0 || a->num_heads < 0 || a->length < 0 || a->head_dim < 0 || a->rotary_dim < 0 || a->rotary_dim % 2 != 0 ||
+        a->rotary_dim > a->head_dim || a->head_dim > FA_MOST_DIM || a->num_heads > most || a->length > most ||
+        (a->length > 0 && a->num_heads > most / a->length) ||
+        (a->length > 0 && a->num_heads > 0 && a->batch > most / (a->num_heads * a->length)))
+        return FASTATTN_ERROR_SHAPE;
+    const fa_table tables[] = {
+        {a->x, a->x_strides, 3, {a->batch, a->num_heads, a->length}, a->head_dim, fa_size_of(a->dtype), 1, 0},
+        {a->out, a->out_strides, 3, {a->batch, a->num_heads, a->length}, a->head_dim, fa_size_of(a->dtype), 1, 1},
+        {a->cos, a->cos_strides, 3, {a->batch, a->num_heads, a->length}, a->rotary_dim / 2, 4, 1, 0},
+        {a->sin, a->sin_strides, 3, {a->batch, a->num_heads, a->length}, a->rotary_dim / 2, 4, 1, 0},
+    };
+    for (size_t n = 0; n < sizeof tables / sizeof *tables; n++)
+        if (fastattn_check_table(&tables[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
+    for (int axis = 0; a->out == a->x && axis < 3; axis++)
+        if (a->out_strides[axis] != a->x_strides[axis]) return FASTATTN_ERROR_ARGUMENT;
+    return FASTATTN_OK;
+}
+
+fastattn_status fastattn_rope(const fastattn_rope_args *given) {
+    if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
+    fastattn_rope_args args = *given;
+    const fastattn_status status = check_rope(&args);
+    if (status != FASTATTN_OK) return status;
+    fa_rope x = {.args = &args, .uk = fastattn_ukernel_select(args.isa)};
+    if (!x.uk) return FASTATTN_ERROR_ISA;
+    const int64_t row_bytes = args.head_dim * fa_size_of(args.dtype), table_bytes = args.rotary_dim * 4;
+    const int64_t bytes = args.batch * args.num_heads * args.length * row_bytes;
+    if (bytes == 0) return FASTATTN_OK;
+
+    const int64_t most_rows = ITEM_BYTES / fa_max(row_bytes, table_bytes);
+    x.side_by_side = args.length == 1 || llabs(args.x_strides[1]) < llabs(args.x_strides[2]);
+    x.bundle = args.cos_strides[1] == 0 && args.sin_strides[1] == 0 ? FA_ROTATED_HEADS : 1;
+    x.heads = x.side_by_side ? args.num_heads : fa_min(args.num_heads, FA_ROTATED_HEADS);
+    x.rows = fa_max(1, fa_min(args.length, x.side_by_side ? most_rows / x.heads : most_rows));
+    x.head_items = fa_ceil_div(args.num_heads, x.heads);
+    x.row_items = fa_ceil_div(args.length, x.rows);
+    const int threads = (int)fa_max(1, fa_min(args.num_threads, bytes / ITEM_BYTES));
+    fastattn_for_each(args.batch * x.row_items * x.head_items, threads, rotate_item, &x);
+    return FASTATTN_OK;
+}
