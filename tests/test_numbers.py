@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from inputs import DTYPES, dtype_of, random_qkv
-from oracle import assert_matches
+from oracle import assert_matches, check
 
 import fastattn
 
@@ -52,6 +52,43 @@ def test_numbers_of_very_different_size(engine, how, dtype):
     assert_matches(q, k, v, causal=True, query_offset=0)
     few = q[:, :, :30]  # a maximum over rows that see little
     assert_matches(few, k, v, causal=True, query_offset=0)
+
+
+OVERFLOWS = {  # the shape, kv_heads and keywords of a call
+    "one query": ((1, 2, 1, 400, 16), 2, {}),
+    "few queries": ((1, 4, 3, 400, 16), 2, {"mask": np.arange(400) % 3 != 1}),
+    "few queries, keys in parts": ((1, 4, 1, 5000, 24), 1, {"kv_lengths": np.array([4500])}),
+    "many queries": ((2, 2, 70, 400, 17), 2, {"causal": True}),
+    "many queries, keys in parts": ((1, 2, 40, 3000, 8), 1, {"window": (2500, 0)}),
+    "with a sink": ((1, 2, 20, 100, 8), 2, {"sinks": np.float32([1, -1]), "softcap": 2.0}),
+    "blocks": ((1, 2, 96, 96, 8), 2, {"mask": fastattn.BlockMask.strided(96, stride=20, block_size=16)}),
+}
+
+
+@pytest.mark.parametrize("how", OVERFLOWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_that_overflow_have_means_that_do_not(how, dtype):
+    """Of numbers near the largest, some columns alike, some of both signs, beside columns of ordinary, tiny and infinite ones."""
+    shape, kv_heads, keywords = OVERFLOWS[how]
+    q, k, v = random_qkv(*shape, kv_heads=kv_heads, dtype=dtype)
+    largest = np.float32(3.3895314e38 if dtype == "bfloat16" else 3.4028235e38)
+    v[..., 0] = largest
+    v[..., 1] = -largest
+    v[..., 2:4] = (np.sign(v[..., 2:4].astype(np.float32)) * 3e38).astype(v.dtype)
+    v[..., 4] = 1e-30
+    v[0, 0, shape[3] // 2, 5] = INF
+    if isinstance(keywords.get("mask"), fastattn.BlockMask):
+        dense = keywords["mask"].to_dense()
+        out = fastattn.attention(q, k, v, **keywords)
+        check(out, None, q, k, v, mask=np.broadcast_to(dense, (*q.shape[:3], k.shape[2])))
+    else:
+        out, _ = assert_matches(q, k, v, **keywords)
+    # Columns are judged apart, for against the large ones the others' errors are nothing.
+    ordinary = fastattn.attention(q, k, v[..., 4:], **keywords)
+    for got, expected in zip(np.moveaxis(out[..., 4:], -1, 0), np.moveaxis(ordinary, -1, 0)):
+        got, expected = got.astype(np.float64), expected.astype(np.float64)
+        size = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=size * (2**-7 if dtype == "bfloat16" else 1e-6))
 
 
 def test_logits_that_grow_along_the_keys():

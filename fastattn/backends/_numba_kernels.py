@@ -23,7 +23,7 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, types, uint8, uint16
 
 from ._numba_numbers import (
-    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, inline, jit, magnitude_of, narrow, narrow_row, tanh, widen,
+    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, inline, jit, magnitude_of, narrow, narrow_row, replace_row, tanh, widen,
     widen_row,
 )  # fmt: skip
 from ._numba_products import Rows, careful_values, pack, scores, transpose_all, unpack, values
@@ -46,8 +46,12 @@ PLAN = np.dtype(
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
     )]
-    + [("scale", np.float32), ("softcap", np.float32)]
+    + [(name, np.float32) for name in ("scale", "softcap", "shrink")]  # `shrink`: what weights are multiplied by, 1 or `SHRINK`
 )  # fmt: skip
+
+# Sums of values may overflow where their mean, which is finite, does not. What is not finite in the end is then computed again from
+# weights that are this much smaller.
+SHRINK = 2.0**-64
 
 
 # Between the products: scores become weights.
@@ -112,6 +116,9 @@ def softmax(plan, at, n, row):
         total = add(total, p)
     store(at.l, fma(load(at.l, row), alpha, total))
     store(at.alpha, alpha)
+    if plan.shrink != 1.0:
+        for j in range(n):
+            store(at.st + j * pitch, mul(load(at.st + j * pitch, row), plan.shrink))
 
 
 # Work items
@@ -401,7 +408,8 @@ def fold(state, other, v_head_dim, row):
 
 @jit
 def finish(plan, unit, state, scratch, row):
-    """Divide by the denominator and write the rows of a unit to `out` and `lse`."""
+    """Divide by the denominator and write the rows of a unit to `out` and `lse`; whether sums have overflown."""
+    overflown = False
     at = places(plan, state, scratch, row)
     panel = locate(plan, unit, row)
     m, l, seen = elements(at.m, float32), elements(at.l, float32), elements(at.seen, float32)
@@ -423,7 +431,25 @@ def finish(plan, unit, state, scratch, row):
             fill(line, 0.0, 0, plan.v_head_dim)
             factor = 1.0
         out = plan.out + panel.b * plan.out_batch + head * plan.out_head + i * plan.out_row
+        if plan.shrink != 1.0:
+            replace_row(line, factor / plan.shrink, plan.q_code, plan.v_head_dim, out)
+            continue
         narrow_row(line, np.float32(factor), plan.q_code, plan.v_head_dim, out)
+        overflown |= np.isfinite(factor) and not all_finite(line, 0, 1, plan.v_head_dim, FLOAT32)
+    return overflown
+
+
+@jit
+def compute(plan, unit, state, apart, attended, scratch, tile, row, storage):
+    """A unit of work with all parts of its keys, whose states are there where `attended`, and `apart` where they are kept; whether
+    sums have overflown."""
+    for part in range(plan.parts):
+        other = state + (part if apart else min(part, 1)) * plan.state_bytes
+        if not attended:
+            attend(plan, unit, part, other, scratch, tile, row, storage)
+        if part > 0:
+            fold(state, other, plan.v_head_dim, row)
+    return finish(plan, unit, state, scratch, row)
 
 
 # What a thread runs. Numba's disk cache keeps a function under the values that it closes over, so that each shape of the registers
@@ -441,7 +467,7 @@ def build_attention(stamp, tile_rows, registers, width, row_registers, code):
     - PARTS: one part of a unit; its state is left in ``plan.states``,
     - MERGE: a unit whose parts have been computed.
 
-    The arithmetic is the same in WHOLE and in PARTS with MERGE.
+    The arithmetic is the same in WHOLE and in PARTS with MERGE. The second of the plans is that for sums that overflow.
     """
 
     storage = {None: None, FLOAT32: float32, FLOAT16: types.float16, BFLOAT16: uint16}[code]
@@ -460,14 +486,10 @@ def build_attention(stamp, tile_rows, registers, width, row_registers, code):
             if phase == PARTS:
                 attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row, storage)
                 continue
-            state = plan.states + item * parts * size if phase == MERGE else scratch + plan.own_states
-            for part in range(parts):
-                other = state + (part if phase == MERGE else min(part, 1)) * size
-                if phase == WHOLE:
-                    attend(plan, item, part, other, scratch, tile, row, storage)
-                if part > 0:
-                    fold(state, other, plan.v_head_dim, row)
-            finish(plan, item, state, scratch, row)
+            merging = phase == MERGE
+            state = plan.states + item * parts * size if merging else scratch + plan.own_states
+            if compute(plan, item, state, merging, merging, scratch, tile, row, storage):
+                compute(plans[1], item, state, merging, False, scratch, tile, row, storage)
 
     record = types.Array(from_dtype(PLAN), 1, "C")
     return attention, types.void(record, int64, int64, types.Array(int64, 1, "C"))

@@ -94,6 +94,25 @@ def narrow_row(source, factor, code, n, target):
             bits[d] = narrow(x[d] * factor, code)
 
 
+@jit
+def replace_row(source, factor, code, n, target):
+    """Like `narrow_row`, in float64, for those numbers of the target that are not finite, where the source is a number; what is
+    finite is not made infinite."""
+    x, to, bits = elements(source, float32), elements(target, float32), elements(target, uint16)
+    largest = float64(float_of(np.uint32(0x7F7F0000 if code == BFLOAT16 else 0x7F7FFFFF)))
+    for d in range(n):
+        if np.isfinite(to[d] if code == FLOAT32 else widen(target, d, code)):
+            continue
+        y = float64(x[d]) * factor
+        if np.isnan(y):  # weights that were made 0, of infinities
+            continue
+        y = np.float32(min(max(y, -largest), largest) if np.isfinite(y) else y)
+        if code == FLOAT32:
+            to[d] = y
+        else:
+            bits[d] = narrow(y, code)
+
+
 @inline
 def narrow_double(x):
     """A float64 bias as float32: one that is finite stays finite."""

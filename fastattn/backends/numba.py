@@ -21,7 +21,7 @@ import numpy as np
 from numba import config, njit
 
 from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
-from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, WHOLE
+from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE
 from .numpy import store as store  # a cast and a scatter, which NumPy does as well
 
 if config.DISABLE_JIT:
@@ -196,7 +196,7 @@ class _Work:
             self.states_bytes, self.scratch_bytes = 0, self.own_states + min(self.parts, 2) * self.state_bytes
 
     def plan(self):
-        """The record that the kernels read. It holds addresses: the call must outlive it."""
+        """The records that the kernels read. They hold addresses: the call must outlive them."""
         call, mask = self.call, self.call.block_mask
         fields = {
             **_place("q", call.q, "q_batch", "q_head", "q_row"),
@@ -221,8 +221,9 @@ class _Work:
             for name in ("indptr", "indices", "partial", "element_bits"):
                 fields |= _place(name, getattr(mask, name))
             fields |= {"block_size": mask.block_size, "pattern_batch": mask.row_strides[0], "pattern_head": mask.row_strides[1]}
-        plan = np.zeros(1, PLAN)
-        plan[0] = tuple([fields.get(name, 0) for name in PLAN.names])
+        plan = np.zeros(2, PLAN)
+        plan[:] = tuple([fields.get(name, 0) for name in PLAN.names])
+        plan["shrink"] = 1, SHRINK
         return plan
 
     def visible_fraction(self):

@@ -187,13 +187,28 @@ def _narrow(bias, dtype):
 
 def _attend_tile(call, b, h, i0, i1):
     """`out` and `lse` of query rows i0 to i1 of one head."""
+    out, lse = _mean_values(call, b, h, i0, i1)
+    overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
+    if overflown.any():
+        # The mean of finite values is no larger than the largest of them, though their sum may be: that of smaller ones is not.
+        values = np.abs(call.v[b, h // (call.q.shape[1] // call.v.shape[1])].astype(out.dtype))
+        largest = values.max(where=np.isfinite(values), initial=0)
+        down = np.ldexp(out.dtype.type(1), np.finfo(out.dtype).minexp // 2)
+        small, _ = _mean_values(call, b, h, i0, i1, down)
+        mean = np.where(np.isfinite(small), np.clip(small / down, -largest, largest), small)
+        out[overflown] = mean[overflown]
+    return out, lse
+
+
+def _mean_values(call, b, h, i0, i1, v_scale=1):
+    """The same where no sum overflows, of values times `v_scale`."""
     v = call.v[b, h // (call.q.shape[1] // call.v.shape[1])]
     m, l = _empty_state(call, i1 - i0)
     acc = np.zeros((i1 - i0, v.shape[1]), l.dtype)
     sees = np.zeros(i1 - i0, bool)
     for keys, scores, visible in _score_blocks(call, b, h, i0, i1):
         m, l, p, alpha = _softmax_step(m, l, scores)
-        acc = acc * alpha[:, None] + _weighted_values(p, visible, v[keys].astype(l.dtype))
+        acc = acc * alpha[:, None] + _weighted_values(p, visible, v[keys].astype(l.dtype) * l.dtype.type(v_scale))
         sees |= visible.any(axis=1)
     m, l, alpha = _add_sink(call, h, m, l)
     acc *= alpha[:, None]

@@ -13,6 +13,7 @@
  * surrounds the loop: panels, items and parts of the keys. What is done to one block is in block.c. */
 #include "block.h"
 #include "ints.h"
+#include "range.h"
 #include "threads.h"
 
 #include <stdlib.h>
@@ -55,8 +56,9 @@ static void settle(fa_work *w) {
                       FASTATTN_FLOAT32, 1.0f);
 }
 
-/* Everything that the caller will see of a panel. o is that of the state, or row-major with this pitch. */
-static void finish(const fa_call *call, const fa_panel *p, const fa_state *state, const float *o_rows, int64_t pitch) {
+/* Everything that the caller will see of a panel; o is that of the state, or row-major with this pitch. Of values that were scaled
+ * only what is missing in the outputs. Returns whether it has to be computed again so. */
+static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, const float *o_rows, int64_t pitch, float v_scale) {
     const fastattn_attention_args *a = call->args;
     float factor[FA_PANEL_ROWS] = {0};
     for (int r = 0; r < p->rows; r++) {
@@ -66,12 +68,16 @@ static void finish(const fa_call *call, const fa_panel *p, const fa_state *state
                             : NULL;
         factor[r] = fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
     }
-    if (!o_rows) {
-        call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
-        return;
+    const fa_sums sums = {o_rows ? o_rows : state->o, o_rows ? pitch : 1, o_rows ? 1 : state->ld};
+    if (v_scale != 1.0f) {
+        fastattn_replace_means(call, p, sums, factor);
+        return 0;
     }
-    for (int r = 0; r < p->rows; r++)
-        call->uk->narrow(p->outputs[r], o_rows + r * pitch, factor[r], a->v_head_dim, a->q_dtype);
+    int finite = 1;
+    if (!o_rows) finite = call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
+    for (int r = 0; o_rows && r < p->rows; r++)
+        finite &= call->uk->narrow(p->outputs[r], o_rows + r * pitch, factor[r], a->v_head_dim, a->q_dtype);
+    return !finite && fastattn_sums_overflow(call, p, state, sums);
 }
 
 /* The workspace: scratch for each worker, then the states of the items where keys are split. */
@@ -101,13 +107,14 @@ static void *partial_memory(const fa_job *job, int64_t n) {
 }
 
 /* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
-static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_run *run) {
+static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_run *run, float v_scale) {
     const fa_call *call = &job->call;
     const fastattn_attention_args *a = call->args;
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(job, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     fa_work w = {.call = call,
                  .run = run,
+                 .v_scale = v_scale,
                  .panel = fastattn_panel_of(call, panel, part, own + at->panel.rows),
                  .s = (float *)(scratch + at->s),
                  .p = (float *)(scratch + at->p),
@@ -132,14 +139,10 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
     return w;
 }
 
-/* Phase 0: attention of a bundle of panels over one part of the keys. Whichever panel is the furthest behind goes on, so that
- * all come to a block together. */
-static void run_item(const void *context, int64_t item, int worker) {
-    const fa_job *job = context;
+/* Some consecutive panels over one part of the keys. Whichever is the furthest behind goes on, so that all come to a block
+ * together. Returns a bit for each that has to be computed again. */
+static uint32_t run_panels(const fa_job *job, int64_t first, int64_t panels, int64_t part, int worker, float v_scale) {
     const fa_call *call = &job->call;
-    const int64_t part = item % call->splits, bundle = item / call->splits % call->bundles;
-    const int64_t sequence = item / call->splits / call->bundles, first = bundle * call->bundle;
-    const int64_t panels = fa_min(call->bundle, call->rows.panels - first);
     fa_run run = {.ways = {{.products = call->products}, {.products = call->uk->products}}};
     for (int way = 0; way < FA_WAYS; way++) {
         if (!call->scratch.prepared[way]) continue;
@@ -147,9 +150,9 @@ static void run_item(const void *context, int64_t item, int worker) {
         run.ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
     }
     fa_work works[FA_MOST_BUNDLE];
+    uint32_t overflown = 0;
     if (call->products->enter) call->products->enter();
-    for (int64_t n = 0; n < panels; n++)
-        works[n] = start(job, sequence * call->rows.panels + first + n, part, n, worker, &run);
+    for (int64_t n = 0; n < panels; n++) works[n] = start(job, first + n, part, n, worker, &run, v_scale);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)
@@ -158,26 +161,52 @@ static void run_item(const void *context, int64_t item, int worker) {
         fastattn_run_block(next, &next->block);
         next->pending = fastattn_next_key_block(&next->blocks, &next->block);
     }
-    for (fa_work *w = works; w < works + panels; w++)
+    for (int64_t n = 0; n < panels; n++) {
+        fa_work *w = works + n;
         if (call->splits > 1)
             settle(w);
-        else
-            finish(call, &w->panel, &w->state, w->few ? w->o_rows : NULL, w->o_pitch);
+        else if (finish(call, &w->panel, &w->state, w->few ? w->o_rows : NULL, w->o_pitch, v_scale))
+            overflown |= (uint32_t)1 << n;
+    }
     if (call->products->leave) call->products->leave();
+    return overflown;
 }
 
-/* Phase 1: the parts of one panel become one. */
-static void merge_item(const void *context, int64_t item, int worker) {
-    const fa_job *job = context;
+/* The parts of one panel become one. */
+static int merge_parts(const fa_job *job, int64_t panel, int worker, float v_scale) {
     const fa_call *call = &job->call;
     char *rows = scratch_of(job, worker) + call->scratch.panels + call->scratch.panel.rows;
-    const fa_panel panel = fastattn_panel_of(call, item, 0, rows);
-    fa_state state = state_at(call, &panel, partial_memory(job, item * call->splits));
+    const fa_panel p = fastattn_panel_of(call, panel, 0, rows);
+    fa_state state = state_at(call, &p, partial_memory(job, panel * call->splits));
     for (int64_t part = 1; part < call->splits; part++) {
-        const fa_state other = state_at(call, &panel, partial_memory(job, item * call->splits + part));
+        const fa_state other = state_at(call, &p, partial_memory(job, panel * call->splits + part));
         fastattn_state_merge(&state, &other, call->exponent);
     }
-    finish(call, &panel, &state, NULL, 0);
+    return finish(call, &p, &state, NULL, 0, v_scale);
+}
+
+/* A panel whose sums left float32, with all its parts. */
+static void run_again(const fa_job *job, int64_t panel, int worker) {
+    for (int64_t part = 0; part < job->call.splits; part++) run_panels(job, panel, 1, part, worker, FA_SHRINK);
+    if (job->call.splits > 1) merge_parts(job, panel, worker, FA_SHRINK);
+}
+
+/* Phase 0: attention of a bundle of panels over one part of the keys. */
+static void run_item(const void *context, int64_t item, int worker) {
+    const fa_job *job = context;
+    const fa_call *call = &job->call;
+    const int64_t part = item % call->splits, bundle = item / call->splits % call->bundles;
+    const int64_t sequence = item / call->splits / call->bundles, first = bundle * call->bundle;
+    const int64_t panels = fa_min(call->bundle, call->rows.panels - first), panel = sequence * call->rows.panels + first;
+    uint32_t overflown = run_panels(job, panel, panels, part, worker, 1.0f);
+    for (int64_t n = 0; overflown; n++, overflown >>= 1)
+        if (overflown & 1) run_again(job, panel + n, worker);
+}
+
+/* Phase 1, where the keys are in parts. */
+static void merge_item(const void *context, int64_t item, int worker) {
+    const fa_job *job = context;
+    if (merge_parts(job, item, worker, 1.0f)) run_again(job, item, worker);
 }
 
 static int64_t phase_items(const fa_call *call, int phase) {

@@ -21,7 +21,8 @@ typedef struct fa_operands {
     fa_score_rules rules;
     int ruled;   /* the rules change or hide some score, whichever keys are visible by their position */
     int mended;  /* some score has a part in an infinity, and the products are of numbers in parts */
-    int careful; /* some row must not be touched by some value that is not finite, or the products cannot take it */
+    int careful; /* values are not taken as they are: some row must not be touched by one that is not finite, or the products
+                    cannot take it, or they are scaled */
 } fa_operands;
 
 /* The caller's rows of k or v from `first` on. */
@@ -144,15 +145,17 @@ static void add_values(fa_work *w, const fa_operands *x, const float *alpha, con
         x->products->pv(w->state.o + row, alpha, p, ld, rows, x->v, x->skip + from, keys, dim);
 }
 
-/* The values with 0 for NaN and infinities, in their storage type. */
+/* The values with 0 for NaN and infinities, times v_scale, in their storage type. */
 static fa_matrix finite_values(fa_work *w, fa_matrix v, int64_t keys) {
     const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
     const fa_matrix finite = {w->finite_v, dim * size, v.dtype};
     for (int64_t j = 0; j < keys; j++) {
         char *to = w->finite_v + j * finite.stride;
         memcpy(to, rows_from(v, j).at, (size_t)finite.stride);
-        for (int64_t d = 0; d < dim; d++)
-            if (!isfinite(fa_get(to + d * size, v.dtype))) fa_put(to + d * size, 0.0f, v.dtype);
+        for (int64_t d = 0; d < dim; d++) {
+            const float value = fa_get(to + d * size, v.dtype);
+            if (!isfinite(value) || w->v_scale != 1.0f) fa_put(to + d * size, isfinite(value) ? value * w->v_scale : 0.0f, v.dtype);
+        }
     }
     return finite;
 }
@@ -373,8 +376,9 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     fetch_ahead(w, x.stored_k, x.stored_v, block);
     x.ruled = call->natural || biased;
     x.mended = in_parts && !(w->q_finite && all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim));
-    x.careful = (block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
-                !all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim);
+    x.careful = w->v_scale != 1.0f ||
+                ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
+                 !all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim));
     if (w->few) {
         x.products = call->uk->products;
         x.k = x.stored_k;

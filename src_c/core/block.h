@@ -33,6 +33,7 @@ typedef struct fa_work {
     float *q[FA_WAYS];
     int packed[FA_WAYS];      /* q is there */
     int misfits;              /* blocks in a row that did not fit the products */
+    float v_scale;            /* values are multiplied by it: 1, or FA_SHRINK of range.h */
     int q_finite;             /* all queries are, as far as that matters */
     int few;                  /* the panel's rows are few: q, s, p and o are row-major, o in o_rows until the last block */
     int64_t q_pitch, s_pitch, o_pitch; /* then */

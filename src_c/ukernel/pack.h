@@ -59,11 +59,17 @@ FA_INLINE void pack_square(float *q, int ld, const void *const *rows_of, int64_t
         if (i < n) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
 }
 
+/* x * 0 is 0 for finite x, and NaN else: what such products add up to tells whether all were finite. */
+FA_INLINE int were_finite(simd_f sum) { return !simd_any(simd_not(simd_eq(sum, simd_set1(0.0f)))); }
+
 FA_INLINE void unpack_square(void *const *rows_of, int lanes, const float *o, int ld, int64_t d, int64_t n,
-                             simd_f factor, fastattn_dtype dtype) {
+                             simd_f factor, simd_f *sum, fastattn_dtype dtype) {
+    const simd_f zero = simd_set1(0.0f);
     simd_f square[SIMD_LANES];
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : factor;
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+        square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : zero;
+        sum[i % 4] = simd_fma(square[i], zero, sum[i % 4]);
+    }
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
         if (i < lanes) store_as((char *)rows_of[i] + d * fa_size_of(dtype), square[i], n, dtype);
@@ -81,17 +87,17 @@ FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, i
 }
 
 FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld, const float *factors,
-                         int64_t v_head_dim, fastattn_dtype dtype) {
+                         int64_t v_head_dim, simd_f *sum, fastattn_dtype dtype) {
     for (int row = 0; row < count; row += SIMD_LANES) {
         const simd_f factor = simd_load(factors + row);
         const int lanes = count - row < SIMD_LANES ? count - row : SIMD_LANES;
         int64_t d = 0;
         if (lanes == SIMD_LANES)
             for (; d + SIMD_LANES <= v_head_dim; d += SIMD_LANES)
-                unpack_square(rows_of + row, SIMD_LANES, o + row, ld, d, SIMD_LANES, factor, dtype);
+                unpack_square(rows_of + row, SIMD_LANES, o + row, ld, d, SIMD_LANES, factor, sum, dtype);
         for (; d < v_head_dim; d += SIMD_LANES) {
             const int64_t n = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
-            unpack_square(rows_of + row, lanes, o + row, ld, d, n, factor, dtype);
+            unpack_square(rows_of + row, lanes, o + row, ld, d, n, factor, sum, dtype);
         }
     }
 }
@@ -114,23 +120,30 @@ static void pack(float *q, int ld, const void *const *rows_of, int rows, int64_t
     FA_BY_STORAGE(dtype, pack_of, q, ld, rows_of, rows, head_dim, sign)
 }
 
-static void unpack(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
-                   fastattn_dtype dtype) {
-    FA_BY_STORAGE(dtype, unpack_of, rows_of, count, o, ld, factor, v_head_dim)
+static int unpack(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                  fastattn_dtype dtype) {
+    const simd_f zero = simd_set1(0.0f);
+    simd_f sum[4] = {zero, zero, zero, zero};
+    FA_BY_STORAGE(dtype, unpack_of, rows_of, count, o, ld, factor, v_head_dim, sum)
+    return were_finite(simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3])));
 }
 
 static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
     FA_BY_STORAGE(from.dtype, widen_of, to, from.at, from.stride, keys, head_dim)
 }
 
-FA_INLINE void narrow_of(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype) {
-    for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES)
-        store_as((char *)to + d * fa_size_of(dtype),
-                 simd_mul(load_as(from + d, v_head_dim - d, FASTATTN_FLOAT32), simd_set1(factor)), v_head_dim - d, dtype);
+FA_INLINE void narrow_of(void *to, const float *from, float factor, int64_t v_head_dim, simd_f *sum, fastattn_dtype dtype) {
+    for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES) {
+        const simd_f x = simd_mul(load_as(from + d, v_head_dim - d, FASTATTN_FLOAT32), simd_set1(factor));
+        *sum = simd_fma(x, simd_set1(0.0f), *sum);
+        store_as((char *)to + d * fa_size_of(dtype), x, v_head_dim - d, dtype);
+    }
 }
 
-static void narrow(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype) {
-    FA_BY_STORAGE(dtype, narrow_of, to, from, factor, v_head_dim)
+static int narrow(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype) {
+    simd_f sum = simd_set1(0.0f);
+    FA_BY_STORAGE(dtype, narrow_of, to, from, factor, v_head_dim, &sum)
+    return were_finite(sum);
 }
 
 /* Row after row in float32, or, where there is no room, as they are. */
@@ -146,7 +159,6 @@ static void fetch(fa_matrix rows, int64_t keys, int64_t bytes) {
         for (int64_t at = 0; at < bytes; at += 64) simd_fetch(rows.at + j * rows.stride + at);
 }
 
-/* x * 0 is 0 for finite x, and NaN else. */
 FA_INLINE void all_finite_of(simd_f *sum, const char *v, int64_t stride, int64_t keys, int64_t v_head_dim,
                          fastattn_dtype dtype) {
     const simd_f zero = simd_set1(0.0f);
@@ -164,6 +176,5 @@ static int all_finite(fa_matrix v, int64_t keys, int64_t v_head_dim) {
     const simd_f zero = simd_set1(0.0f);
     simd_f sum[4] = {zero, zero, zero, zero};
     FA_BY_STORAGE(v.dtype, all_finite_of, sum, v.at, v.stride, keys, v_head_dim)
-    const simd_f all = simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3]));
-    return !simd_any(simd_not(simd_eq(all, zero)));
+    return were_finite(simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3])));
 }

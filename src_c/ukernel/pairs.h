@@ -226,9 +226,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
         const simd_f fade = exp2_of(simd_sub(simd_load(m + v * SIMD_LANES), x.base[v]), x.c);
         simd_store(m + v * SIMD_LANES, top[v]);
         simd_store(alpha + v * SIMD_LANES, fade);
-        if (!summed) continue; /* and there may be no l */
-        float *at = l + v * SIMD_LANES;
-        simd_store(at, simd_fma(simd_load(at), fade, sum[v]));
+        if (summed) simd_store(l + v * SIMD_LANES, simd_fma(simd_load(l + v * SIMD_LANES), fade, sum[v])); /* else l may be null */
     }
 }
 

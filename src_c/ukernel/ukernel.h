@@ -37,7 +37,7 @@ enum {
 };
 
 /* Products that do not follow the maximum of the scores step by step let no power grow to this. It must leave room for values of
- * any size: o overflows when the values are larger than FLT_MAX / (FA_MOST_POWER * keys). */
+ * most sizes: where they are larger than FLT_MAX / (FA_MOST_POWER * keys), o may overflow, and is computed again. */
 #define FA_MOST_POWER 4096.0f
 
 /* What is done to the scores of a block, besides multiplying. Pointers marked [ld] are indexed by the row of the panel. */
@@ -178,12 +178,12 @@ typedef struct fa_ukernel {
     int (*finite)(fa_matrix v, int64_t keys, int64_t v_head_dim);
 
     /* out[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows; columns up to a multiple of FA_ROW_STEP are
-     * read. */
-    void (*unpack)(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
-                   fastattn_dtype dtype);
+     * read. Returns 1 when all products, in those columns, are finite. */
+    int (*unpack)(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                  fastattn_dtype dtype);
 
     /* The same for one row of a row-major o: to[d] = from[d] * factor. */
-    void (*narrow)(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype);
+    int (*narrow)(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype);
 
     /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
     void (*rotate)(const fa_rotation *rotation);

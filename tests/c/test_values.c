@@ -208,6 +208,40 @@ TEST_EACH_ISA(values_equal_logits_give_the_mean) {
     }
 }
 
+/* The mean of finite values is finite, whatever their sum is: that of powers 1 of the largest number is infinite after two. Other
+ * columns must not lose by what these need. */
+TEST_EACH_ISA(values_whose_sums_overflow) {
+    static const struct spec specs[] = {
+        {.name = "many", .heads = 2, .q_len = 70, .kv_len = 300, .head_dim = 20},
+        {.name = "causal", .q_len = 40, .kv_len = 90, .head_dim = 32, .causal = 1, .sinks = 1},
+        {.name = "few", .heads = 4, .kv_heads = 2, .q_len = 3, .kv_len = 300, .head_dim = 20, .mask = MASK_BOOL, .hidden = 0.5},
+        {.name = "one", .q_len = 1, .kv_len = 90, .head_dim = 7},
+        {.name = "split", .heads = 2, .q_len = 20, .kv_len = 3000, .head_dim = 20},
+        {.name = "split, few", .heads = 2, .q_len = 2, .kv_len = 3000, .head_dim = 20},
+        {.name = "blocks", .q_len = 90, .kv_len = 90, .head_dim = 20, .block_size = 16, .blocks_density = 0.5},
+        {.name = "threads", .batch = 3, .heads = 4, .q_len = 200, .kv_len = 300, .head_dim = 20, .num_threads = 2},
+    };
+    for (size_t n = 0; n < COUNT(specs) * 4; n++) {
+        struct spec spec = specs[n / 4];
+        struct problem problem;
+        const fastattn_dtype dtype = n % 2 ? FASTATTN_BFLOAT16 : FASTATTN_FLOAT32;
+        const double most = dtype == FASTATTN_BFLOAT16 ? 0x1.fep127 : (double)FLT_MAX;
+        spec.q_dtype = spec.kv_dtype = dtype;
+        spec.precision = n / 2 % 2 ? FASTATTN_PRECISION_MEDIUM : FASTATTN_PRECISION_HIGHEST;
+        spec_context(&spec, n);
+        problem_build(&problem, &spec, n, GUARD_BEHIND);
+        const int64_t batches = spec.batch ? spec.batch : 1;
+        const int64_t heads = spec.kv_heads ? spec.kv_heads : 1;
+        for (int64_t at = 0; at < batches * heads * spec.kv_len; at++) {
+            const int64_t b = at / spec.kv_len / heads, h = at / spec.kv_len % heads, j = at % spec.kv_len;
+            for (int64_t d = 0; d < 2; d++) /* all alike, and of both signs */
+                store(dtype, element(problem.v, problem.args.v_strides, dtype, b, h, j, d), d && j % 3 == 0 ? -most : most);
+        }
+        problem_check(&problem, GUARD_BEHIND);
+        guard_release();
+    }
+}
+
 /* Only -inf hides. A row whose every bias is the lowest finite number is a row of equal scores. */
 TEST_EACH_ISA(values_lowest_finite_bias_is_a_bias) {
     static const struct {
