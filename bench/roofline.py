@@ -208,6 +208,10 @@ def report_calls(args):
         "query_offset": {"query_offset": 3},
         "mask": {"mask": np.ones((1, 16), bool)},
         "sinks": {"sinks": np.zeros(1, np.float32)},
+        "window": {"window": (8, 0)},
+        "softcap": {"softcap": 30.0},
+        "alibi_slopes": {"alibi_slopes": np.ones(1, np.float32)},
+        "return_lse": {"return_lse": True},
     }
     sides = [lambda kw=kw: fastattn.attention(q, k, v, **kw) for kw in keywords.values()]
     seconds = _bench.alternate(sides, rounds=args.rounds, min_time=args.min_time)

@@ -6,6 +6,7 @@ memory: nothing here computes with an element.
 """
 
 from cpython.object cimport PyTypeObject
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cpython.ref cimport Py_INCREF
 from libc.float cimport FLT_MAX
 from libc.math cimport fabs, sqrt
@@ -18,7 +19,11 @@ cimport numpy as np
 np.import_array()
 
 
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object value, int *overflow)
+
 cdef extern from "numpy/arrayobject.h":
+    bint PyArray_IS_C_CONTIGUOUS(np.ndarray array)
     np.ndarray PyArray_NewFromDescr(
         PyTypeObject *subtype, np.dtype dtype, int rank, np.npy_intp *shape, np.npy_intp *strides, void *data, int flags, object context
     )
@@ -139,8 +144,9 @@ cdef extern from "fastattn.h" nogil:
 OK = FASTATTN_OK
 ERROR_MEMORY = FASTATTN_ERROR_MEMORY
 
+cdef str HIGHEST = "highest"
 cdef dict PRECISIONS = {
-    "highest": FASTATTN_PRECISION_HIGHEST,
+    HIGHEST: FASTATTN_PRECISION_HIGHEST,
     "high": FASTATTN_PRECISION_HIGH,
     "medium": FASTATTN_PRECISION_MEDIUM,
 }
@@ -209,8 +215,7 @@ cdef inline void copy_strides(int64_t *strides, np.ndarray array, int count) noe
 
 
 cdef void take_arrays(fastattn_attention_args *args, np.ndarray q, np.ndarray k, np.ndarray v, np.ndarray out) noexcept:
-    """Initialise `args` and fill in what every call has."""
-    fastattn_attention_args_init(args, sizeof(fastattn_attention_args))
+    """Fill in what every call has."""
     args.batch, args.num_heads, args.q_len, args.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
     args.num_kv_heads, args.kv_len, args.v_head_dim = v.shape[1], v.shape[2], v.shape[3]
     args.q = np.PyArray_DATA(q)
@@ -244,6 +249,7 @@ cdef take_block_mask(fastattn_block_mask *block_mask, mask):
 cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, call):
     """Fill `args`, and `block_mask` if there is one, from a ``Call``, which keeps the arrays alive."""
     cdef np.ndarray q = call.q, k = call.k, array
+    fastattn_attention_args_init(args, sizeof(fastattn_attention_args))
     take_arrays(args, q, k, call.v, call.out)
     args.q_dtype, args.kv_dtype = dtype_code(q), dtype_code(k)
     if call.lse is not None:
@@ -328,43 +334,172 @@ def explain(call):
     }
 
 
+# The short way into the engine: ordinary arguments, checked without a Python object being made. Whatever is not ordinary, errors
+# included, is left to ``fastattn._check``, whose messages have one source.
+
+
+cdef enum:
+    MOST_ENTRIES = 64  # of a batch with lengths or offsets, which are copied: nobody can change them while a kernel runs
+
+cdef int64_t MOST_OFFSET = 1 << 56  # as in fastattn._check
+
+
+cdef inline bint lies_well(array) noexcept:
+    """Whether `array` is an ndarray proper whose numbers can be read as they lie."""
+    return np.PyArray_CheckExact(array) and np.PyArray_ISALIGNED(<np.ndarray>array) and np.PyArray_ISNOTSWAPPED(<np.ndarray>array)
+
+
 cdef inline bint is_plain(array, int type_num) noexcept:
-    """Whether `array` is an ndarray that the library can read as it lies, of rank 4 and of this dtype."""
+    """The same for one of rank 4, of this dtype, contiguous along its last axis."""
     cdef np.ndarray a
-    if not np.PyArray_CheckExact(array):
+    if not lies_well(array):
         return False
     a = array
     return (
         np.PyArray_NDIM(a) == 4
         and np.PyArray_TYPE(a) == type_num
-        and np.PyArray_ISALIGNED(a)
-        and np.PyArray_ISNOTSWAPPED(a)
-        and (a.strides[3] == np.PyArray_ITEMSIZE(a) or a.shape[3] == 1)
+        and (a.strides[3] == np.PyArray_ITEMSIZE(a) or a.shape[3] <= 1)
     )
 
 
-def attention_plain(q, k, v, causal, scale):
-    """`out` of a call that needs nothing but these arguments, or None when anything about them is out of the ordinary."""
+cdef inline bint take_number(value, double *number) noexcept:
+    """A float that is finite in float32."""
+    if type(value) is not float or not fabs(<double>value) <= FLT_MAX:
+        return False
+    number[0] = value
+    return True
+
+
+cdef inline bint take_int(value, int64_t low, int64_t high, int64_t *number) noexcept:
+    cdef int overflow = 0
+    if type(value) is not int:
+        return False
+    number[0] = PyLong_AsLongLongAndOverflow(value, &overflow)
+    return overflow == 0 and low <= number[0] <= high
+
+
+cdef bint take_ints(value, int64_t batch, int64_t low, int64_t high, int64_t *table) noexcept:
+    """An int, or one for each batch entry."""
+    cdef np.ndarray array
+    cdef int64_t b, number
+    cdef const char *at
+    if batch > MOST_ENTRIES:
+        return False
+    if type(value) is int:
+        if not take_int(value, low, high, &number):
+            return False
+        for b in range(batch):
+            table[b] = number
+        return True
+    if not lies_well(value):
+        return False
+    array = value
+    if np.PyArray_NDIM(array) != 1 or array.shape[0] != batch:
+        return False
+    if np.PyArray_TYPE(array) != np.NPY_INT64 and np.PyArray_TYPE(array) != np.NPY_INT32:
+        return False
+    at = <const char *>np.PyArray_DATA(array)
+    for b in range(batch):
+        table[b] = (<const int64_t *>at)[0] if np.PyArray_ITEMSIZE(array) == 8 else (<const int32_t *>at)[0]
+        if not low <= table[b] <= high:
+            return False
+        at += array.strides[0]
+    return True
+
+
+cdef bint take_window(window, fastattn_attention_args *args) noexcept:
+    if type(window) is not tuple or PyTuple_GET_SIZE(window) != 2:
+        return False
+    left, right = <object>PyTuple_GET_ITEM(window, 0), <object>PyTuple_GET_ITEM(window, 1)
+    return (left is None or take_int(left, -1, 2 * MOST_OFFSET, &args.window_left)) and (
+        right is None or take_int(right, -1, 2 * MOST_OFFSET, &args.window_right)
+    )
+
+
+cdef bint take_table(value, int type_num, int64_t *shape, int64_t *strides, int axes) noexcept:
+    """An array of this dtype that broadcasts to a shape, and its strides there."""
+    cdef np.ndarray array
+    cdef int axis, own
+    if not lies_well(value):
+        return False
+    array = value
+    if np.PyArray_TYPE(array) != type_num or np.PyArray_NDIM(array) > axes:
+        return False
+    for axis in range(axes):
+        own = axis - axes + np.PyArray_NDIM(array)
+        if own < 0 or (array.shape[own] == 1 and shape[axis] != 1):
+            strides[axis] = 0
+        elif array.shape[own] == shape[axis]:
+            strides[axis] = array.strides[own]
+        else:
+            return False
+    return True
+
+
+cdef inline bint is_mask_type(int type_num) noexcept:
+    return (
+        type_num == np.NPY_BOOL
+        or type_num == np.NPY_FLOAT32
+        or type_num == np.NPY_FLOAT16
+        or type_num == np.NPY_FLOAT64
+        or type_num == bfloat16_type
+    )
+
+
+cdef void extent(np.ndarray array, const char **low, const char **high) noexcept:
+    """The addresses between which an array that has elements lies."""
+    cdef int axis
+    low[0] = high[0] = <const char *>np.PyArray_DATA(array)
+    high[0] += np.PyArray_ITEMSIZE(array)
+    for axis in range(np.PyArray_NDIM(array)):
+        if array.strides[axis] < 0:
+            low[0] += (array.shape[axis] - 1) * array.strides[axis]
+        else:
+            high[0] += (array.shape[axis] - 1) * array.strides[axis]
+
+
+cdef bint are_apart(np.ndarray a, b) noexcept:
+    """Whether two arrays lie apart; b may be None."""
+    cdef const char *ends[4]
+    if b is None:
+        return True
+    if np.PyArray_SIZE(a) == 0 or np.PyArray_SIZE(<np.ndarray>b) == 0:
+        return True
+    extent(a, &ends[0], &ends[1])
+    extent(b, &ends[2], &ends[3])
+    return ends[1] <= ends[2] or ends[3] <= ends[0]
+
+
+def attention_plain(
+    q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None, softcap=None, alibi_slopes=None,
+    sinks=None, precision="highest", return_lse=False, out=None,
+):  # fmt: skip
+    """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them is out of the ordinary."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
-    cdef np.ndarray q_array, k_array, v_array, out
+    cdef np.ndarray q_array, k_array, v_array, out_array, lse
     cdef np.npy_intp shape[4]
-    cdef int type_num, axis
-    cdef double factor
+    cdef int64_t scores[4]
+    cdef int64_t lengths[MOST_ENTRIES]
+    cdef int64_t offsets[MOST_ENTRIES]
+    cdef int type_num, kv_type_num, axis
+    cdef double factor = 0, cap = 0
 
-    if not np.PyArray_CheckExact(q):
+    if not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
         return None
-    type_num = np.PyArray_TYPE(<np.ndarray>q)
-    if type_num != np.NPY_FLOAT32 and type_num != np.NPY_FLOAT16 and type_num != bfloat16_type:
+    type_num, kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
+    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
         return None
-    if not (is_plain(q, type_num) and is_plain(k, type_num) and is_plain(v, type_num)):
+    if type_num != kv_type_num and type_num != np.NPY_FLOAT32:
+        return None
+    if not (is_plain(q, type_num) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)):
         return None
     q_array, k_array, v_array = q, k, v
     for axis in range(3):
-        shape[axis] = q_array.shape[axis]
+        shape[axis] = scores[axis] = q_array.shape[axis]
         if k_array.shape[axis] != v_array.shape[axis]:
             return None
-    shape[3] = v_array.shape[3]
+    shape[3], scores[3] = v_array.shape[3], k_array.shape[2]
     if (
         k_array.shape[0] != shape[0]
         or k_array.shape[3] != q_array.shape[3]
@@ -373,23 +508,75 @@ def attention_plain(q, k, v, causal, scale):
         or q_array.shape[3] == 0
     ):
         return None
+
+    fastattn_attention_args_init(&args, sizeof(args))
     if scale is None:
         factor = 1.0 / sqrt(<double>q_array.shape[3])
-    elif type(scale) is float and fabs(<double>scale) <= FLT_MAX:
-        factor = scale
-    else:
+    elif not take_number(scale, &factor):
         return None
-    if causal is not True and causal is not False:
+    if softcap is not None and not take_number(softcap, &cap):
         return None
+    if (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False):
+        return None
+    if window is not None and not take_window(window, &args):
+        return None
+    if kv_lengths is not None:
+        if not take_ints(kv_lengths, shape[0], 0, scores[3], lengths):
+            return None
+        args.kv_lengths = lengths
+    if query_offset is not None:
+        if not take_ints(query_offset, shape[0], -MOST_OFFSET, MOST_OFFSET, offsets):
+            return None
+        args.query_offset = offsets
+    if mask is not None:
+        if not np.PyArray_CheckExact(mask) or not is_mask_type(np.PyArray_TYPE(<np.ndarray>mask)):
+            return None
+        if not take_table(mask, np.PyArray_TYPE(<np.ndarray>mask), scores, args.mask_strides, 4):
+            return None
+        args.mask, args.mask_dtype = np.PyArray_DATA(<np.ndarray>mask), dtype_code(mask)
+    if alibi_slopes is not None:
+        if not take_table(alibi_slopes, np.NPY_FLOAT32, scores, args.alibi_strides, 2):
+            return None
+        axis = np.PyArray_NDIM(<np.ndarray>alibi_slopes)
+        if axis == 0 or np.PyArray_SIZE(<np.ndarray>alibi_slopes) != (shape[1] if axis == 1 else shape[0] * shape[1]):
+            return None
+        args.alibi_slopes = <const float *>np.PyArray_DATA(<np.ndarray>alibi_slopes)
+    if sinks is not None:
+        if not lies_well(sinks) or np.PyArray_TYPE(<np.ndarray>sinks) != np.NPY_FLOAT32 or np.PyArray_NDIM(<np.ndarray>sinks) != 1:
+            return None
+        if (<np.ndarray>sinks).shape[0] != shape[1] or not PyArray_IS_C_CONTIGUOUS(<np.ndarray>sinks):
+            return None
+        args.sinks = <const float *>np.PyArray_DATA(<np.ndarray>sinks)
+    if precision is not HIGHEST:
+        if type(precision) is not str or precision not in PRECISIONS:
+            return None
+        args.precision = <fastattn_precision><int>PRECISIONS[precision]
 
-    out = np.PyArray_EMPTY(4, shape, type_num, 0)
-    take_arrays(&args, q_array, k_array, v_array, out)
-    args.q_dtype = args.kv_dtype = dtype_code(q_array)
-    args.scale = <float>factor
+    if out is None:
+        out_array = np.PyArray_EMPTY(4, shape, type_num, 0)
+    else:
+        if not is_plain(out, type_num) or not np.PyArray_ISWRITEABLE(<np.ndarray>out):
+            return None
+        out_array = out
+        for axis in range(4):
+            if out_array.shape[axis] != shape[axis]:
+                return None
+        for array in (q, k, v, mask, alibi_slopes, sinks):
+            if not are_apart(out_array, array):
+                return None
+    take_arrays(&args, q_array, k_array, v_array, out_array)
+    args.q_dtype, args.kv_dtype = dtype_code(q_array), dtype_code(k_array)
+    args.scale, args.softcap = <float>factor, <float>cap
     args.causal = causal is True
+    if return_lse is True:
+        lse = np.PyArray_EMPTY(3, shape, np.NPY_FLOAT32, 0)
+        args.lse = <float *>np.PyArray_DATA(lse)
+        copy_strides(args.lse_strides, lse, 3)
     with nogil:
         status = fastattn_attention(&args, NULL, 0)
-    return out if status == FASTATTN_OK else None
+    if status != FASTATTN_OK:
+        return None
+    return (out_array, lse) if return_lse is True else out_array
 
 
 def merge_states(outs, lses, np.ndarray out, np.ndarray lse):

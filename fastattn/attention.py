@@ -133,21 +133,11 @@ def attention(
     (1, 8, 128, 64)
     """
     plain = _state.plain
-    if (
-        plain is not None
-        and mask is None
-        and out is None
-        and return_lse is False
-        and window is None
-        and kv_lengths is None
-        and query_offset is None
-        and softcap is None
-        and alibi_slopes is None
-        and sinks is None
-        and precision == "highest"
-    ):
-        result = plain(q, k, v, causal, scale)  # None sends anything out of the ordinary through the checks below
-        if result is not None:
+    if plain is not None:
+        result = plain(
+            q, k, v, mask, causal, window, query_offset, kv_lengths, scale, softcap, alibi_slopes, sinks, precision, return_lse, out
+        )
+        if result is not None:  # else something is out of the ordinary, and goes through the checks below
             return result
     return _attend(
         NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
@@ -157,7 +147,7 @@ def attention(
 
 
 def _attend(names, q, k, v, **keywords):
-    """:func:`attention`, every argument checked, for a function that calls its own by these `names`."""
+    """:func:`attention` with every argument checked, for a function that calls its own by these `names`."""
     backend = runtime.backend()
     call = Call(backend, q, k, v, names, **keywords)
     backend.attention(call)
@@ -278,7 +268,8 @@ def scaled_dot_product_attention(
     offset = 0 if is_causal and shape[-2] != shape[-1] else None  # a square is aligned to both corners
     keywords = {"causal": is_causal, "query_offset": offset, "scale": scale}
     if len(lead) <= 2:
-        return _attend(_SDPA_NAMES, query, key, value, mask=attn_mask, **keywords)
+        result = None if _state.plain is None else _state.plain(query, key, value, mask=attn_mask, **keywords)
+        return _attend(_SDPA_NAMES, query, key, value, mask=attn_mask, **keywords) if result is None else result
 
     # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.
     out = np.empty((*shape[:-1], value.shape[-1]), query.dtype.newbyteorder("="))

@@ -42,15 +42,26 @@ fastattn_status fastattn_check_table(const fa_table *t) {
     return (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
 }
 
-static fastattn_status check_tables(fastattn_attention_args *a) {
+static fastattn_status check_tables(const fa_table *tables, size_t count) {
+    for (size_t n = 0; n < count; n++)
+        if (fastattn_check_table(&tables[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
+    return FASTATTN_OK;
+}
+
+static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t batch = a->batch, heads = a->num_heads, kv_heads = a->num_kv_heads, rows = a->q_len, keys = a->kv_len;
     const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
-    const fa_table tables[] = {
+    const fa_table arrays[] = {
         {a->q, a->q_strides, 3, {batch, heads, rows}, a->head_dim, q_size, 1, 0},
         {a->k, a->k_strides, 3, {batch, kv_heads, keys}, used * a->head_dim, kv_size, 1, 0},
         {a->v, a->v_strides, 3, {batch, kv_heads, keys}, used * a->v_head_dim, kv_size, 1, 0},
         {a->out, a->out_strides, 3, {batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
+    };
+    const fastattn_status status = check_tables(arrays, sizeof arrays / sizeof *arrays);
+    if (status != FASTATTN_OK) return status;
+    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->kv_lengths) return FASTATTN_OK;
+    const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {batch, heads, rows}, 1, 4, 0, 1},
         {a->mask, a->mask_strides, 4, {batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
         {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, used, 4, 0, 0},
@@ -58,9 +69,7 @@ static fastattn_status check_tables(fastattn_attention_args *a) {
         {a->query_offset, NULL, 0, {0}, batch, 8, 0, 0},
         {a->kv_lengths, NULL, 0, {0}, batch, 8, 0, 0},
     };
-    fastattn_status status = FASTATTN_OK;
-    for (size_t n = 0; n < sizeof tables / sizeof *tables && status == FASTATTN_OK; n++) status = fastattn_check_table(&tables[n]);
-    return status;
+    return check_tables(options, sizeof options / sizeof *options);
 }
 
 static fastattn_status check_numbers(const fastattn_attention_args *a) {
@@ -119,23 +128,27 @@ int fastattn_known_size(size_t size, size_t first, size_t own) {
     return size >= first && size <= own && size % sizeof(void *) == 0;
 }
 
-/* A struct that begins with its size takes the place of `to`, which says what is absent. */
-static fastattn_status take(void *to, const void *from, size_t first, size_t own) {
-    size_t size;
-    memcpy(&size, from, sizeof size);
-    if (!fastattn_known_size(size, first, own)) return FASTATTN_ERROR_ARGUMENT;
-    memcpy(to, from, size);
-    memcpy(to, &own, sizeof own);
-    return FASTATTN_OK;
-}
+/* What fields are that an older caller does not have. */
+static const fastattn_attention_args absent = FASTATTN_ATTENTION_ARGS_INIT;
+static const fastattn_block_mask absent_from_mask = {0};
 
 enum {
     FIRST_ARGS = FA_END_OF(fastattn_attention_args, num_threads),
     FIRST_BLOCK_MASK = FA_END_OF(fastattn_block_mask, num_element_masks)
 };
 
+/* Copies a struct that begins with its size, and completes it from `rest`. */
+static fastattn_status take(void *to, const void *from, size_t first, const void *rest, size_t own) {
+    size_t size;
+    memcpy(&size, from, sizeof size);
+    if (!fastattn_known_size(size, first, own)) return FASTATTN_ERROR_ARGUMENT;
+    memcpy(to, from, size);
+    memcpy((char *)to + size, (const char *)rest + size, own - size);
+    memcpy(to, &own, sizeof own);
+    return FASTATTN_OK;
+}
+
 fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size) {
-    const fastattn_attention_args absent = FASTATTN_ATTENTION_ARGS_INIT;
     if (!args || !fastattn_known_size(size, FIRST_ARGS, sizeof absent)) return FASTATTN_ERROR_ARGUMENT;
     memcpy(args, &absent, size);
     memcpy(args, &size, sizeof size);
@@ -145,11 +158,10 @@ fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size
 fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given) {
     fastattn_attention_args *a = &args->attention;
     if (!given) return FASTATTN_ERROR_ARGUMENT;
-    *args = (fa_args){.attention = FASTATTN_ATTENTION_ARGS_INIT};
-    fastattn_status status = take(a, given, FIRST_ARGS, sizeof *a);
+    fastattn_status status = take(a, given, FIRST_ARGS, &absent, sizeof absent);
     if (status != FASTATTN_OK) return status;
     if (a->block_mask) {
-        status = take(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, sizeof args->block_mask);
+        status = take(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, &absent_from_mask, sizeof absent_from_mask);
         if (status != FASTATTN_OK) return status;
         a->block_mask = &args->block_mask;
     }
@@ -159,7 +171,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
         return FASTATTN_ERROR_DTYPE;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     status = check_shape(a);
-    if (status == FASTATTN_OK) status = check_tables(a);
+    if (status == FASTATTN_OK) status = check_memory(a);
     if (status == FASTATTN_OK) status = check_numbers(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     return status;
