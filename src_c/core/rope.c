@@ -48,6 +48,7 @@ static void rotate_item(const void *context, int64_t item, int worker) {
 static fastattn_status check_rope(fastattn_rope_args *a) {
     const int64_t most = (int64_t)1 << 40; /* rows: bytes then have less than 63 bits */
     if (!fa_is_storage(a->dtype)) return FASTATTN_ERROR_DTYPE;
+    if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     if (a->batch < 0 || a->num_heads < 0 || a->length < 0 || a->head_dim < 0 || a->rotary_dim < 0 || a->rotary_dim % 2 != 0 ||
         a->rotary_dim > a->head_dim || a->head_dim > FA_MOST_DIM || a->num_heads > most || a->length > most ||
         (a->length > 0 && a->num_heads > most / a->length) ||
@@ -84,7 +85,6 @@ fastattn_status fastattn_rope(const fastattn_rope_args *given) {
     x.rows = fa_max(1, fa_min(args.length, x.side_by_side ? most_rows / x.heads : most_rows));
     x.head_items = fa_ceil_div(args.num_heads, x.heads);
     x.row_items = fa_ceil_div(args.length, x.rows);
-    const int threads = (int)fa_max(1, fa_min(args.num_threads, bytes / ITEM_BYTES));
-    fastattn_for_each(args.batch * x.row_items * x.head_items, threads, rotate_item, &x);
-    return FASTATTN_OK;
+    const fa_team team = {.threads = (int)fa_max(1, fa_min(args.num_threads, bytes / ITEM_BYTES)), .threading = args.threading};
+    return fastattn_for_each(args.batch * x.row_items * x.head_items, &team, rotate_item, &x);
 }

@@ -338,6 +338,7 @@ typedef struct fastattn_rope_args {
 
     fastattn_isa isa;                /* as in fastattn_attention_args */
     int num_threads;
+    fastattn_threading threading;
 } fastattn_rope_args;
 
 FASTATTN_API fastattn_status fastattn_rope(const fastattn_rope_args *args);
