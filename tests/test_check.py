@@ -305,7 +305,7 @@ SDPA = [
     ),
     (
         (q, k, v),
-        {"enable_gqa": True, "attn_mask": fastattn.BlockMask.causal(5, 9)},
+        {"enable_gqa": True, "attn_mask": fastattn.BlockMask.causal(5, k_len=9)},
         ValueError,
         "attn_mask must be a BlockMask for (2, 4, 5, 7), 1 standing for any batch size or heads; got (1, 1, 5, 9)",
     ),

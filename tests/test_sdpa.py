@@ -34,7 +34,7 @@ def test_masks():
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)])
 def test_block_masks(lead):
     q, k, v = (np.broadcast_to(x[(0,) * 2], (*lead, *x.shape[2:])) for x in random_qkv(1, 1, 70, 90, 8))
-    mask = fastattn.BlockMask.sliding_window(70, 90, window=20, block_size=16)
+    mask = fastattn.BlockMask.sliding_window(70, k_len=90, window=20, block_size=16)
     actual = sdpa(q, k, v, mask)
     assert actual.shape == (*lead, 70, 8)
     first = (0,) * len(lead)

@@ -47,7 +47,7 @@ def test_patterns_of_a_line(name, block_size):
         if "scattered" in name and k_len < 61:
             continue
         for offset in OFFSETS:
-            mask = build(q_len, k_len, **options, block_size=block_size, query_offset=offset)
+            mask = build(q_len, k_len=k_len, **options, block_size=block_size, query_offset=offset)
             assert mask.shape == (1, 1, q_len, k_len) and mask.block_size == block_size
             assert_is(mask, dense_where(lambda p, j: definition(p, j, k_len), q_len, k_len, offset))
 
@@ -57,13 +57,13 @@ def test_patterns_without_elements(name):
     build, options, _ = PATTERNS[name]
     options = options | ({"global_tokens": 0} if "global_tokens" in options else {})
     for q_len, k_len in ((0, 0), (0, 5), (5, 0)):
-        mask = build(q_len, k_len, **options)
+        mask = build(q_len, k_len=k_len, **options)
         assert mask.nnz == 0 and mask.density == 0 and mask.to_dense().shape == (1, 1, q_len, k_len)
         assert mask == ~mask
 
 
 def test_the_second_length_defaults_to_the_first():
-    assert BlockMask.causal(70, block_size=16) == BlockMask.causal(70, 70, block_size=16)
+    assert BlockMask.causal(70, block_size=16) == BlockMask.causal(70, k_len=70, block_size=16)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -125,7 +125,7 @@ def test_neighborhood(shape, window, dilation, causal, block_size):
 @pytest.mark.parametrize("q_len, k_len", [(1000, 1000), (300, 1001), (1001, 300), (7, 7)])
 def test_bigbird(block_size, causal, q_len, k_len):
     options = {"window_blocks": 3, "global_blocks": 1, "block_size": block_size, "causal": causal}
-    mask = BlockMask.bigbird(q_len, k_len, random_blocks=2, heads=3, seed=5, **options)
+    mask = BlockMask.bigbird(q_len, k_len=k_len, random_blocks=2, heads=3, seed=5, **options)
     assert mask.shape == (1, 3, q_len, k_len)
     rows, cols = -(-q_len // block_size), -(-k_len // block_size)
     first = np.arange(rows) * block_size + k_len - q_len
@@ -152,7 +152,7 @@ def test_bigbird(block_size, causal, q_len, k_len):
         patterns.append(listed)
     if free.sum(axis=1).max() > 3:
         assert not np.array_equal(patterns[0], patterns[1])
-    assert mask == BlockMask.bigbird(q_len, k_len, random_blocks=2, heads=3, seed=5, **options)
+    assert mask == BlockMask.bigbird(q_len, k_len=k_len, random_blocks=2, heads=3, seed=5, **options)
 
 
 def test_bigbird_draws_every_block_equally_often():
@@ -282,18 +282,18 @@ def test_from_function(block_size):
         assert type(b) is int and type(h) is int and q_idx.size * k_idx.size / block_size <= 2**24
         return (k_idx * slopes[h] <= q_idx * 3) | (k_idx % 97 == b)
 
-    mask = BlockMask.from_function(see, 301, 277, batch=2, heads=3, block_size=block_size)
+    mask = BlockMask.from_function(see, 301, k_len=277, batch=2, heads=3, block_size=block_size)
     assert mask.shape == (2, 3, 301, 277)
     i, j = np.arange(301)[:, None], np.arange(277)
     dense = np.stack([[see(b, h, i, j) for h in range(3)] for b in range(2)])
     assert_is(mask, dense)
-    within = BlockMask.sliding_window(301, 277, window=20, block_size=block_size)
+    within = BlockMask.sliding_window(301, k_len=277, window=20, block_size=block_size)
     assert_is(
-        BlockMask.from_function(see, 301, 277, batch=2, heads=3, block_size=block_size, within=within),
+        BlockMask.from_function(see, 301, k_len=277, batch=2, heads=3, block_size=block_size, within=within),
         dense & within.to_dense(),
     )
-    assert_is(BlockMask.from_function(lambda b, h, q_idx, k_idx: k_idx < 3, 301, 277, block_size=block_size), j < 3)
-    assert_is(BlockMask.from_function(lambda *_: np.True_, 301, 277, block_size=block_size), True)
+    assert_is(BlockMask.from_function(lambda b, h, q_idx, k_idx: k_idx < 3, 301, k_len=277, block_size=block_size), j < 3)
+    assert_is(BlockMask.from_function(lambda *_: np.True_, 301, k_len=277, block_size=block_size), True)
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_set_algebra_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="both masks must have one block_size; got 16 and 32"):
         mask & BlockMask.causal(100, block_size=32)
     with pytest.raises(ValueError, match=r"both masks must have one shape.* got \(1, 1, 100, 100\) and \(1, 1, 100, 99\)"):
-        mask | BlockMask.causal(100, 99, block_size=16)
+        mask | BlockMask.causal(100, k_len=99, block_size=16)
     with pytest.raises(ValueError, match=r"got \(1, 2, 8, 8\) and \(1, 3, 8, 8\)"):
         BlockMask(8, [0, 0, 0], [], (2, 8, 8)) | BlockMask(8, [0, 0, 0, 0], [], (3, 8, 8))
     for other in (np.ones((100, 100), bool), True, None):
@@ -533,7 +533,8 @@ def test_validation(arguments, error, message):
     "build, error, message",
     [
         (lambda: BlockMask.causal(-1), ValueError, "q_len must be at least 0; got -1"),
-        (lambda: BlockMask.causal(5, 5.0), TypeError, "k_len must be an integer; got 5.0"),
+        (lambda: BlockMask.causal(64, 16), TypeError, "positional argument"),  # a block size, or a number of keys?
+        (lambda: BlockMask.causal(5, k_len=5.0), TypeError, "k_len must be an integer; got 5.0"),
         (lambda: BlockMask.causal(5, block_size=0), ValueError, "block_size must be at least 1; got 0"),
         (lambda: BlockMask.causal(5, query_offset=1.5), TypeError, "query_offset must be an integer; got 1.5"),
         (lambda: BlockMask.sliding_window(5, window=(1, 2, 3)), ValueError, "window must be an int or a pair"),
@@ -555,7 +556,9 @@ def test_validation(arguments, error, message):
         (lambda: BlockMask.document(ids=[0, 1, 0]), ValueError, "ids must hold each document as one run of tokens"),
         (lambda: BlockMask.document(ids=[0.5]), TypeError, "ids must hold integers; got float64"),
         (lambda: BlockMask.from_dense(np.ones((4, 4))), TypeError, "mask must hold bool; got float64"),
-        (lambda: BlockMask.from_dense(np.ones(4, bool)), ValueError, "shape must be"),
+        (lambda: BlockMask.from_dense(np.ones(4, bool)), ValueError, "mask must have shape"),
+        (lambda: BlockMask.from_function(lambda *_: True, 4, heads=-1), ValueError, "heads must be at least 0; got -1"),
+        (lambda: BlockMask.from_function(lambda *_: True, 4, batch=0.5), TypeError, "batch must be an integer; got 0.5"),
         (lambda: BlockMask.from_function(lambda b, h, i, j: i - j, 4), TypeError, "mask_mod must return bool; got int64"),
         (lambda: BlockMask.from_function(lambda b, h, i, j: i < j, 4, within=BlockMask.causal(5)), ValueError, "both masks must have"),
         (lambda: BlockMask.top_k(np.ones((4, 2)), np.ones((1, 4, 2)), 1), ValueError, "q and k must both have"),

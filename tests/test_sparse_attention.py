@@ -93,7 +93,7 @@ def test_attention_in_company(engine, name, block_size, dtype):
 def test_attention_through_patterns(engine, name, dtype):
     build, options, _ = PATTERNS[name]
     q, k, v = random_qkv(1, 2, 300, 333, 32, dtype=dtype)
-    assert_attends(q, k, v, build(300, 333, **options, block_size=32))
+    assert_attends(q, k, v, build(300, k_len=333, **options, block_size=32))
 
 
 def test_attention_when_some_rows_see_much_more_than_others(engine):
@@ -125,7 +125,7 @@ def test_a_mask_of_nothing(engine):
 def test_absent_blocks_are_not_touched(engine, bad, block_size):
     q, k, v = random_qkv(1, 2, 100, 300, 24)
     listed = np.arange(300) // block_size % 3 != 1
-    mask = BlockMask.causal(100, 300, block_size=block_size) & BlockMask.from_dense(np.tile(listed, (100, 1)), block_size)
+    mask = BlockMask.causal(100, k_len=300, block_size=block_size) & BlockMask.from_dense(np.tile(listed, (100, 1)), block_size)
     clean = fastattn.attention(q, k, v, mask=mask)
     k[:, :, ~listed], v[:, :, ~listed] = bad, bad
     np.testing.assert_array_equal(fastattn.attention(q, k, v, mask=mask), clean)

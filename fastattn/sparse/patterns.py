@@ -44,6 +44,8 @@ def from_dense(cls, mask, block_size=64):
     mask = np.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"mask must hold bool; got {mask.dtype}")
+    if not 2 <= mask.ndim <= 4:
+        raise ValueError(f"mask must have shape (B, H, q_len, k_len), (H, q_len, k_len) or (q_len, k_len); got {mask.shape}")
     grid = check_grid(block_size, mask.shape)
     if mask.size == 0:
         return cls._blank(grid)
@@ -55,7 +57,7 @@ def from_dense(cls, mask, block_size=64):
     return cls._from_blocks(grid, blocks, *examine(grid, blocks, lambda p, i, j: patterns[p][i, j]))
 
 
-def from_function(cls, mask_mod, q_len, k_len=None, *, batch=1, heads=1, block_size=64, within=None):
+def from_function(cls, mask_mod, q_len, *, k_len=None, batch=1, heads=1, block_size=64, within=None):
     """The blocks in which a function is somewhere true.
 
     Parameters
@@ -81,7 +83,8 @@ def from_function(cls, mask_mod, q_len, k_len=None, *, batch=1, heads=1, block_s
     .. [1] Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", 2024,
        arXiv:2412.05496
     """
-    grid = check_grid(block_size, (batch, heads, *_lengths(q_len, k_len)))
+    patterns = check_int("batch", batch, 0), check_int("heads", heads, 0)
+    grid = check_grid(block_size, (*patterns, *_lengths(q_len, k_len)))
     if within is None:
         blocks = np.arange(grid.num_blocks)
     else:
@@ -98,7 +101,7 @@ def from_function(cls, mask_mod, q_len, k_len=None, *, batch=1, heads=1, block_s
     return found if within is None else found & within
 
 
-def causal(cls, q_len, k_len=None, *, block_size=64, query_offset=None):
+def causal(cls, q_len, *, k_len=None, block_size=64, query_offset=None):
     """Keys up to the row's own position: ``j <= p``.
 
     Parameters
@@ -120,7 +123,7 @@ def causal(cls, q_len, k_len=None, *, block_size=64, query_offset=None):
     return _bands(cls, grid, np.zeros_like(position), position + 1)
 
 
-def sliding_window(cls, q_len, k_len=None, *, window, block_size=64, causal=False, query_offset=None):
+def sliding_window(cls, q_len, *, k_len=None, window, block_size=64, causal=False, query_offset=None):
     """Keys near the row's own position: ``p - left <= j <= p + right``.
 
     Parameters
@@ -150,7 +153,7 @@ def sliding_window(cls, q_len, k_len=None, *, window, block_size=64, causal=Fals
     return _bands(cls, grid, lo, hi)
 
 
-def dilated(cls, q_len, k_len=None, *, window, dilation, block_size=64, causal=False, query_offset=None):
+def dilated(cls, q_len, *, k_len=None, window, dilation, block_size=64, causal=False, query_offset=None):
     """Every ``dilation``-th key near the row's own position: ``j = p + t * dilation`` for ``-left <= t <= right``.
 
     Parameters
@@ -187,7 +190,7 @@ def dilated(cls, q_len, k_len=None, *, window, dilation, block_size=64, causal=F
     return _template(cls, grid, position, distance, visible)
 
 
-def strided(cls, q_len, k_len=None, *, stride=None, block_size=64, causal=True, query_offset=None):
+def strided(cls, q_len, *, k_len=None, stride=None, block_size=64, causal=True, query_offset=None):
     """The strided pattern of the Sparse Transformer: the last ``stride`` keys, and every ``stride``-th before them.
 
     The paper gives each part to a head of its own; here one pattern holds both. Row ``p`` sees ``p - stride <= j <= p``
@@ -221,7 +224,7 @@ def strided(cls, q_len, k_len=None, *, stride=None, block_size=64, causal=True, 
     return _template(cls, grid, position, distance, visible)
 
 
-def fixed(cls, q_len, k_len=None, *, stride=None, summary=None, block_size=64, causal=True, query_offset=None):
+def fixed(cls, q_len, *, k_len=None, stride=None, summary=None, block_size=64, causal=True, query_offset=None):
     """The fixed pattern of the Sparse Transformer: the row's own segment, and the end of every segment.
 
     The paper gives each part to a head of its own; here one pattern holds both. Segments are ``stride`` long. Row ``p``
@@ -260,7 +263,7 @@ def fixed(cls, q_len, k_len=None, *, stride=None, summary=None, block_size=64, c
     return own | _cross(cls, grid, np.ones(grid.shape[2], bool), ends, before=start if causal else None)
 
 
-def longformer(cls, q_len, k_len=None, *, window, global_tokens, block_size=64, causal=False, query_offset=None):
+def longformer(cls, q_len, *, k_len=None, window, global_tokens, block_size=64, causal=False, query_offset=None):
     """A sliding window, and global tokens that see and are seen by all.
 
     Parameters
@@ -285,7 +288,7 @@ def longformer(cls, q_len, k_len=None, *, window, global_tokens, block_size=64, 
     Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
-    near = sliding_window(cls, q_len, k_len, window=window, block_size=block_size, query_offset=query_offset)
+    near = sliding_window(cls, q_len, k_len=k_len, window=window, block_size=block_size, query_offset=query_offset)
     keys = check_positions("global_tokens", global_tokens, grid.shape[3])
     rows = np.zeros(len(position), bool)
     on_keys = (position >= 0) & (position < len(keys))
@@ -297,8 +300,8 @@ def longformer(cls, q_len, k_len=None, *, window, global_tokens, block_size=64, 
 def bigbird(
     cls,
     q_len,
-    k_len=None,
     *,
+    k_len=None,
     window_blocks=3,
     global_blocks=1,
     random_blocks=3,
