@@ -87,7 +87,7 @@ static void run(struct block *x, int slot) {
     float *const l = by->sums ? NULL : x->l;
     switch (slot) {
     case PACK: by->pack(x->q, x->rows, x->rows_of, x->rows, x->dim, x->dtype, 1.0f); break;
-    case UNPACK: x->uk->unpack(x->outputs, x->rows, x->o, x->rows, x->factor, x->dim, x->dtype); break;
+    case UNPACK: x->by->unpack(x->outputs, x->rows, x->o, x->rows, x->factor, x->dim, x->dtype); break;
     case KEYS: x->keys_made = by->keys(x->k_room, x->k, x->keys, x->dim); break;
     case VALUES: x->values_made = by->values(x->v_room, x->v, x->keys, x->dim); break;
     case QK: by->qk(x->s, x->q, x->rows, x->rows, x->keys_made, 0, x->part, x->dim); break;

@@ -17,24 +17,6 @@
 #include "threads.h"
 
 #include <stdlib.h>
-#include <string.h>
-
-/* Few queries, row by row in float32. */
-static void load_few(fa_work *w) {
-    const fa_call *call = w->call;
-    const fastattn_attention_args *a = call->args;
-    fastattn_panel_queries(call, &w->panel);
-    memset(w->q_rows, 0, (size_t)(w->panel.rows * w->q_pitch) * sizeof(float));
-    memset(w->o_rows, 0, (size_t)(w->panel.rows * w->o_pitch) * sizeof(float));
-    memset(w->shown, 0, (size_t)(call->block_keys * call->rows.ld) * sizeof(float)); /* rules see rows that are not there */
-    for (int r = 0; r < w->panel.rows; r++) {
-        float *q = w->q_rows + r * w->q_pitch;
-        const fa_matrix row = {w->panel.rows_of[r], 0, a->q_dtype};
-        call->uk->widen(q, row, 1, a->head_dim);
-        if (call->sign != 1.0f)
-            for (int64_t d = 0; d < a->head_dim; d++) q[d] *= call->sign;
-    }
-}
 
 static int finite_queries(fa_work *w) {
     const fa_call *call = w->call;
@@ -47,19 +29,24 @@ static int finite_queries(fa_work *w) {
     return finite;
 }
 
-/* o in the orientation of a state, to be merged. */
-static void settle(fa_work *w) {
-    if (!w->few) return;
-    for (int r = 0; r < w->panel.padded; r++)
-        w->panel.rows_of[r] = w->o_rows + fa_min(r, w->panel.rows - 1) * w->o_pitch;
-    w->call->uk->products->pack(w->state.o, (int)w->state.ld, w->panel.rows_of, w->panel.padded, w->state.v_head_dim,
-                      FASTATTN_FLOAT32, 1.0f);
+/* The rows of a panel as its products lay it out: by rows as many as there are, else in whole vectors. */
+static int rows_by(const fa_products *products, const fa_panel *panel) {
+    return products->by_rows ? panel->rows : panel->padded;
 }
 
-/* Everything that the caller will see of a panel; o is that of the state, or row-major with this pitch. Of values that were scaled
- * only what is missing in the outputs. Returns whether it has to be computed again so. */
-static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, const float *o_rows, int64_t pitch, float v_scale) {
+static int ld_by(const fa_call *call, const fa_products *products) {
+    return products->by_rows ? (int)fa_round_up(call->block_keys, FA_ROW_STEP) : call->rows.ld;
+}
+
+static const fa_products *products_of(const fa_call *call, const fa_panel *panel) {
+    return fastattn_ways(call).of[fastattn_way_of(call, panel->rows)];
+}
+
+/* Everything that the caller will see of a panel. Of values that were scaled only what is missing in the outputs. Returns whether
+ * it has to be computed again so. */
+static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, float v_scale) {
     const fastattn_attention_args *a = call->args;
+    const fa_products *products = products_of(call, p);
     float factor[FA_PANEL_ROWS] = {0};
     for (int r = 0; r < p->rows; r++) {
         const int64_t head = p->head_of[r];
@@ -68,16 +55,13 @@ static int finish(const fa_call *call, const fa_panel *p, const fa_state *state,
                             : NULL;
         factor[r] = fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
     }
-    const fa_sums sums = {o_rows ? o_rows : state->o, o_rows ? pitch : 1, o_rows ? 1 : state->ld};
     if (v_scale != 1.0f) {
-        fastattn_replace_means(call, p, sums, factor);
+        fastattn_replace_means(call, p, state, factor);
         return 0;
     }
-    int finite = 1;
-    if (!o_rows) finite = call->uk->unpack(p->outputs, p->rows, state->o, (int)state->ld, factor, a->v_head_dim, a->q_dtype);
-    for (int r = 0; o_rows && r < p->rows; r++)
-        finite &= call->uk->narrow(p->outputs[r], o_rows + r * pitch, factor[r], a->v_head_dim, a->q_dtype);
-    return !finite && fastattn_sums_overflow(call, p, state, sums);
+    const int finite =
+        products->unpack(p->outputs, p->rows, state->o, ld_by(call, products), factor, a->v_head_dim, a->q_dtype);
+    return !finite && fastattn_sums_overflow(call, p, state);
 }
 
 /* The workspace: scratch for each worker, then the states of the items where keys are split. */
@@ -90,14 +74,9 @@ static char *scratch_of(const fa_job *job, int worker) {
     return job->workspace + job->call.scratch.bytes * (size_t)worker;
 }
 
-/* Few rows go through float32 products whatever the others do. */
-static const fa_products *products_of(const fa_call *call, const fa_panel *panel) {
-    return panel->rows <= FA_FEW_ROWS ? call->uk->products : call->products;
-}
-
 static fa_state state_at(const fa_call *call, const fa_panel *panel, void *memory) {
-    const int64_t dim = call->args->v_head_dim;
-    return fastattn_state_at(memory, call->rows.ld, dim, products_of(call, panel)->sums ? fa_sums_row(dim) : 0);
+    const fa_products *products = products_of(call, panel);
+    return fastattn_state_at(memory, products, rows_by(products, panel), ld_by(call, products), call->args->v_head_dim);
 }
 
 static void *partial_memory(const fa_job *job, int64_t n) {
@@ -109,7 +88,6 @@ static void *partial_memory(const fa_job *job, int64_t n) {
 /* Panel `panel` of all, as number `n` of a bundle, at its first block of keys. */
 static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, int worker, fa_run *run, float v_scale) {
     const fa_call *call = &job->call;
-    const fastattn_attention_args *a = call->args;
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(job, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     fa_work w = {.call = call,
@@ -120,19 +98,15 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
                  .p = (float *)(scratch + at->p),
                  .bias = (float *)(scratch + at->bias),
                  .shown = (float *)(scratch + at->shown),
-                 .finite_v = scratch + at->finite_v,
-                 .q_pitch = fa_round_up(a->head_dim, FA_ROW_STEP),
-                 .s_pitch = fa_round_up(call->block_keys, FA_ROW_STEP),
-                 .o_pitch = fa_round_up(a->v_head_dim, FA_ROW_STEP),
-                 .q_rows = (float *)(own + at->panel.q_rows),
-                 .o_rows = (float *)(own + at->panel.o_rows)};
+                 .finite_v = scratch + at->finite_v};
     for (int way = 0; way < FA_WAYS; way++) w.q[way] = (float *)(own + at->panel.q[way]);
-    w.few = w.panel.rows <= FA_FEW_ROWS;
-    w.products = products_of(call, &w.panel);
+    w.way = fastattn_way_of(call, w.panel.rows);
+    w.products = run->ways[w.way].products;
+    w.rows = rows_by(w.products, &w.panel);
+    w.ld = ld_by(call, w.products);
     w.state = state_at(call, &w.panel,
                        call->splits > 1 ? partial_memory(job, panel * call->splits + part) : own + at->panel.o);
-    fastattn_state_clear(&w.state, !w.few);
-    if (w.few) load_few(&w);
+    fastattn_state_clear(&w.state);
     w.q_finite = !w.products->in_parts || finite_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);
     w.pending = fastattn_next_key_block(&w.blocks, &w.block);
@@ -143,8 +117,10 @@ static fa_work start(const fa_job *job, int64_t panel, int64_t part, int64_t n, 
  * together. Returns a bit for each that has to be computed again. */
 static uint32_t run_panels(const fa_job *job, int64_t first, int64_t panels, int64_t part, int worker, float v_scale) {
     const fa_call *call = &job->call;
-    fa_run run = {.ways = {{.products = call->products}, {.products = call->uk->products}}};
+    const fa_ways ways = fastattn_ways(call);
+    fa_run run = {.keys = 0};
     for (int way = 0; way < FA_WAYS; way++) {
+        run.ways[way].products = ways.of[way];
         if (!call->scratch.prepared[way]) continue;
         run.ways[way].k_room = (float *)(scratch_of(job, worker) + call->scratch.k[way]);
         run.ways[way].v_room = (float *)(scratch_of(job, worker) + call->scratch.v[way]);
@@ -161,13 +137,8 @@ static uint32_t run_panels(const fa_job *job, int64_t first, int64_t panels, int
         fastattn_run_block(next, &next->block);
         next->pending = fastattn_next_key_block(&next->blocks, &next->block);
     }
-    for (int64_t n = 0; n < panels; n++) {
-        fa_work *w = works + n;
-        if (call->splits > 1)
-            settle(w);
-        else if (finish(call, &w->panel, &w->state, w->few ? w->o_rows : NULL, w->o_pitch, v_scale))
-            overflown |= (uint32_t)1 << n;
-    }
+    for (int64_t n = 0; n < panels && call->splits == 1; n++)
+        if (finish(call, &works[n].panel, &works[n].state, v_scale)) overflown |= (uint32_t)1 << n;
     if (call->products->leave) call->products->leave();
     return overflown;
 }
@@ -182,7 +153,7 @@ static int merge_parts(const fa_job *job, int64_t panel, int worker, float v_sca
         const fa_state other = state_at(call, &p, partial_memory(job, panel * call->splits + part));
         fastattn_state_merge(&state, &other, call->exponent);
     }
-    return finish(call, &p, &state, NULL, 0, v_scale);
+    return finish(call, &p, &state, v_scale);
 }
 
 /* A panel whose sums left float32, with all its parts. */

@@ -24,25 +24,53 @@ typedef struct fa_run {
 /* What a worker has at hand while it computes one panel of an item. */
 typedef struct fa_work {
     const fa_call *call;
+    int way;                   /* the products that the panel's number of rows asks for */
     const fa_products *products;
+    int rows, ld;              /* of the panel, as these products lay it out */
     fa_run *run;
     fa_panel panel;
     fa_state state;
     float *s, *p, *bias, *shown;
     char *finite_v;
     float *q[FA_WAYS];
-    int packed[FA_WAYS];      /* q is there */
-    int misfits;              /* blocks in a row that did not fit the products */
-    float v_scale;            /* values are multiplied by it: 1, or FA_SHRINK of range.h */
-    int q_finite;             /* all queries are, as far as that matters */
-    int few;                  /* the panel's rows are few: q, s, p and o are row-major, o in o_rows until the last block */
-    int64_t q_pitch, s_pitch, o_pitch; /* then */
-    float *q_rows, *o_rows;
+    int packed[FA_WAYS];       /* q is there */
+    int misfits;               /* blocks in a row that did not fit the products */
+    float v_scale;             /* values are multiplied by it: 1, or FA_SHRINK of range.h */
+    int q_finite;              /* all queries are, as far as that matters */
     fa_key_blocks blocks;
-    fa_key_block block; /* the next one */
-    int pending;        /* there is one */
+    fa_key_block block;        /* the next one */
+    int pending;               /* there is one */
     fa_key_range keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
 } fa_work;
+
+/* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
+typedef struct fa_operands {
+    fa_matrix stored_k, stored_v, k, v;
+    int64_t skip; /* keys of k and v before the block */
+    const fa_products *products;
+    const float *q;
+    float *p;
+    fa_score_rules rules;
+    int ruled;   /* the rules change or hide some score, whichever keys are visible by their position */
+    int mended;  /* some score has a part in an infinity, and the products are of numbers in parts */
+    int careful; /* values are not taken as they are: some row must not be touched by one that is not finite, or the products
+                    cannot take it, or they are scaled */
+} fa_operands;
+
+/* Rows of memory from one on. */
+static inline fa_matrix fa_rows_from(fa_matrix m, int64_t row) {
+    m.at += row * m.stride;
+    return m;
+}
+
+/* The rules from a row and key on, in the layout of these products. */
+static inline fa_score_rules fa_rules_at(const fa_operands *x, int row, int64_t key, int ld) {
+    fa_score_rules moved = x->rules;
+    if (moved.slopes) moved.slopes += row, moved.offset += row;
+    if (moved.end) moved.begin += row, moved.end += row;
+    if (moved.bias) moved.bias += key * fa_key_of_scores(x->products, ld) + row * fa_row_of_scores(x->products, ld);
+    return moved;
+}
 
 /* Takes the block into the panel's state. */
 void fastattn_run_block(fa_work *w, const fa_key_block *block);

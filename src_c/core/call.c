@@ -98,21 +98,21 @@ static fastattn_status plan_memory(fa_call *call) {
     const int in_place = call->products->in_place;
     m->s = take(&bytes, tiled_keys * ld, sizeof(float));
     m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));
-    m->bias = take(&bytes, keys * ld, sizeof(float));
-    m->shown = take(&bytes, keys * ld, sizeof(float));
-    const fa_products *products[FA_WAYS] = {call->products, call->products->fits ? call->uk->products : NULL};
+    m->bias = take(&bytes, tiled_keys * ld, sizeof(float));
+    m->shown = take(&bytes, tiled_keys * ld, sizeof(float));
+    const fa_ways ways = fastattn_ways(call);
     size_t panel = 0;
     for (int way = 0; way < FA_WAYS; way++) {
-        const int64_t wanted = products[way] != NULL, prepared = wanted && !as_stored(call, products[way]);
+        const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits);
+        const int64_t prepared = wanted && !as_stored(call, ways.of[way]);
         m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
         m->v[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_v_dim, sizeof(float));
         m->prepared[way] = (int)prepared;
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
+    m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
     m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
-    m->panel.q_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->head_dim, FA_ROW_STEP), sizeof(float));
-    m->panel.o_rows = take(&panel, FA_FEW_ROWS * fa_round_up(a->v_head_dim, FA_ROW_STEP), sizeof(float));
     m->panel.rows = take(&panel, ld, 6 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
     m->panel.bytes = panel;
     m->panels = take(&bytes, call->bundle, panel);

@@ -8,8 +8,12 @@
 
 enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
 
-/* The products of the call, and those in float32, for the blocks that do not fit the others. */
-enum { FA_PREFERRED, FA_EXACT, FA_WAYS };
+/* The products of the call, those in float32 for the blocks that do not fit the others, and those for panels of few rows. */
+enum { FA_PREFERRED, FA_EXACT, FA_FEW, FA_WAYS };
+
+typedef struct fa_ways {
+    const fa_products *of[FA_WAYS];
+} fa_ways;
 
 /* How the rows of one (batch entry, key/value head) become panels.
  *
@@ -33,7 +37,7 @@ typedef struct fa_scratch {
     int prepared[FA_WAYS]; /* there is room for keys and values, which are not used as stored */
     size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], finite_v, panels;
     size_t bytes;
-    struct { size_t q[FA_WAYS], o, q_rows, o_rows, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
+    struct { size_t q[FA_WAYS], o, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
 typedef struct fa_call {
@@ -59,6 +63,15 @@ typedef struct fa_call {
     size_t partial_bytes;  /* of the state of one part of a panel, where keys are split */
     size_t workspace;      /* bytes in all */
 } fa_call;
+
+static inline fa_ways fastattn_ways(const fa_call *call) {
+    return (fa_ways){{call->products, call->uk->products, call->uk->few}};
+}
+
+/* The way of a panel of so many rows. */
+static inline int fastattn_way_of(const fa_call *call, int rows) {
+    return rows <= call->uk->few->panel_rows ? FA_FEW : FA_PREFERRED;
+}
 
 /* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. */
 fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args);

@@ -25,8 +25,8 @@ static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t fi
     return lanes;
 }
 
-unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, float *bias,
-                               fa_key_range *keys_of) {
+unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, const fa_products *products,
+                               int ld, float *bias, fa_key_range *keys_of) {
     static const float hidden[16][4] = {
 #define H -INFINITY
         {H, H, H, H}, {0, H, H, H}, {H, 0, H, H}, {0, 0, H, H}, {H, H, 0, H}, {0, H, 0, H}, {H, 0, 0, H}, {0, 0, 0, H},
@@ -34,7 +34,7 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
 #undef H
     };
     const uint64_t real = p->rows < 64 ? ((uint64_t)1 << p->rows) - 1 : ~(uint64_t)0;
-    const int groups = p->padded / FA_ROW_STEP, ld = call->rows.ld;
+    const int groups = p->padded / FA_ROW_STEP;
     uint64_t lanes[FA_MOST_BLOCK_KEYS];
     unsigned found = 0;
     for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;
@@ -49,6 +49,14 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
             }
     }
     if (found != (FA_MASK_SHOWS | FA_MASK_HIDES)) return found;
+    if (products->by_rows) {
+        for (int r = 0; r < p->rows; r++)
+            for (int64_t j = 0; j < block->keys; j++) {
+                float *at = bias + r * ld + j;
+                *at = lanes[j] >> r & 1 ? (call->args->mask ? *at : 0.0f) : -INFINITY;
+            }
+        return found;
+    }
     for (int64_t j = 0; j < block->keys; j++)
         for (int r = 0; r < p->padded; r += 4) {
             const float *four = hidden[lanes[j] >> r & 15];

@@ -25,7 +25,7 @@ static void merge_row(const void *context, int64_t row, int worker) {
     const int64_t size = fa_size_of(x->dtype);
     fa_state sum = x->sum, part = x->part;
     (void)worker;
-    fastattn_state_clear(&sum, 1);
+    fastattn_state_clear(&sum);
     for (int64_t n = 0; n < x->num_parts; n++) {
         const float lse = x->lses[n][row];
         if (lse == -INFINITY) continue;
@@ -57,8 +57,8 @@ fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs
     char *memory = malloc(2 * bytes);
     if (!memory) return FASTATTN_ERROR_MEMORY;
     const fa_merge merge = {num_parts, v_head_dim, outs, lses, dtype, out, lse,
-                            fastattn_state_at(memory, 1, v_head_dim, 0),
-                            fastattn_state_at(memory + bytes, 1, v_head_dim, 0)};
+                            fastattn_state_at(memory, NULL, 1, 1, v_head_dim),
+                            fastattn_state_at(memory + bytes, NULL, 1, 1, v_head_dim)};
     fastattn_for_range(0, rows, 0, merge_row, &merge);
     free(memory);
     return FASTATTN_OK;

@@ -5,16 +5,16 @@
 #include <float.h>
 #include <math.h>
 
-int fastattn_sums_overflow(const fa_call *call, const fa_panel *panel, const fa_state *state, fa_sums sums) {
+int fastattn_sums_overflow(const fa_call *call, const fa_panel *panel, const fa_state *state) {
     const int64_t dim = call->args->v_head_dim;
     if (call->args->kv_dtype == FASTATTN_FLOAT16) return 0; /* no number of keys makes 2**16 too large */
     for (int r = 0; r < panel->rows; r++)
         for (int64_t d = 0; d < dim && isfinite(state->norm[r]); d++)
-            if (!isfinite(sums.at[r * sums.row + d * sums.column])) return 1;
+            if (!isfinite(state->o[r * state->of_row + d * state->of_number])) return 1;
     return 0;
 }
 
-void fastattn_replace_means(const fa_call *call, const fa_panel *panel, fa_sums sums, const float *factor) {
+void fastattn_replace_means(const fa_call *call, const fa_panel *panel, const fa_state *state, const float *factor) {
     const fastattn_attention_args *a = call->args;
     const int64_t size = fa_size_of(a->q_dtype);
     const double largest = a->q_dtype == FASTATTN_BFLOAT16 ? 0x1.fep127 : FLT_MAX; /* no mean of what is finite is larger */
@@ -22,7 +22,7 @@ void fastattn_replace_means(const fa_call *call, const fa_panel *panel, fa_sums 
         for (int64_t d = 0; d < a->v_head_dim; d++) {
             char *at = (char *)panel->outputs[r] + d * size;
             if (isfinite(fa_get(at, a->q_dtype))) continue;
-            double mean = (double)sums.at[r * sums.row + d * sums.column] * factor[r] / FA_SHRINK;
+            double mean = (double)state->o[r * state->of_row + d * state->of_number] * factor[r] / FA_SHRINK;
             if (isfinite(mean)) mean = fmax(-largest, fmin(mean, largest));
             fa_put(at, (float)mean, a->q_dtype);
         }

@@ -12,18 +12,12 @@
 
 #define FA_SHRINK 0x1p-64f
 
-/* The sums of a panel's rows: number d of row r is at[r * row + d * column]. */
-typedef struct fa_sums {
-    const float *at;
-    int64_t row, column;
-} fa_sums;
-
 /* Whether a sum of a row is not finite although its powers are. (It may be that a value is not; then the second time makes no
  * difference.) */
-int fastattn_sums_overflow(const fa_call *call, const fa_panel *panel, const fa_state *state, fa_sums sums);
+int fastattn_sums_overflow(const fa_call *call, const fa_panel *panel, const fa_state *state);
 
 /* The numbers of the panel's outputs that are not finite, from sums of values times FA_SHRINK; those of row r times factor[r] are
  * means. */
-void fastattn_replace_means(const fa_call *call, const fa_panel *panel, fa_sums sums, const float *factor);
+void fastattn_replace_means(const fa_call *call, const fa_panel *panel, const fa_state *state, const float *factor);
 
 #endif

@@ -9,29 +9,36 @@
 static size_t padded(int64_t floats) { return ((size_t)floats * sizeof(float) + 63) / 64 * 64; }
 
 /* o has room for whole tiles, and one more. */
-static int64_t o_floats(int64_t ld, int64_t v_head_dim) { return ld * (fa_round_up(v_head_dim, FA_TILE) + FA_TILE); }
+static int64_t o_floats(int64_t rows, int64_t v_head_dim) { return rows * (fa_round_up(v_head_dim, FA_TILE) + FA_TILE); }
 
-size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim) { return 3 * padded(ld) + padded(o_floats(ld, v_head_dim)); }
+size_t fastattn_state_bytes(int64_t rows, int64_t v_head_dim) { return 3 * padded(rows) + padded(o_floats(rows, v_head_dim)); }
 
-fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim, int64_t norm_row) {
-    float *m = memory, *l = (float *)((char *)memory + padded(ld)), *seen = (float *)((char *)memory + 2 * padded(ld));
-    float *o = (float *)((char *)memory + 3 * padded(ld));
-    const fa_state state = {ld, v_head_dim, m, l, seen, o, norm_row > 0 ? o + norm_row * ld : l};
+fa_state fastattn_state_at(void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim) {
+    const size_t vector = padded(fa_round_up(rows, FA_ROW_STEP));
+    float *m = memory, *l = (float *)((char *)memory + vector), *seen = (float *)((char *)memory + 2 * vector);
+    float *o = (float *)((char *)memory + 3 * vector);
+    fa_state state = {rows, v_head_dim, m, l, seen, o, 1, ld, l};
+    if (products) {
+        state.of_row = fa_row_of_numbers(products, v_head_dim);
+        state.of_number = fa_number_of_numbers(products, ld);
+        if (products->sums) state.norm = o + fa_sums_row(v_head_dim) * state.of_number;
+    }
     return state;
 }
 
-void fastattn_state_clear(fa_state *state, int with_o) {
-    for (int64_t r = 0; r < state->ld; r++) {
+void fastattn_state_clear(fa_state *state) {
+    for (int64_t r = 0; r < state->rows; r++) {
         state->m[r] = -INFINITY;
         state->l[r] = 0.0f;
         state->seen[r] = 0.0f;
     }
-    if (with_o) memset(state->o, 0, (size_t)(state->ld * state->v_head_dim) * sizeof(float));
-    memset(state->norm, 0, (size_t)state->ld * sizeof(float));
+    const int64_t all = state->of_row == 1 ? state->v_head_dim * state->of_number : state->rows * state->of_row;
+    memset(state->o, 0, (size_t)all * sizeof(float));
+    if (state->norm != state->l) memset(state->norm, 0, (size_t)state->rows * sizeof(float));
 }
 
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
-    for (int64_t r = 0; r < state->ld; r++) {
+    for (int64_t r = 0; r < state->rows; r++) {
         if (other->seen[r] == 0.0f) continue;
         const float m = state->m[r] > other->m[r] ? state->m[r] : other->m[r];
         const float base = m == -INFINITY ? 0.0f : m;
@@ -40,8 +47,10 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
         if (state->norm != state->l) state->norm[r] = state->norm[r] * mine + other->norm[r] * theirs;
         state->l[r] = state->l[r] * mine + other->l[r] * theirs;
         state->seen[r] = 1.0f;
-        for (int64_t d = r; d < state->ld * state->v_head_dim; d += state->ld)
-            state->o[d] = state->o[d] * mine + other->o[d] * theirs;
+        const int64_t step = state->of_number;
+        float *o = state->o + r * state->of_row;
+        const float *added = other->o + r * state->of_row;
+        for (int64_t d = 0; d < state->v_head_dim; d++) o[d * step] = o[d * step] * mine + added[d * step] * theirs;
     }
 }
 

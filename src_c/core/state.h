@@ -3,25 +3,27 @@
 #ifndef FA_STATE_H
 #define FA_STATE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "../ukernel/ukernel.h"
 
 typedef struct fa_state {
-    int64_t ld, v_head_dim;
-    float *m;    /* [ld] */
-    float *l;    /* [ld] */
-    float *seen; /* [ld] 1 where a key was visible: -inf scores alone cannot tell */
-    float *o;    /* [v_head_dim][ld] */
-    float *norm; /* [ld] the sum of the powers as they were multiplied by the values, rounded: what o is divided by. Or l */
+    int64_t rows, v_head_dim;
+    float *m;    /* [rows] */
+    float *l;    /* [rows] */
+    float *seen; /* [rows] 1 where a key was visible: -inf scores alone cannot tell */
+    float *o;    /* number d of row r at o[r * of_row + d * of_number] */
+    int64_t of_row, of_number; /* one of them is 1 */
+    float *norm; /* [rows] the sum of the powers as they were multiplied by the values, rounded: what o is divided by. Or l */
 } fa_state;
 
-size_t fastattn_state_bytes(int64_t ld, int64_t v_head_dim);
+/* Room for a state of at most so many rows, a multiple of FA_ROW_STEP or 1. */
+size_t fastattn_state_bytes(int64_t rows, int64_t v_head_dim);
 
-/* A state in `memory` of fastattn_state_bytes, as it stands. norm is row norm_row of o, beyond v_head_dim, or l if that is 0. */
-fa_state fastattn_state_at(void *memory, int64_t ld, int64_t v_head_dim, int64_t norm_row);
+/* A state in `memory` of fastattn_state_bytes, as it stands, with o and norm as these products lay it out and sum; null: as float32
+ * products do. ld is that of their panels. */
+fa_state fastattn_state_at(void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim);
 
-/* The state of no keys, o included or not. */
-void fastattn_state_clear(fa_state *state, int with_o);
+/* The state of no keys. */
+void fastattn_state_clear(fa_state *state);
 
 /* state becomes the state of both sets of keys; c as in fa_products.softmax. */
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);

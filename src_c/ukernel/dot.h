@@ -11,8 +11,8 @@ static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t h
 
 static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
-    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, .panel = q, .ld = ld,
-                             .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2};
+    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1,
+                             TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2};
     tile_product(TILE_BFLOAT16, rows, keys, x);
 }
 
@@ -41,16 +41,16 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
     const float *pairs = (const float *)(const void *)(v.at + from / 2 * v.stride);
     const int64_t steps = (keys + 1) / 2;
     const tile_operands x = {.c = o, .alpha = alpha, .a = pairs, .across = 1, .along = v.stride / (int64_t)sizeof(float),
-                             .panel = p, .ld = ld, .steps = steps, .run = steps > 0 ? steps : 1};
+                             TILE_PANEL(p, ld), .c_ld = ld, .steps = steps, .run = steps > 0 ? steps : 1};
     tile_product(TILE_BFLOAT16, rows, fa_sums_row(v_head_dim) + 1, x);
 }
 
 PAIRS_SLOTS(dot, 1)
 
 const fa_products fastattn_products_bfloat16_avx512 = {
-    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FA_FEW_ROWS + 1, .panel_rows = FA_PANEL_ROWS,
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = MOST_ROWS + 1, .panel_rows = FA_PANEL_ROWS,
     .block_keys = 64, .score_keys = 64, .pair_rows = 1, .sums = 1,
     .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
-    .power = dot_power};
+    .power = dot_power, FA_LANES_SLOTS};
 
 #endif

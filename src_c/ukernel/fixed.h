@@ -168,8 +168,8 @@ static int fixed_fits(const float *q, int ld, fa_matrix k, int64_t keys, fa_matr
 static void fixed_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
     const int64_t steps = (head_dim + 1) / 2;
-    const tile_operands x = {.c = s, .a = row + 1, .across = k.stride / (int64_t)sizeof(float), .along = 1, .panel = q + ld,
-                             .ld = ld, .steps = steps, .run = steps > 0 ? steps : 1, .units = row, .lane_units = q};
+    const tile_operands x = {.c = s, .a = row + 1, .across = k.stride / (int64_t)sizeof(float), .along = 1,
+                             TILE_PANEL(q + ld, ld), .c_ld = ld, .steps = steps, .run = steps > 0 ? steps : 1, .units = row, .lane_units = q};
     tile_product(TILE_INT16, rows, keys, x);
 }
 
@@ -224,7 +224,7 @@ static void fixed_pv(float *o, const float *alpha, const float *p, int ld, int r
     const float *units = (const float *)(const void *)v.at;
     const float *pairs = (const float *)(const void *)(v.at + (1 + from / 2) * v.stride);
     const tile_operands x = {.c = o, .alpha = alpha, .a = pairs, .across = 1, .along = v.stride / (int64_t)sizeof(float),
-                             .panel = p + ld, .ld = ld, .steps = steps, .run = steps > 0 ? steps : 1, .units = units,
+                             TILE_PANEL(p + ld, ld), .c_ld = ld, .steps = steps, .run = steps > 0 ? steps : 1, .units = units,
                              .lane_units = p};
     tile_product(TILE_INT16, rows, v_head_dim, x);
     _mm_setcsr(found);
@@ -240,6 +240,6 @@ const fa_products fastattn_products_int16_avx512 = {
     .name = "int16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = SIMD_LANES + 1, .panel_rows = FA_PANEL_ROWS,
     .block_keys = FIXED_KEYS, .score_keys = FIXED_KEYS, .pair_rows = 1,
     .pack = fixed_pack, .keys = fixed_keys, .values = fixed_values, .fits = fixed_fits,
-    .qk = fixed_qk, .softmax = fixed_softmax, .pv = fixed_pv, .power = fixed_power};
+    .qk = fixed_qk, .softmax = fixed_softmax, .pv = fixed_pv, .power = fixed_power, FA_LANES_SLOTS};
 
 #endif

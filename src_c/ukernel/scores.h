@@ -16,47 +16,95 @@ FA_INLINE simd_f tanh_of(simd_f x) {
     return simd_select(simd_lt(magnitude, simd_set1(0.35f)), series, ratio);
 }
 
-/* Constants tell which rules there are, so that each combination in use gets a loop without questions. */
+/* Which rules there are: constants, so that each combination in use gets a loop without questions. */
+typedef struct rules_kind {
+    int bends, sloped, bounded, biased;
+} rules_kind;
+
+/* What the rules of some rows say of a vector, whose lanes are these rows, or keys of one of them. */
+typedef struct rules_of {
+    simd_f scale, cap, slope, offset, begin, end;
+} rules_of;
+
+/* Score x of `key` (counted from the block's first), and in `shown` whether it is: 1 or 0. */
+FA_INLINE simd_f ruled(rules_kind kind, const rules_of *rules, simd_f x, simd_f key, const float *bias_at, simd_f *shown) {
+    const simd_f hidden = simd_set1(-INFINITY), zero = simd_set1(0.0f);
+    x = simd_mul(x, rules->scale);
+    *shown = simd_set1(1.0f);
+    if (kind.bends) x = simd_mul(rules->cap, tanh_of(simd_div(x, rules->cap)));
+    if (kind.biased) {
+        const simd_f bias = simd_load(bias_at);
+        const simd_m hides = simd_eq(bias, hidden);
+        x = simd_select(hides, hidden, simd_add(x, bias));
+        *shown = simd_select(hides, zero, *shown);
+    }
+    if (kind.sloped) x = simd_sub(x, simd_mul(rules->slope, simd_abs(simd_sub(rules->offset, key))));
+    if (kind.bounded) {
+        const simd_m inside = simd_lt(key, rules->end), before = simd_lt(key, rules->begin);
+        x = simd_select(before, hidden, simd_select(inside, x, hidden));
+        *shown = simd_select(before, zero, simd_select(inside, *shown, zero));
+    }
+    return x;
+}
+
 FA_INLINE void scores_of(float *s, ptrdiff_t ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules,
-                         float *seen, int bends, int sloped, int bounded, int biased) {
-    const simd_f hidden = simd_set1(-INFINITY), zero = simd_set1(0.0f), one = simd_set1(1.0f);
-    const simd_f scale = simd_set1(rules->scale), cap = simd_set1(rules->softcap);
+                         float *seen, rules_kind kind) {
+    rules_of of = {.scale = simd_set1(rules->scale), .cap = simd_set1(rules->softcap)};
     for (int row = 0; row < rows; row += SIMD_LANES) {
-        simd_f slope = zero, offset = zero, begin = zero, end = zero;
-        if (sloped) slope = simd_load(rules->slopes + row), offset = simd_load(rules->offset + row);
-        if (bounded) begin = simd_load(rules->begin + row), end = simd_load(rules->end + row);
-        simd_f visible = simd_load(seen + row);
+        if (kind.sloped) of.slope = simd_load(rules->slopes + row), of.offset = simd_load(rules->offset + row);
+        if (kind.bounded) of.begin = simd_load(rules->begin + row), of.end = simd_load(rules->end + row);
+        simd_f visible = simd_load(seen + row), shown;
         for (int64_t j = 0; j < keys; j++) {
-            float *at = s + j * ld + row;
-            simd_f x = simd_mul(simd_load(at), scale), key = simd_set1((float)(first + j)), shown = one;
-            if (bends) x = simd_mul(cap, tanh_of(simd_div(x, cap)));
-            if (biased) {
-                simd_f bias = simd_load(rules->bias + j * ld + row);
-                simd_m hides = simd_eq(bias, hidden);
-                x = simd_select(hides, hidden, simd_add(x, bias));
-                shown = simd_select(hides, zero, shown);
-            }
-            if (sloped) x = simd_sub(x, simd_mul(slope, simd_abs(simd_sub(offset, key))));
-            if (bounded) {
-                simd_m inside = simd_lt(key, end), before = simd_lt(key, begin);
-                x = simd_select(before, hidden, simd_select(inside, x, hidden));
-                shown = simd_select(before, zero, simd_select(inside, shown, zero));
-            }
-            simd_store(at, x);
+            const ptrdiff_t at = j * ld + row;
+            simd_store(s + at, ruled(kind, &of, simd_load(s + at), simd_set1((float)(first + j)), rules->bias + at, &shown));
             visible = simd_max(visible, shown);
         }
         simd_store(seen + row, visible);
     }
 }
 
-static void scores(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen) {
-    const int bends = rules->softcap != 0.0f, sloped = rules->slopes != NULL;
-    const int bounded = rules->end != NULL, biased = rules->bias != NULL;
-    if (bends || sloped) scores_of(s, ld, rows, first, keys, rules, seen, bends, sloped, bounded, biased);
-    else if (biased && bounded) scores_of(s, ld, rows, first, keys, rules, seen, 0, 0, 1, 1);
-    else if (biased) scores_of(s, ld, rows, first, keys, rules, seen, 0, 0, 0, 1);
-    else scores_of(s, ld, rows, first, keys, rules, seen, 0, 0, bounded, 0);
+/* The same by rows: lanes are keys. */
+FA_INLINE void rows_scores_of(float *s, ptrdiff_t ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules,
+                              float *seen, rules_kind kind) {
+    float ascending[SIMD_LANES];
+    for (int i = 0; i < SIMD_LANES; i++) ascending[i] = (float)(first + i);
+    rules_of of = {.scale = simd_set1(rules->scale), .cap = simd_set1(rules->softcap)};
+    const simd_f zero = simd_set1(0.0f), last = simd_set1((float)(first + keys));
+    for (int row = 0; row < rows; row++) {
+        if (kind.sloped) of.slope = simd_set1(rules->slopes[row]), of.offset = simd_set1(rules->offset[row]);
+        if (kind.bounded) of.begin = simd_set1(rules->begin[row]), of.end = simd_set1(rules->end[row]);
+        simd_f visible = zero, shown, key = simd_load(ascending);
+        for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+            const ptrdiff_t at = row * ld + j;
+            simd_store(s + at, ruled(kind, &of, simd_load(s + at), key, rules->bias + at, &shown));
+            visible = simd_max(visible, simd_select(simd_lt(key, last), shown, zero));
+            key = simd_add(key, simd_set1((float)SIMD_LANES));
+        }
+        if (simd_any(simd_lt(zero, visible))) seen[row] = 1.0f;
+    }
 }
+
+/* Calls f with the combination of rules as constants, of which the rare ones share a loop that asks. */
+#define BY_RULES(f, ...)                                                                                            \
+    const int bounded = rules->end != NULL, biased = rules->bias != NULL;                                           \
+    if (rules->softcap != 0.0f || rules->slopes) {                                                                  \
+        const rules_kind kind = {rules->softcap != 0.0f, rules->slopes != NULL, bounded, biased};                   \
+        f(__VA_ARGS__, kind);                                                                                       \
+    } else if (biased && bounded)                                                                                   \
+        f(__VA_ARGS__, (rules_kind){0, 0, 1, 1});                                                                   \
+    else if (biased)                                                                                                \
+        f(__VA_ARGS__, (rules_kind){0, 0, 0, 1});                                                                   \
+    else                                                                                                            \
+        f(__VA_ARGS__, (rules_kind){0, 0, bounded, 0});
+
+static void scores(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen) {
+    BY_RULES(scores_of, s, ld, rows, first, keys, rules, seen)
+}
+
+static void rows_scores(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen) {
+    BY_RULES(rows_scores_of, s, ld, rows, first, keys, rules, seen)
+}
+#undef BY_RULES
 
 /* One element of a mask as a bias. */
 FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
@@ -115,13 +163,46 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
     return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
 }
 
-static unsigned mask(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                     fastattn_dtype dtype) {
-    switch (dtype) {
-    case FASTATTN_BOOL: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_BOOL);
-    case FASTATTN_FLOAT64: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT64);
-    case FASTATTN_FLOAT16: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT16);
-    case FASTATTN_BFLOAT16: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_BFLOAT16);
-    default: return mask_of(tile, ld, rows_of, rows, key_stride, keys, FASTATTN_FLOAT32);
+/* The same by rows. Rows that share their elements, as the heads of one query may, are copies. */
+FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                                fastattn_dtype dtype) {
+    const int64_t itemsize = fa_size_of(dtype);
+    const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
+    mask_census seen = {none, none};
+    for (int row = 0; row < rows; row++, bias += ld) {
+        const char *from = rows_of[row];
+        if (row > 0 && from == (const char *)rows_of[row - 1]) {
+            memcpy(bias, bias - ld, (size_t)keys * sizeof(float));
+            continue;
+        }
+        int64_t j = 0;
+        if (key_stride == itemsize && dtype != FASTATTN_FLOAT64)
+            for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
+        for (; j < keys; j += SIMD_LANES) {
+            float lanes[SIMD_LANES];
+            for (int i = 0; i < SIMD_LANES; i++) lanes[i] = mask_element(from + (j + i < keys ? j + i : keys - 1) * key_stride, dtype);
+            mask_store(bias + j, simd_load(lanes), &seen);
+        }
     }
+    return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
 }
+
+#define BY_MASK(f, ...)                                                    \
+    switch (dtype) {                                                       \
+    case FASTATTN_BOOL: return f(__VA_ARGS__, FASTATTN_BOOL);              \
+    case FASTATTN_FLOAT64: return f(__VA_ARGS__, FASTATTN_FLOAT64);        \
+    case FASTATTN_FLOAT16: return f(__VA_ARGS__, FASTATTN_FLOAT16);        \
+    case FASTATTN_BFLOAT16: return f(__VA_ARGS__, FASTATTN_BFLOAT16);      \
+    default: return f(__VA_ARGS__, FASTATTN_FLOAT32);                      \
+    }
+
+static unsigned mask(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                     fastattn_dtype dtype) {
+    BY_MASK(mask_of, bias, ld, rows_of, rows, key_stride, keys)
+}
+
+static unsigned rows_mask(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                          fastattn_dtype dtype) {
+    BY_MASK(rows_mask_of, bias, ld, rows_of, rows, key_stride, keys)
+}
+#undef BY_MASK

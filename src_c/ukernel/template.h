@@ -25,15 +25,24 @@
 #include "softmax.h"
 #include "scores.h"
 #include "tile.h"
-#include "few.h"
+#include "rows.h"
 #include "rotate.h"
 
-#define FA_TABLE(suffix, instructions, block_size)                                                              \
-    static const fa_products suffix##_products = {                                                              \
-        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1, .panel_rows = FA_PANEL_ROWS,         \
-        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,        \
-        .keys = widened, .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power};            \
-    const fa_ukernel fastattn_ukernel_##suffix = {                                                              \
-        .products = &suffix##_products, .widen = widen, .fetch = fetch, .mask = mask, .scores = scores,         \
-        .qk_few = qk_few, .softmax_few = softmax_few, .pv_few = pv_few, .finite = all_finite, .unpack = unpack, \
-        .narrow = narrow, .rotate = rotate};
+/* What is around the products of panels whose lanes are rows, whatever they multiply. */
+#define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
+
+/* Float32 products by rows hold these at most: beyond, lanes of rows are full enough. */
+enum { MOST_ROWS = 16 };
+
+#define FA_TABLE(suffix, instructions, block_size)                                                                       \
+    static const fa_products suffix##_products = {                                                                       \
+        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1, .panel_rows = FA_PANEL_ROWS,                  \
+        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,                 \
+        .keys = widened, .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS};     \
+    static const fa_products suffix##_few = {                                                                            \
+        .name = "float32_rows_" #suffix, .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS,   \
+        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack,            \
+        .keys = as_stored, .values = as_stored, .qk = rows_qk, .softmax = rows_softmax, .pv = rows_pv,                   \
+        .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack};                           \
+    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .widen = widen,  \
+                                                  .fetch = fetch, .narrow = narrow, .finite = all_finite, .rotate = rotate};

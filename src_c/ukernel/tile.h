@@ -1,59 +1,83 @@
 /* Template: the two products of attention as one register tile.
  *
- * Parameters, from the SIMD header: simd_f, SIMD_LANES, SIMD_TILE_VECTORS (1 to 4) and SIMD_TILE_WIDTH(vectors) (at most
+ * Parameters, from the SIMD header: simd_f, SIMD_LANES, SIMD_TILE_VECTORS (2 or 4) and SIMD_TILE_WIDTH(vectors) (at most
  * 12). A tile keeps width x vectors accumulators and reads, for every step, `vectors` vectors of the panel and
  * `width` single elements. */
 
 #define FA_TILE_MAX_WIDTH 12
 
+_Static_assert(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, "strips of two vectors or four");
+_Static_assert(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
+                   SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) <= FA_TILE_MAX_WIDTH, "tile_of() knows widths up to this");
+_Static_assert(FA_ROW_STEP % SIMD_LANES == 0, "rows come in whole vectors");
+
 /* What is multiplied: numbers or, where the instruction set has a product for them, pairs of halves. Integers come with a unit
  * for every element across and one for every lane. */
 enum { TILE_FLOAT32, TILE_BFLOAT16, TILE_INT16 };
 
+/* What is a constant wherever a tile is inlined. Legal are any storage type with numbers, by rows or not, ragged or not; pairs of
+ * halves are a panel of float32 to this file. */
+typedef struct tile_kind {
+    int multiply;
+    fastattn_dtype storage; /* of the panel */
+    int by_rows;            /* elements across are rows, which alpha is for, not for the lanes */
+    int ragged;             /* the only vector of the panel has fewer lanes */
+} tile_kind;
+
 #ifdef SIMD_PAIRS
-FA_INLINE simd_f tile_multiply(int kind, simd_f a, simd_f b, simd_f c) {
-    return kind == TILE_INT16 ? simd_dot_int16(a, b, c) : kind == TILE_BFLOAT16 ? simd_dot_bf16(a, b, c) : simd_fma(a, b, c);
+FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) {
+    return multiply == TILE_INT16      ? simd_dot_int16(a, b, c)
+           : multiply == TILE_BFLOAT16 ? simd_dot_bf16(a, b, c)
+                                       : simd_fma(a, b, c);
 }
 
-FA_INLINE simd_f tile_sum(int kind, simd_f sum, simd_f unit) {
-    return kind == TILE_INT16 ? simd_mul(simd_of_integers(sum), unit) : sum;
+FA_INLINE simd_f tile_sum(int multiply, simd_f sum, simd_f unit) {
+    return multiply == TILE_INT16 ? simd_mul(simd_of_integers(sum), unit) : sum;
 }
 #else
-FA_INLINE simd_f tile_multiply(int kind, simd_f a, simd_f b, simd_f c) { return (void)kind, simd_fma(a, b, c); }
-FA_INLINE simd_f tile_sum(int kind, simd_f sum, simd_f unit) { return (void)kind, (void)unit, sum; }
+FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) { return (void)multiply, simd_fma(a, b, c); }
+FA_INLINE simd_f tile_sum(int multiply, simd_f sum, simd_f unit) { return (void)multiply, (void)unit, sum; }
 #endif
 
-/* One product: c[w][lane] = alpha[lane] * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane];
- * without alpha, the sum alone. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding error
- * grows with their length. Of integers there is one run, and the sum is times units[w * across] * lane_units[lane]. */
+/* One product: c[w][lane] = alpha * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane]; without alpha
+ * the sum alone, or with `adds` alpha is 1. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding
+ * error grows with their length. Of integers there is one run, and the sum is times units[w * across] * lane_units[lane]. */
 typedef struct tile_operands {
     float *c;
+    ptrdiff_t c_ld;
     const float *alpha;
+    int adds;
     const float *a;
     ptrdiff_t across, along;
-    const float *panel;
-    ptrdiff_t ld; /* of c and of the panel */
+    const char *panel;
+    int64_t stride; /* bytes from one step of the panel to the next */
+    int64_t lanes;  /* of a ragged panel */
     int64_t steps, run;
+    uintptr_t ahead; /* bytes, from the panel to what will be read next, which memory is asked for meanwhile; 0: nothing */
     const float *units, *lane_units;
 } tile_operands;
 
 /* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
 #define FA_TILE_UNROLL 4
 
-FA_INLINE void tile_step(int kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a, ptrdiff_t across,
-                         const float *panel) {
+FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a,
+                         const tile_operands *x, const char *panel) {
+    const int64_t size = fa_size_of(kind.storage), bytes = SIMD_LANES * size;
     simd_f b[4];
-    FA_UNROLL for (int v = 0; v < vectors; v++) b[v] = simd_load(panel + v * SIMD_LANES);
+    if (kind.by_rows && x->ahead)
+        FA_UNROLL for (int64_t at = 0; at < vectors * bytes; at += 64) simd_fetch((const char *)((uintptr_t)panel + x->ahead) + at);
+    FA_UNROLL for (int v = 0; v < vectors; v++)
+        b[v] = kind.ragged ? load_as(panel, x->lanes, kind.storage) : load_full(panel + v * bytes, kind.storage);
     FA_UNROLL for (int w = 0; w < width; w++) {
-        const simd_f element = simd_set1(a[w * across]);
-        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind, element, b[v], acc[w][v]);
+        const simd_f element = simd_set1(a[w * x->across]);
+        FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind.multiply, element, b[v], acc[w][v]);
     }
 }
 
-/* kind, width, vectors, across or along, and alpha's presence are constants wherever this is inlined. */
-FA_INLINE void tile(int kind, int width, int vectors, tile_operands x) {
+/* width, vectors, across or along, and alpha's presence are constants, too. */
+FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands *x) {
     for (int64_t step = 0;;) {
-        const int64_t end = step + x.run < x.steps ? step + x.run : x.steps;
+        const int64_t end = step + x->run < x->steps ? step + x->run : x->steps;
         const int first = step == 0;
         simd_f acc[FA_TILE_MAX_WIDTH][4];
         FA_UNROLL for (int w = 0; w < width; w++)
@@ -61,25 +85,26 @@ FA_INLINE void tile(int kind, int width, int vectors, tile_operands x) {
         if (width == SIMD_TILE_WIDTH(vectors))
             for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
                 FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
-                    tile_step(kind, width, vectors, acc, x.a + (step + u) * x.along, x.across, x.panel + (step + u) * x.ld);
+                    tile_step(kind, width, vectors, acc, x->a + (step + u) * x->along, x, x->panel + (step + u) * x->stride);
         for (; step < end; step++)
-            tile_step(kind, width, vectors, acc, x.a + step * x.along, x.across, x.panel + step * x.ld);
+            tile_step(kind, width, vectors, acc, x->a + step * x->along, x, x->panel + step * x->stride);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
-            const simd_f one = simd_set1(1.0f), factor = x.alpha && first ? simd_load(x.alpha + v * SIMD_LANES) : one;
-            const simd_f lane_unit = kind == TILE_INT16 ? simd_load(x.lane_units + v * SIMD_LANES) : one;
+            const simd_f one = simd_set1(1.0f), lane_alpha = x->alpha && first && !kind.by_rows ? simd_load(x->alpha + v * SIMD_LANES) : one;
+            const simd_f lane_unit = kind.multiply == TILE_INT16 ? simd_load(x->lane_units + v * SIMD_LANES) : one;
             FA_UNROLL for (int w = 0; w < width; w++) {
-                float *to = x.c + w * x.ld + v * SIMD_LANES;
-                const simd_f unit = kind == TILE_INT16 ? simd_mul(simd_set1(x.units[w * x.across]), lane_unit) : one;
-                const simd_f sum = tile_sum(kind, acc[w][v], unit);
-                simd_store(to, x.alpha || !first ? simd_fma(simd_load(to), factor, sum) : sum);
+                float *to = x->c + w * x->c_ld + v * SIMD_LANES;
+                const simd_f factor = x->alpha && first && kind.by_rows ? simd_set1(x->alpha[w]) : lane_alpha;
+                const simd_f unit = kind.multiply == TILE_INT16 ? simd_mul(simd_set1(x->units[w * x->across]), lane_unit) : one;
+                const simd_f sum = tile_sum(kind.multiply, acc[w][v], unit);
+                simd_store(to, x->alpha || x->adds || !first ? simd_fma(simd_load(to), factor, sum) : sum);
             }
         }
-        if (step >= x.steps) break;
+        if (step >= x->steps) break;
     }
 }
 
 /* Calls tile() with width as a constant. */
-FA_INLINE void tile_of(int kind, int width, int vectors, tile_operands x) {
+FA_INLINE void tile_of(tile_kind kind, int width, int vectors, const tile_operands *x) {
 #define FA_CASE(n)                                                         \
     case n:                                                                \
         if (n <= SIMD_TILE_WIDTH(vectors)) tile(kind, n, vectors, x);      \
@@ -91,32 +116,34 @@ FA_INLINE void tile_of(int kind, int width, int vectors, tile_operands x) {
 #undef FA_CASE
 }
 
-/* All `count` elements across, for `vectors` vectors of rows. The last two tiles share what is left evenly, because a
+/* All `count` elements across, for `vectors` vectors of the panel. The last two tiles share what is left evenly, because a
  * narrow tile cannot keep the multipliers busy. */
-FA_INLINE void tile_strip(int kind, int vectors, int64_t count, tile_operands x) {
+FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_operands x) {
     const int widest = SIMD_TILE_WIDTH(vectors);
     while (count > 0) {
-        int width = (int)(count >= 2 * widest || count == widest ? widest
-                          : count > widest                       ? (count + 1) / 2
-                                                                 : count);
-        tile_of(kind, width, vectors, x);
-        x.c += width * x.ld;
+        int width = (int)count;
+        if (count > widest) width = count >= 2 * widest ? widest : (int)((count + 1) / 2);
+        tile_of(kind, width, vectors, &x);
+        x.c += width * x.c_ld;
         x.a += width * x.across;
-        if (kind == TILE_INT16) x.units += width * x.across;
+        if (kind.by_rows && x.alpha) x.alpha += width;
+        if (kind.multiply == TILE_INT16) x.units += width * x.across;
+        x.ahead = 0; /* once is enough */
         count -= width;
     }
 }
 
-/* The whole product: strips of the widest vectors, then what is left of the rows. */
-FA_INLINE void tile_product(int kind, int rows, int64_t count, tile_operands x) {
+/* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
+FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
+    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0};
     for (int row = 0; row < rows;) {
         int vectors = (rows - row) / SIMD_LANES;
         if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;
         tile_operands strip = x;
         strip.c += row;
-        strip.panel += row;
+        strip.panel += row * (int64_t)sizeof(float);
         if (x.alpha) strip.alpha += row;
-        if (kind == TILE_INT16) strip.lane_units += row;
+        if (multiply == TILE_INT16) strip.lane_units += row;
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
         case 4: tile_strip(kind, 4, count, strip); break;
@@ -129,6 +156,9 @@ FA_INLINE void tile_product(int kind, int rows, int64_t count, tile_operands x) 
     }
 }
 
+/* A panel with this leading dimension in floats. */
+#define TILE_PANEL(at, panel_ld) .panel = (const char *)(at), .stride = (panel_ld) * (int64_t)sizeof(float)
+
 /* A dot product is summed in two runs or more, of at most 64 steps: its rounding error limits the accuracy of large
  * scores. */
 FA_INLINE int64_t tile_run(int64_t head_dim) {
@@ -138,8 +168,8 @@ FA_INLINE int64_t tile_run(int64_t head_dim) {
 
 static void qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
-    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, .panel = q, .ld = ld,
-                             .steps = head_dim, .run = tile_run(head_dim)};
+    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, TILE_PANEL(q, ld),
+                             .c_ld = ld, .steps = head_dim, .run = tile_run(head_dim)};
     tile_product(TILE_FLOAT32, rows, keys, x);
 }
 
@@ -147,7 +177,7 @@ static void pv(float *o, const float *alpha, const float *p, int ld, int rows, f
                int64_t v_head_dim) {
     const float *row = (const float *)(const void *)(v.at + from * v.stride);
     const tile_operands x = {.c = o, .alpha = alpha, .a = row, .across = 1, .along = v.stride / (int64_t)sizeof(float),
-                             .panel = p, .ld = ld, .steps = keys, .run = keys > 0 ? keys : 1};
+                             TILE_PANEL(p, ld), .c_ld = ld, .steps = keys, .run = keys > 0 ? keys : 1};
     tile_product(TILE_FLOAT32, rows, v_head_dim, x);
 }
 

@@ -14,13 +14,22 @@
  * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
  * L2 traffic at full speed, so keys may stream and only the panels must stay near.
  *
- * A panel of FA_FEW_ROWS or less would leave most lanes empty. Its slots (qk_few, softmax_few, pv_few) take the numbers of one key
- * as lanes instead, or keys, and Q, S, P and O row-major. Rules, which are for lanes of rows, see S turned.
+ * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they lie
+ * are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it says itself
+ * (by_rows); the loop, which only moves pointers, asks for the strides below. Sums are formed in the same order either way, so that
+ * float32 tables give a row the same bits.
  *
- * Every matrix of a panel has the leading dimension ld, the rows of the panel rounded up to FA_ROW_STEP; slots that
- * take `rows` work on so many columns, a multiple of FA_ROW_STEP, from the column that their pointers point at. Padding
- * columns repeat the last row. Panels are aligned to 64 bytes; K, V, masks and outputs to their element only. Edges
- * (any number of keys, any head_dim) belong to the slots. No slot reads or writes outside of what is said here. */
+ *                   lanes are rows                  by rows
+ *     q             [head_dim][ld]                  [rows][head_dim, whole vectors]
+ *     s, p, bias    [keys][ld]                      [rows][ld]
+ *     o             [v_head_dim][ld]                [rows][v_head_dim, whole vectors]
+ *     ld            rows, rounded up                keys of a block, rounded up
+ *
+ * Whole vectors are of FA_ROW_STEP floats, to which ld is rounded up, too. Slots that take `rows` work on so many from the row that
+ * their pointers point at: where lanes are rows a multiple of FA_ROW_STEP, of which those beyond the panel's repeat its last one;
+ * by rows any number. What fills up vectors by rows may be read and written: q is 0 there, s, p and o anything. Panels are aligned to
+ * 64 bytes; K, V, masks and outputs to their element only. Edges (any number of keys, any head_dim) belong to the slots. No slot
+ * reads or writes outside of what is said here. */
 #ifndef FA_UKERNEL_H
 #define FA_UKERNEL_H
 
@@ -29,7 +38,6 @@
 enum {
     FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
-    FA_FEW_ROWS = 12,         /* up to here lanes are numbers of a key, and beyond, queries, some of FA_ROW_STEP lanes empty */
     FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
     FA_ROTATED_HEADS = 4,     /* heads whose rows are turned together, by angles that are loaded once */
@@ -40,18 +48,18 @@ enum {
  * most sizes: where they are larger than FLT_MAX / (FA_MOST_POWER * keys), o may overflow, and is computed again. */
 #define FA_MOST_POWER 4096.0f
 
-/* What is done to the scores of a block, besides multiplying. Pointers marked [ld] are indexed by the row of the panel. */
+/* What is done to the scores of a block, besides multiplying. Pointers marked [rows] are indexed by the row of the panel. */
 typedef struct fa_score_rules {
     float scale;         /* applied first */
     float softcap;       /* 0: none */
-    const float *slopes; /* [ld] ALiBi slopes, or null */
-    const float *offset; /* [ld] p - j for the first key of the block; only with slopes */
-    const float *begin;  /* [ld] first visible key, relative to the block, or null: all from the first */
-    const float *end;    /* [ld] end of the visible keys, likewise; null exactly when begin is */
-    const float *bias;   /* [keys][ld] added; exactly -inf hides; or null */
+    const float *slopes; /* [rows] ALiBi slopes, or null */
+    const float *offset; /* [rows] p - j for the first key of the block; only with slopes */
+    const float *begin;  /* [rows] first visible key, relative to the block, or null: all from the first */
+    const float *end;    /* [rows] end of the visible keys, likewise; null exactly when begin is */
+    const float *bias;   /* laid out as the scores; added; exactly -inf hides; or null */
 } fa_score_rules;
 
-/* What fa_ukernel.mask found in a tile of mask. */
+/* What fa_products.mask found in a tile of mask. */
 enum {
     FA_MASK_SHOWS = 1, /* some element is visible */
     FA_MASK_HIDES = 2  /* some element is hidden */
@@ -74,11 +82,12 @@ typedef struct fa_scores {
 } fa_scores;
 
 /* The two products and what is between them: how a panel of queries, keys, powers and values are laid out and multiplied.
- * Every panel has 4 bytes for a row, one float32 or a pair of halves, so that row r of each begins r floats further on. Keys
- * and values of a block are prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. */
+ * Every panel has 4 bytes for a row (and, by rows, for a number), one float32 or a pair of halves. Keys and values of a block are
+ * prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. */
 typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
+    int by_rows;     /* panels lie row by row: see above */
     int fewest_rows; /* of a panel, for which what has to be prepared pays off; fewer are for the float32 products */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
@@ -92,7 +101,7 @@ typedef struct fa_products {
     void (*enter)(void);
     void (*leave)(void);
 
-    /* The panel of queries from sign * rows[r][d]; rows_of holds `rows` pointers. */
+    /* The panel of queries from sign * rows_of[r][d]. */
     void (*pack)(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
                  float sign);
 
@@ -104,7 +113,7 @@ typedef struct fa_products {
      * up. The float32 products take the block where they are not, so sums has to be 0. Null: always. */
     int (*fits)(const float *q, int ld, fa_matrix k, int64_t keys, fa_matrix v, float scale);
 
-    /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; rows of s up to a multiple of FA_SUM_RUN may be written. */
+    /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; s of keys up to a multiple of FA_SUM_RUN may be written. */
     void (*qk)(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
 
     /* The online softmax, in units of 2**c:  m' >= m,  alpha = 2**(c*(m - m')),  p = 2**(c*(s - m')),  l = l * alpha + sum p.
@@ -124,6 +133,21 @@ typedef struct fa_products {
 
     /* p[key][row] */
     float (*power)(const float *p, int ld, int row, int64_t key);
+
+    /* What is around the products, in float32 whatever they are, in the layout of their panels. */
+
+    /* bias[key][row] = the mask: floats as they are, true 0, false -inf. Returns FA_MASK_ bits. key_stride is in bytes. */
+    unsigned (*mask)(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
+                     fastattn_dtype dtype);
+
+    /* Applies the rules to s; hidden scores become -inf. first is the block's key that s begins with. seen[row] becomes
+     * 1 where a key was visible. rules' pointers are already moved to the row and, for bias, to the key. */
+    void (*scores)(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen);
+
+    /* outputs[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows. Returns 1 when all products, where lanes are rows
+     * also those that fill up the last vector, are finite. */
+    int (*unpack)(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                  fastattn_dtype dtype);
 } fa_products;
 
 /* n, at least 0, up to a multiple of step. */
@@ -146,9 +170,18 @@ typedef struct fa_rotation {
     fastattn_dtype dtype;
 } fa_rotation;
 
-/* What is done in float32 lanes whatever the products, and the products of few rows. */
+/* Where things lie in the panels of a table, in floats. */
+static inline int64_t fa_row_of_scores(const fa_products *by, int ld) { return by->by_rows ? ld : 1; }
+static inline int64_t fa_key_of_scores(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
+static inline int64_t fa_row_of_numbers(const fa_products *by, int64_t dim) {
+    return by->by_rows ? fa_round_up(dim, FA_ROW_STEP) : 1;
+}
+static inline int64_t fa_number_of_numbers(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
+
+/* What is done in float32 lanes whatever the products. */
 typedef struct fa_ukernel {
-    const fa_products *products; /* in float32, for every storage type */
+    const fa_products *products; /* in float32, for every storage type: lanes are rows */
+    const fa_products *few;      /* the same by rows, for at most its panel_rows */
 
     /* to[key][head_dim] = from[key][d] in float32. */
     void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t head_dim);
@@ -156,34 +189,11 @@ typedef struct fa_ukernel {
     /* Asks the caches for `bytes` of each of these rows. A hint: nothing else changes. */
     void (*fetch)(fa_matrix rows, int64_t keys, int64_t bytes);
 
-    /* tile[key][row] = the mask as a bias: floats as they are, true 0, false -inf. Returns FA_MASK_ bits.
-     * key_stride is in bytes. */
-    unsigned (*mask)(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                     fastattn_dtype dtype);
-
-    /* Applies the rules to s; hidden scores become -inf. first is the block's key that s begins with. seen[row] becomes
-     * 1 where a key was visible. rules' pointers are already moved to the row and, for bias, to the key. */
-    void (*scores)(float *s, int ld, int rows, int64_t first, int64_t keys, const fa_score_rules *rules, float *seen);
-
-    /* qk, softmax (p in the place of s) and pv for at most FA_FEW_ROWS rows, from keys and values as they are stored. q, s, p and o
-     * are row-major here, in float32, with pitches that are multiples of FA_ROW_STEP; q is 0 beyond head_dim, o anything, and of
-     * s as many keys may be written as make a multiple of FA_ROW_STEP. m, l and alpha have room for FA_ROW_STEP rows. */
-    void (*qk_few)(float *s, int64_t s_pitch, const float *q, int64_t pitch, int rows, fa_matrix k, int64_t keys,
-                   int64_t head_dim);
-    void (*softmax_few)(float *s, int64_t s_pitch, int rows, int64_t keys, float c, float *m, float *l, float *alpha);
-    void (*pv_few)(float *o, int64_t pitch, const float *alpha, const float *p, int64_t p_pitch, int rows, fa_matrix v,
-                   int64_t keys, int64_t v_head_dim);
-
     /* 1 when all of v is finite. */
     int (*finite)(fa_matrix v, int64_t keys, int64_t v_head_dim);
 
-    /* out[r][d] = o[d][r] * factor[r], rounded to dtype, for `count` rows; columns up to a multiple of FA_ROW_STEP are
-     * read. Returns 1 when all products, in those columns, are finite. */
-    int (*unpack)(void *const *rows_of, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
-                  fastattn_dtype dtype);
-
-    /* The same for one row of a row-major o: to[d] = from[d] * factor. */
-    int (*narrow)(void *to, const float *from, float factor, int64_t v_head_dim, fastattn_dtype dtype);
+    /* to[d] = from[d] * factor, rounded to dtype. Returns 1 when all are finite. */
+    int (*narrow)(void *to, const float *from, float factor, int64_t count, fastattn_dtype dtype);
 
     /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
     void (*rotate)(const fa_rotation *rotation);

@@ -33,6 +33,14 @@ fa_matrix stored_rows(const char *name, int64_t keys, int64_t dim, int64_t strid
 char *stored_at(fa_matrix stored, int64_t key, int64_t d);
 double stored_number(fa_matrix stored, int64_t key, int64_t d);
 
+/* Where the score of a row and key, or a row's number of q or o, lies in the panels of a table. */
+static inline int64_t score_at(const fa_products *by, int ld, int64_t row, int64_t key) {
+    return row * fa_row_of_scores(by, ld) + key * fa_key_of_scores(by, ld);
+}
+static inline int64_t number_at(const fa_products *by, int ld, int64_t dim, int64_t row, int64_t d) {
+    return row * fa_row_of_numbers(by, dim) + d * fa_number_of_numbers(by, ld);
+}
+
 /* A sum in double precision, and the magnitudes of its terms, which the error of the same sum in float32 grows with. */
 struct sum {
     double value, magnitude;

@@ -236,6 +236,48 @@ TEST_EACH_ISA(products_as_a_chain) {
 #endif
 }
 
+/* Float32 products give a row the same bits whether lanes are rows or not: what it is computed beside must not matter. */
+TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
+    static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 15, 16, 17, 40, 64};
+    enum { ROWS = 19, LD = 32, DIM = 160, KEYS = 64 };
+    const fa_ukernel *uk = table();
+    for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3; e++) {
+        const fastattn_dtype dtype = dtypes[e % 3];
+        const int64_t dim = dims[e / 3 % COUNT(dims)], keys = blocks[e / 3 / COUNT(dims)], item = (int64_t)dtype_size(dtype);
+        const fa_products *const sides[2] = {uk->products, uk->few};
+        static float s[2][KEYS * LD], p[2][KEYS * LD], o[2][DIM * LD];
+        float m[2][LD], l[2][LD], alpha[2][LD];
+        const void *rows_of[FA_PANEL_ROWS];
+        context("%lld keys, %lld numbers, dtype %d", (long long)keys, (long long)dim, (int)dtype);
+        random_rows(rows_of, LD, ROWS, dim, dim * item, dtype);
+        const fa_matrix k = stored_rows("k", keys, dim, dim * item, dtype), v = stored_rows("v", keys, dim, dim * item, dtype);
+        for (int side = 0; side < 2; side++) {
+            const fa_products *by = sides[side];
+            const int rows = by->by_rows ? ROWS : LD, ld = by->by_rows ? KEYS : LD;
+            float *q = panel("q", DIM, LD), *k_room = panel("k room", KEYS, DIM), *v_room = panel("v room", KEYS, DIM);
+            for (int r = 0; r < LD; r++) m[side][r] = -1.0f, l[side][r] = 2.0f;
+            for (int n = 0; n < DIM * LD; n++) o[side][n] = 0.5f;
+            by->pack(q, ld, rows_of, rows, dim, dtype, 1.0f);
+            const fa_matrix keys_made = by->keys(k_room, k, keys, dim), values_made = by->values(v_room, v, keys, dim);
+            by->qk(s[side], q, ld, rows, keys_made, 0, keys, dim);
+            memcpy(p[side], s[side], sizeof p[side]);
+            by->softmax(p[side], p[side], ld, rows, keys, unit, m[side], l[side], alpha[side]);
+            by->pv(o[side], alpha[side], p[side], ld, rows, values_made, 0, keys, dim);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            for (int64_t j = 0; j < keys; j++) {
+                check_close("s", r, j, s[1][r * KEYS + j], s[0][j * LD + r], 0);
+                check_close("p", r, j, p[1][r * KEYS + j], p[0][j * LD + r], 0);
+            }
+            check_close("m", 0, r, m[1][r], m[0][r], 0);
+            check_close("l", 0, r, l[1][r], l[0][r], 0);
+            check_close("alpha", 0, r, alpha[1][r], alpha[0][r], 0);
+            for (int64_t d = 0; d < dim; d++) check_close("o", r, d, o[1][number_at(uk->few, KEYS, dim, r, d)], o[0][d * LD + r], 0);
+        }
+        guard_release();
+    }
+}
+
 /* Blocks of integers fit as long as what they share leaves enough to each. */
 TEST_EACH_ISA(products_fit) {
 #if defined(__x86_64__) && defined(__GNUC__)

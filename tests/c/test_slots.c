@@ -39,8 +39,7 @@ static void check_outside(const char *what, const float *x, int64_t rows, struct
     guard_release();
 }
 
-TEST_EACH_ISA(slot_pack) {
-    const fa_products *uk = products();
+static void check_pack(const fa_products *by) {
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(columns) * COUNT(dtypes); n++) {
             const struct columns c = columns[n / COUNT(dtypes)];
@@ -50,16 +49,28 @@ TEST_EACH_ISA(slot_pack) {
             const void *rows_of[FA_PANEL_ROWS];
             if (c.first != 0)
                 continue;
-            context("pack %lld x %d from dtype %d", (long long)edges[e], c.rows, (int)dtype);
+            const int pitch = by->by_rows ? (int)fa_round_up(edges[e], FA_ROW_STEP) : c.ld;
+            context("%s, pack %lld x %d from dtype %d", by->name, (long long)edges[e], c.rows, (int)dtype);
             random_rows(rows_of, c.rows, (int)(e % (size_t)c.rows) + 1, edges[e], (edges[e] + 1) * item, dtype);
-            float *q = panel("q", edges[e], c.ld);
+            float *q = panel("q", by->by_rows ? c.rows : edges[e], pitch);
             guard_seal();
-            uk->pack(q, c.ld, rows_of, c.rows, edges[e], dtype, sign);
+            by->pack(q, c.ld, rows_of, c.rows, edges[e], dtype, sign);
             for (int64_t d = 0; d < edges[e]; d++)
                 for (int r = 0; r < c.rows; r++)
-                    check_close("q", d, r, q[d * c.ld + r], sign * load(dtype, (const char *)rows_of[r] + d * item), 0);
-            check_outside("q", q, edges[e], c);
+                    check_close("q", d, r, q[number_at(by, c.ld, edges[e], r, d)], sign * load(dtype, (const char *)rows_of[r] + d * item), 0);
+            for (int r = 0; by->by_rows && r < c.rows; r++)
+                for (int64_t d = edges[e]; d < pitch; d++) check_close("q", r, d, q[r * pitch + d], 0, 0);
+            if (by->by_rows)
+                guard_check(), guard_release();
+            else
+                check_outside("q", q, edges[e], c);
         }
+}
+
+TEST_EACH_ISA(slot_pack) {
+    const fa_ukernel *uk = table();
+    check_pack(uk->products);
+    check_pack(uk->few);
 }
 
 TEST_EACH_ISA(slot_widen) {
@@ -105,7 +116,7 @@ TEST_EACH_ISA(slot_widen_and_unpack_all_halves) {
             factor[r] = 1;
             rows_of[r] = back + r * COLUMNS;
         }
-        uk->unpack(rows_of, ROWS, o, ROWS, factor, COLUMNS, dtypes[n]);
+        uk->products->unpack(rows_of, ROWS, o, ROWS, factor, COLUMNS, dtypes[n]);
         for (int x = 0; x < ROWS * COLUMNS; x++)
             CHECK(back[x] == from[x] || (isnan(load(dtypes[n], &from[x])) && isnan(load(dtypes[n], &back[x]))),
                   "dtype %d: %#x came back as %#x", (int)dtypes[n], (unsigned)from[x], (unsigned)back[x]);
@@ -171,19 +182,19 @@ TEST_EACH_ISA(slot_pv) {
     }
 }
 
-/* Case e of the products of few rows: their sizes, and the keys or values. */
+/* Case e of the products by rows: their sizes, and the keys or values. */
 struct few {
     int rows;
     int64_t dim, pitch, keys, s_pitch;
     fa_matrix stored;
 };
 
-enum { FEW_CASES = (int)COUNT(edges) * 2 * FA_FEW_ROWS };
+enum { FEW_ROWS = 19, FEW_CASES = (int)COUNT(edges) * 2 * FEW_ROWS };
 
 static struct few few_case(const char *slot, size_t e) {
     const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
-    const int rows = 1 + (int)(e % FA_FEW_ROWS);
-    const int64_t dim = edges[e / (2 * FA_FEW_ROWS)], keys = edges[e * 7 % COUNT(edges)], gap = (int64_t)(e % 3);
+    const int rows = 1 + (int)(e % FEW_ROWS);
+    const int64_t dim = edges[e / (2 * FEW_ROWS)], keys = edges[e * 7 % COUNT(edges)], gap = (int64_t)(e % 3);
     const int64_t stride = (e % 4 == 1 ? -dim - gap : e % 4 == 2 ? 0 : dim + gap) * (int64_t)dtype_size(dtype);
     context("%s %d rows, %lld x %lld, stride %lld, dtype %d", slot, rows, (long long)keys, (long long)dim, (long long)stride,
             (int)dtype);
@@ -191,16 +202,16 @@ static struct few few_case(const char *slot, size_t e) {
                         stored_rows("stored", keys, dim, stride, dtype)};
 }
 
-TEST_EACH_ISA(slot_qk_few) {
+TEST_EACH_ISA(slot_rows_qk) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < FEW_CASES; e++) {
-        const struct few x = few_case("qk_few", e);
+        const struct few x = few_case("qk by rows", e);
         float *q = panel("q", x.rows, (int)x.pitch), *s = panel("s", x.rows, (int)x.s_pitch);
         for (int r = 0; r < x.rows; r++)
             for (int64_t d = 0; d < x.pitch; d++)
                 q[r * x.pitch + d] = d < x.dim ? (float)random_signed(&rng) : 0.0f;
         guard_seal();
-        uk->qk_few(s, x.s_pitch, q, x.pitch, x.rows, x.stored, x.keys, x.dim);
+        uk->few->qk(s, q, (int)x.s_pitch, x.rows, x.stored, 0, x.keys, x.dim);
         for (int64_t j = 0; j < x.keys; j++)
             for (int r = 0; r < x.rows; r++) {
                 struct sum sum = {0, 0};
@@ -212,15 +223,15 @@ TEST_EACH_ISA(slot_qk_few) {
     }
 }
 
-TEST_EACH_ISA(slot_pv_few) {
+TEST_EACH_ISA(slot_rows_pv) {
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < FEW_CASES; e++) {
-        const struct few x = few_case("pv_few", e);
-        const float *p = random_panel("p", x.rows, (int)x.s_pitch, 1), *alpha = random_panel("alpha", 1, FA_ROW_STEP, 1);
-        float *o = random_panel("o", x.rows, (int)x.pitch, 1), before[FA_FEW_ROWS * 144];
+        const struct few x = few_case("pv by rows", e);
+        const float *p = random_panel("p", x.rows, (int)x.s_pitch, 1), *alpha = random_panel("alpha", 1, 2 * FA_ROW_STEP, 1);
+        float *o = random_panel("o", x.rows, (int)x.pitch, 1), before[FEW_ROWS * 144];
         memcpy(before, o, (size_t)(x.rows * x.pitch) * 4);
         guard_seal();
-        uk->pv_few(o, x.pitch, alpha, p, x.s_pitch, x.rows, x.stored, x.keys, x.dim);
+        uk->few->pv(o, alpha, p, (int)x.s_pitch, x.rows, x.stored, 0, x.keys, x.dim);
         for (int r = 0; r < x.rows; r++)
             for (int64_t d = 0; d < x.dim; d++) {
                 struct sum sum = {0, 0};
@@ -234,23 +245,23 @@ TEST_EACH_ISA(slot_pv_few) {
     }
 }
 
-TEST_EACH_ISA(slot_mask) {
+static void check_mask(const fa_products *by) {
     static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32,
                                            FASTATTN_FLOAT64};
-    const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(kinds) * 12; n++) {
             const fastattn_dtype dtype = kinds[n / 12];
             const int64_t item = (int64_t)dtype_size(dtype), keys = edges[e];
             const int step = n % 3 == 0 ? 1 : n % 3 == 1 ? -2 : 3; /* elements between keys */
             const int hidden = n / 3 % 4;                          /* none, some, all, all but one */
-            const int ld = 16 * (1 + (int)(e % 4)), distinct = n % 2 ? ld : 1;
+            const int rows = by->by_rows ? 1 + (int)(e % 20) : 16 * (1 + (int)(e % 4)), distinct = n % 2 ? rows : 1;
+            const int ld = by->by_rows ? (int)fa_round_up(keys, FA_ROW_STEP) : rows;
             const void *rows_of[FA_PANEL_ROWS];
             unsigned shows = 0, hides = 0;
-            context("mask %lld x %d of dtype %d, step %d, hidden %d", (long long)keys, ld, (int)dtype, step, hidden);
+            context("%s, mask %lld x %d of dtype %d, step %d, hidden %d", by->name, (long long)keys, rows, (int)dtype, step, hidden);
             const int64_t count = (keys - 1) * (step < 0 ? -step : step) + 1;
-            random_rows(rows_of, ld, distinct, count, count * item, dtype);
-            for (int r = 0; r < ld; r++)
+            random_rows(rows_of, rows, distinct, count, count * item, dtype);
+            for (int r = 0; r < rows; r++)
                 if (step < 0)
                     rows_of[r] = (const char *)rows_of[r] + (count - 1) * item;
             for (int r = 0; r < distinct; r++)
@@ -264,73 +275,92 @@ TEST_EACH_ISA(slot_mask) {
                     shows |= !hide;
                     hides |= hide != 0;
                 }
-            float *tile = panel("tile", keys, ld);
+            float *tile = panel("tile", by->by_rows ? rows : keys, ld);
             guard_seal();
-            const unsigned found = uk->mask(tile, ld, rows_of, ld, step * item, keys, dtype);
+            const unsigned found = by->mask(tile, ld, rows_of, rows, step * item, keys, dtype);
             CHECK(!!(found & FA_MASK_SHOWS) == shows && !!(found & FA_MASK_HIDES) == hides, "found %u", found);
             for (int64_t j = 0; j < keys; j++)
-                for (int r = 0; r < ld; r++) {
+                for (int r = 0; r < rows; r++) {
                     double element = load(dtype, (const char *)rows_of[r] + j * step * item);
                     if (dtype == FASTATTN_BOOL)
                         element = element != 0 ? 0 : -(double)INFINITY;
-                    check_close("tile", j, r, tile[j * ld + r], element, 0);
+                    check_close("tile", j, r, tile[score_at(by, ld, r, j)], element, 0);
                 }
             guard_check();
             guard_release();
         }
 }
 
-TEST_EACH_ISA(slot_scores) {
+TEST_EACH_ISA(slot_mask) {
     const fa_ukernel *uk = table();
+    check_mask(uk->products);
+    check_mask(uk->few);
+}
+
+static void check_rules(const fa_products *by) {
     for (unsigned kind = 0; kind < 16; kind++) /* every combination of rules */
         for (size_t e = 0; e < COUNT(edges); e++) {
             const struct columns c = columns[(e + kind) % COUNT(columns)];
             const int64_t keys = edges[e], first = (int64_t)(e % 3) * 5;
-            context("scores by rules %u, %lld keys, columns %d to %d of %d", kind, (long long)keys, c.first,
-                    c.first + c.rows, c.ld);
+            const int ld = by->by_rows ? (int)fa_round_up(keys, FA_ROW_STEP) : c.ld;
+            const int rows = by->by_rows ? c.rows - (int)(e % 4) : c.rows;
+            context("%s, scores by rules %u, %lld keys, rows %d to %d of %d", by->name, kind, (long long)keys, c.first,
+                    c.first + rows, c.ld);
             float *slopes = random_panel("slopes", 1, c.ld, 1), *offset = panel("offset", 1, c.ld);
             float *begin = panel("begin", 1, c.ld), *end = panel("end", 1, c.ld),
-                  *bias = random_panel("bias", keys, c.ld, 3);
-            float *s = panel("s", keys, c.ld), *seen = panel("seen", 1, c.ld), before[130 * FA_PANEL_ROWS];
-            for (int r = c.first; r < c.first + c.rows; r++) {
+                  *bias = random_panel("bias", by->by_rows ? c.ld : keys, ld, 3);
+            float *s = panel("s", by->by_rows ? c.ld : keys, ld), *seen = panel("seen", 1, c.ld), before[144 * FA_PANEL_ROWS];
+            for (int r = c.first; r < c.first + rows; r++) {
                 offset[r] = (float)random_between(&rng, -20, 200);
                 begin[r] = (float)random_between(&rng, -5, first + keys);
                 end[r] = (float)random_between(&rng, -5, first + keys + 5);
                 seen[r] = r % 3 == 0;
                 for (int64_t j = 0; j < keys; j++) {
-                    s[j * c.ld + r] = (float)(20 * random_signed(&rng));
+                    s[score_at(by, ld, r, j)] = (float)(20 * random_signed(&rng));
                     if ((r + j) % 4 == 0)
-                        bias[j * c.ld + r] = -INFINITY;
+                        bias[score_at(by, ld, r, j)] = -INFINITY;
                 }
             }
-            memcpy(before, s, (size_t)(keys * c.ld) * 4);
+            memcpy(before, s, (size_t)(by->by_rows ? c.ld : keys) * (size_t)ld * 4);
             const fa_score_rules rules = {.scale = 0.7f,
                                           .softcap = kind & 1 ? 5 : 0,
                                           .slopes = kind & 2 ? slopes + c.first : NULL,
                                           .offset = kind & 2 ? offset + c.first : NULL,
                                           .begin = kind & 4 ? begin + c.first : NULL,
                                           .end = kind & 4 ? end + c.first : NULL,
-                                          .bias = kind & 8 ? bias + c.first : NULL};
-            uk->scores(s + c.first, c.ld, c.rows, first, keys, &rules, seen + c.first);
-            for (int r = c.first; r < c.first + c.rows; r++) {
+                                          .bias = kind & 8 ? bias + score_at(by, ld, c.first, 0) : NULL};
+            by->scores(s + score_at(by, ld, c.first, 0), ld, rows, first, keys, &rules, seen + c.first);
+            for (int r = c.first; r < c.first + rows; r++) {
                 int visible = r % 3 == 0;
                 for (int64_t j = 0; j < keys; j++) {
-                    double x = (double)rules.scale * before[j * c.ld + r];
+                    double x = (double)rules.scale * before[score_at(by, ld, r, j)];
                     if (kind & 1)
                         x = 5 * tanh(x / 5);
                     if (kind & 2)
                         x -= slopes[r] * fabs((double)offset[r] - (double)(first + j));
                     if (kind & 8)
-                        x += bias[j * c.ld + r];
+                        x += bias[score_at(by, ld, r, j)];
                     if (kind & 4 && ((double)(first + j) < begin[r] || (double)(first + j) >= end[r]))
                         x = -(double)INFINITY;
                     visible |= !isinf(x);
-                    check_close("s", j, r, s[j * c.ld + r], x, 1e-5 + FLT_EPSILON * fabs(x));
+                    check_close("s", j, r, s[score_at(by, ld, r, j)], x, 1e-5 + FLT_EPSILON * fabs(x));
                 }
                 check_close("seen", 0, r, seen[r], visible, 0);
             }
-            check_outside("s", s, keys, c);
+            if (by->by_rows) {
+                for (int64_t n = 0; n < (int64_t)c.ld * ld; n++)
+                    CHECK((n >= (int64_t)c.first * ld && n < (int64_t)(c.first + rows) * ld) || s[n] == UNTOUCHED, "s[%lld] was written", (long long)n);
+                guard_check();
+                guard_release();
+            } else
+                check_outside("s", s, keys, c);
         }
+}
+
+TEST_EACH_ISA(slot_scores) {
+    const fa_ukernel *uk = table();
+    check_rules(uk->products);
+    check_rules(uk->few);
 }
 
 /* The softmax of columns of a panel, or of few rows of their own. */
@@ -354,7 +384,7 @@ static void check_softmax(struct columns c, int few, int64_t keys, float unit) {
     memcpy(old_l, l, (size_t)c.ld * 4);
     guard_seal();
     if (few)
-        uk->softmax_few(s, pitch, c.rows, keys, unit, m, l, alpha);
+        uk->few->softmax(s, s, (int)pitch, c.rows, keys, unit, m, l, alpha);
     else
         uk->products->softmax(s + c.first, s + c.first, c.ld, c.rows, keys, unit, m + c.first, l + c.first, alpha + c.first);
     for (int r = c.first; r < c.first + c.rows; r++) {
@@ -393,11 +423,11 @@ TEST_EACH_ISA(slot_softmax) {
     }
 }
 
-TEST_EACH_ISA(slot_softmax_few) {
-    for (size_t e = 0; e < COUNT(edges) * FA_FEW_ROWS; e++) {
-        const struct columns c = {FA_ROW_STEP, 0, 1 + (int)(e % FA_FEW_ROWS)};
-        const int64_t keys = edges[e / FA_FEW_ROWS];
-        context("softmax_few of %lld keys, %d rows", (long long)keys, c.rows);
+TEST_EACH_ISA(slot_rows_softmax) {
+    for (size_t e = 0; e < COUNT(edges) * FEW_ROWS; e++) {
+        const struct columns c = {2 * FA_ROW_STEP, 0, 1 + (int)(e % FEW_ROWS)};
+        const int64_t keys = edges[e / FEW_ROWS];
+        context("softmax by rows of %lld keys, %d rows", (long long)keys, c.rows);
         check_softmax(c, 1, keys, e % 2 ? 1.4426950f : 0.18f);
     }
 }
@@ -422,8 +452,7 @@ TEST_EACH_ISA(slot_finite) {
         }
 }
 
-TEST_EACH_ISA(slot_unpack) {
-    const fa_ukernel *uk = table();
+static void check_unpack(const fa_products *by) {
     for (size_t e = 0; e < COUNT(edges); e++)
         for (size_t n = 0; n < COUNT(dtypes) * 9; n++) {
             const fastattn_dtype dtype = dtypes[n % 3];
@@ -431,18 +460,20 @@ TEST_EACH_ISA(slot_unpack) {
             const int count = counts[n / 3], ld = (count + 15) / 16 * 16;
             const int64_t dim = edges[e], item = (int64_t)dtype_size(dtype), gap = (int64_t)(e % 3) * item;
             void *rows_of[FA_PANEL_ROWS];
-            context("unpack %lld x %d to dtype %d", (long long)dim, count, (int)dtype);
-            const float *o = random_panel("o", dim, ld, 2), *factor = random_panel("factor", 1, ld, 1);
+            context("%s, unpack %lld x %d to dtype %d", by->name, (long long)dim, count, (int)dtype);
+            const float *const o = by->by_rows ? random_panel("o", count, (int)fa_round_up(dim, FA_ROW_STEP), 2)
+                                          : random_panel("o", dim, ld, 2);
+            const float *const factor = random_panel("factor", 1, ld, 1);
             const size_t size = (size_t)(count * (dim * item + gap) - gap);
             char *out = guard_output("out", size, (size_t)item, GUARD_BEHIND);
             memset(out, 0x5A, size);
             for (int r = 0; r < count; r++)
                 rows_of[r] = out + (count - 1 - r) * (dim * item + gap);
-            uk->unpack(rows_of, count, o, ld, factor, dim, dtype);
+            by->unpack(rows_of, count, o, ld, factor, dim, dtype);
             for (int r = 0; r < count; r++) {
                 for (int64_t d = 0; d < dim; d++) {
                     double wanted; /* the product in float32, then to nearest even */
-                    const volatile float product = o[d * ld + r] * factor[r];
+                    const volatile float product = o[number_at(by, ld, dim, r, d)] * factor[r];
                     store(dtype, &wanted, product);
                     check_close("out", r, d, load(dtype, (char *)rows_of[r] + d * item), load(dtype, &wanted), 0);
                 }
@@ -452,6 +483,12 @@ TEST_EACH_ISA(slot_unpack) {
             guard_check();
             guard_release();
         }
+}
+
+TEST_EACH_ISA(slot_unpack) {
+    const fa_ukernel *uk = table();
+    check_unpack(uk->products);
+    check_unpack(uk->few);
 }
 
 TEST_EACH_ISA(slot_narrow) {

@@ -1,0 +1,69 @@
+#include "nonfinite.h"
+
+#include "../ukernel/storage.h"
+#include "ints.h"
+
+#include <math.h>
+#include <string.h>
+
+void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(a->kv_dtype);
+    const int64_t of_row = fa_row_of_scores(x->products, w->ld), of_key = fa_key_of_scores(x->products, w->ld);
+    int odd_row[FA_PANEL_ROWS];
+    fastattn_panel_queries(call, &w->panel);
+    for (int r = row; r < row + rows; r++) {
+        const fa_matrix q = {w->panel.rows_of[r], 0, a->q_dtype};
+        odd_row[r] = !call->uk->finite(q, 1, a->head_dim);
+    }
+    for (int64_t j = 0; j < keys; j++) {
+        const fa_matrix key = fa_rows_from(x->stored_k, from + j);
+        const int odd_key = !call->uk->finite(key, 1, a->head_dim);
+        for (int r = row; r < row + rows; r++) {
+            if (!odd_key && !odd_row[r]) continue;
+            const char *q = w->panel.rows_of[r];
+            float sum = 0.0f;
+            for (int64_t d = 0; d < a->head_dim; d++)
+                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key.at + d * k_size, a->kv_dtype);
+            s[j * of_key + (r - row) * of_row] = sum;
+        }
+    }
+}
+
+fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
+    const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
+    const fa_matrix finite = {w->finite_v, dim * size, v.dtype};
+    for (int64_t j = 0; j < keys; j++) {
+        char *to = w->finite_v + j * finite.stride;
+        memcpy(to, fa_rows_from(v, j).at, (size_t)finite.stride);
+        for (int64_t d = 0; d < dim; d++) {
+            const float value = fa_get(to + d * size, v.dtype);
+            if (!isfinite(value) || w->v_scale != 1.0f) fa_put(to + d * size, isfinite(value) ? value * w->v_scale : 0.0f, v.dtype);
+        }
+    }
+    return finite;
+}
+
+void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
+    const fa_state *t = &w->state;
+    const int ld = w->ld, real = (int)fa_min(rows, w->panel.rows - row);
+    const fa_matrix v = x->stored_v;
+    const int64_t dim = t->v_head_dim, size = fa_size_of(v.dtype);
+    const int64_t of_row = fa_row_of_scores(x->products, ld), of_key = fa_key_of_scores(x->products, ld);
+    const fa_score_rules rules = fa_rules_at(x, row, from, ld);
+    float unused[FA_PANEL_ROWS] = {0};
+    /* The rules applied to zeros: -inf exactly where hidden. */
+    const int64_t whole = fa_round_up(keys, FA_ROW_STEP);
+    for (int64_t j = 0; j < (of_key == 1 ? whole : keys); j++)
+        for (int r = 0; r < rows; r++) w->shown[j * of_key + r * of_row] = 0.0f;
+    x->products->scores(w->shown, ld, rows, from, keys, &rules, unused);
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t d = 0; d < dim; d++) {
+            const float value = fa_get(fa_rows_from(v, from + j).at + d * size, v.dtype);
+            if (isfinite(value)) continue;
+            for (int r = 0; r < real; r++)
+                if (w->shown[j * of_key + r * of_row] != -INFINITY)
+                    t->o[(row + r) * t->of_row + d * t->of_number] += x->products->power(x->p, ld, row + r, j) * value;
+        }
+}

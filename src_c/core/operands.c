@@ -1,0 +1,88 @@
+#include "operands.h"
+
+#include "../ukernel/storage.h"
+#include "ints.h"
+#include "nonfinite.h"
+
+/* The caller's rows of k or v from `first` on. */
+static fa_matrix stored_rows(const fa_call *call, const void *base, const int64_t strides[3], const fa_panel *panel,
+                             int64_t first) {
+    const fa_matrix m = {(const char *)base + panel->batch * strides[0] + panel->kv_head * strides[1], strides[2],
+                         call->args->kv_dtype};
+    return fa_rows_from(m, first);
+}
+
+fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fa_run *run = w->run;
+    if (run->first == block->run_first && run->keys == block->run_keys) return run;
+    run->first = block->run_first;
+    run->keys = block->run_keys;
+    run->stored_k = stored_rows(call, a->k, a->k_strides, &w->panel, run->first);
+    run->stored_v = stored_rows(call, a->v, a->v_strides, &w->panel, run->first);
+    run->finite_k = run->finite_v = -1;
+    for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
+    return run;
+}
+
+int fastattn_all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t keys, int64_t dim) {
+    if (*known < 0) *known = call->uk->finite(rows, keys, dim);
+    return *known;
+}
+
+/* Sees to it that there is all that the products of this way want of queries, keys and values. */
+static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *block) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fa_run *run = w->run;
+    fa_way *by = &run->ways[way];
+    if (!w->packed[way]) {
+        fastattn_panel_queries(call, &w->panel);
+        by->products->pack(w->q[way], w->ld, w->panel.rows_of, w->rows, a->head_dim, a->q_dtype, call->sign);
+        w->packed[way] = 1;
+    }
+    x->products = by->products;
+    x->q = w->q[way];
+    x->skip = block->first - run->first;
+    if (x->careful) { /* for this panel alone */
+        x->skip = 0;
+        by->made = 0;
+        x->k = by->products->keys(by->k_room, x->stored_k, block->keys, a->head_dim);
+        x->v = by->products->values(by->v_room, fastattn_finite_values(w, x->stored_v, block->keys), block->keys, a->v_head_dim);
+        return;
+    }
+    if (!by->made) {
+        by->k = by->products->keys(by->k_room, run->stored_k, run->keys, a->head_dim);
+        by->v = by->products->values(by->v_room, run->stored_v, run->keys, a->v_head_dim);
+        by->made = 1;
+    }
+    x->k = by->k;
+    x->v = by->v;
+}
+
+/* A power that is 0 to products must still meet an infinity; and where run after run does not fit them, the rest of the panel is
+ * not tried. */
+void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *block) {
+    enum { TRIALS = 4 };
+    const fa_products *products = w->products;
+    if (!products->fits || (!x->careful && w->misfits < TRIALS)) {
+        prepare(w, x, w->way, block);
+        const int fits = !products->fits || products->fits(x->q, w->ld, x->k, w->run->keys, x->v, w->call->args->scale);
+        w->misfits = fits ? 0 : w->misfits + 1;
+        if (fits) return;
+    }
+    prepare(w, x, FA_EXACT, block);
+}
+
+/* With one vector of rows, or one panel and rows apart, the loop waits for memory, and the columns in which pv walks through V hide
+ * from the hardware what comes next: ask for this block's values, and for as many keys after it. (What is widened is read in
+ * order anyway, and products by rows look ahead themselves.) */
+void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_block *block) {
+    const fastattn_attention_args *a = w->call->args;
+    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->call->rows.panels == 1);
+    if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
+    const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
+    w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size);
+    w->call->uk->fetch(fa_rows_from(x->stored_k, block->keys), fa_min(block->keys, after), a->head_dim * size);
+}

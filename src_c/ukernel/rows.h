@@ -1,0 +1,165 @@
+/* Template: the float32 products by rows. For a few rows, as in decoding, lanes of rows would be empty, so the operands of tile.h change
+ * sides: its panel are keys, turned a few at a time, and values as they lie; its single elements are queries and powers. What memory
+ * brings is read once, front to back, in its storage type, and widened in registers.
+ *
+ * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
+ * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either.
+ *
+ * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
+ * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
+ * requests are in flight all the time: the processor foresees rows that follow each other, up to the end of a page, and rows
+ * apart, as those of one head in a (length, heads, head_dim) cache, not at all. */
+
+/* Vectors of a strip: many, while one tile holds all rows, and else as few as let many rows share what is read. */
+FA_INLINE int rows_vectors(int rows) { return rows <= SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) ? SIMD_TILE_VECTORS : 2; }
+
+enum { TURNED_NUMBERS = 64 }; /* of head_dim, at a time: no run of tile_run() is longer */
+
+/* turned[d][key] in float32 for `count` keys, the last of which fills up the vectors, and `numbers` numbers from k on. */
+FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, int64_t count, int64_t numbers, uintptr_t ahead,
+                         fastattn_dtype dtype) {
+    const int64_t size = fa_size_of(dtype);
+    for (int64_t j = 0; j < count; j += SIMD_LANES)
+        for (int64_t d = 0; d < numbers; d += SIMD_LANES) {
+            simd_f square[SIMD_LANES];
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+                const char *at = k + (j + i < count ? j + i : count - 1) * stride + d * size;
+                if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)at + ahead));
+                square[i] = load_as(at, numbers - d, dtype);
+            }
+            simd_transpose(square);
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * ld + j, square[i]);
+        }
+}
+
+/* A strip of so many vectors, one, two or the most. */
+FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_operands x) {
+    const tile_kind kind = {TILE_FLOAT32, storage, 1, 0};
+    switch (vectors) {
+    case 1: tile_strip(kind, 1, rows, x); break;
+    case 2: tile_strip(kind, 2, rows, x); break;
+#if SIMD_TILE_VECTORS >= 4
+    case 4: tile_strip(kind, 4, rows, x); break;
+#endif
+    }
+}
+
+FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, const char *k, int64_t stride, int64_t keys,
+                          int64_t head_dim, fastattn_dtype dtype) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim), size = fa_size_of(dtype);
+    for (int64_t j = 0, n; j < keys; j += n) {
+        int vectors = rows_vectors(rows);
+        while (fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;
+        n = keys - j < vectors * SIMD_LANES ? keys - j : vectors * SIMD_LANES;
+        int64_t d = 0;
+        do { /* once if there are no numbers, too: scores are 0 then */
+            float turned[TURNED_NUMBERS * SIMD_TILE_VECTORS * SIMD_LANES];
+            const int64_t steps = head_dim - d < run ? head_dim - d : run;
+            turn_keys(turned, vectors * SIMD_LANES, k + j * stride + d * size, stride, n, steps,
+                      (uintptr_t)stride * (uintptr_t)keys, dtype);
+            const tile_operands x = {.c = s + j, .c_ld = ld, .adds = d > 0, .a = q + d, .across = pitch, .along = 1,
+                                     TILE_PANEL(turned, vectors * SIMD_LANES), .steps = steps, .run = run};
+            rows_strip(FASTATTN_FLOAT32, vectors, rows, x);
+            d += run;
+        } while (d < head_dim);
+    }
+}
+
+/* Keys and values are read where they lie. */
+static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
+    (void)room, (void)keys, (void)dim;
+    return stored;
+}
+
+static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    FA_BY_STORAGE(k.dtype, rows_qk_of, s, q, ld, rows, k.at + from * k.stride, k.stride, keys, head_dim)
+}
+
+FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, int rows, const char *v, int64_t stride,
+                          int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+    int vectors = rows_vectors(rows);
+    tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
+                       .panel = v, .stride = stride, .steps = keys, .run = keys > 0 ? keys : 1,
+                       .ahead = (uintptr_t)stride * (uintptr_t)keys};
+    int64_t left = v_head_dim;
+    while (left >= SIMD_LANES) {
+        while (left < vectors * SIMD_LANES) vectors /= 2;
+        rows_strip(dtype, vectors, rows, x);
+        x.c += vectors * SIMD_LANES;
+        x.panel += vectors * SIMD_LANES * fa_size_of(dtype);
+        left -= vectors * SIMD_LANES;
+    }
+    x.lanes = left;
+    const tile_kind ragged = {TILE_FLOAT32, dtype, 1, 1};
+    if (left > 0) tile_strip(ragged, 1, rows, x);
+}
+
+static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                    int64_t v_head_dim) {
+    FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, v.at + from * v.stride, v.stride, keys, v_head_dim)
+}
+
+/* The maximum, and what follows from it, of SIMD_LANES rows at a time, which are lanes when their vectors of keys have turned. */
+static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+    const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
+    const int64_t whole = fa_round_up(keys, SIMD_LANES);
+    for (int row = 0; row < rows; row += SIMD_LANES, s += SIMD_LANES * ld, p += SIMD_LANES * ld) {
+        const int lanes = rows - row < SIMD_LANES ? rows - row : SIMD_LANES;
+        simd_f square[SIMD_LANES], sum = zero, run = zero;
+        float base[SIMD_LANES];
+        for (int r = 0; r < SIMD_LANES; r++) {
+            square[r] = lowest;
+            if (r >= lanes) continue;
+            for (int64_t j = keys; j < whole; j++) s[r * ld + j] = -INFINITY;
+            for (int64_t j = 0; j < whole; j += SIMD_LANES) square[r] = simd_max(square[r], simd_load(s + r * ld + j));
+        }
+        simd_transpose(square);
+        const simd_f old = load_as(m + row, lanes, FASTATTN_FLOAT32);
+        simd_f top = old;
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) top = simd_max(top, square[i]);
+        store_as(m + row, top, lanes, FASTATTN_FLOAT32);
+        top = simd_select(simd_eq(top, lowest), zero, top);
+        simd_store(base, top);
+        const simd_f fade = exp2_of(simd_sub(old, top), scale);
+        store_as(alpha + row, fade, lanes, FASTATTN_FLOAT32);
+        for (int r = 0; r < lanes; r++)
+            for (int64_t j = 0; j < whole; j += SIMD_LANES)
+                simd_store(p + r * ld + j, exp2_of(simd_sub(simd_load(s + r * ld + j), simd_set1(base[r])), scale));
+        for (int64_t j = 0; j < whole; j += SIMD_LANES) {
+            FA_UNROLL for (int r = 0; r < SIMD_LANES; r++) square[r] = r < lanes ? simd_load(p + r * ld + j) : zero;
+            simd_transpose(square);
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) run = simd_add(run, square[i]);
+            if ((j + SIMD_LANES) % FA_SUM_RUN && j + SIMD_LANES < whole) continue;
+            sum = simd_add(sum, run);
+            run = zero;
+        }
+        store_as(l + row, simd_fma(load_as(l + row, lanes, FASTATTN_FLOAT32), fade, sum), lanes, FASTATTN_FLOAT32);
+    }
+}
+
+static float rows_power(const float *p, int ld, int row, int64_t key) { return p[row * ld + key]; }
+
+FA_INLINE void rows_pack_of(float *q, const void *const *rows_of, int rows, int64_t head_dim, float sign, fastattn_dtype dtype) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    for (int row = 0; row < rows; row++, q += pitch)
+        for (int64_t d = 0; d < pitch; d += SIMD_LANES) {
+            const int64_t left = head_dim - d < 0 ? 0 : head_dim - d;
+            const char *at = (const char *)rows_of[row] + (left ? d * fa_size_of(dtype) : 0);
+            simd_store(q + d, simd_mul(load_as(at, left, dtype), simd_set1(sign)));
+        }
+}
+
+static void rows_pack(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
+                      float sign) {
+    (void)ld;
+    FA_BY_STORAGE(dtype, rows_pack_of, q, rows_of, rows, head_dim, sign)
+}
+
+static int rows_unpack(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                       fastattn_dtype dtype) {
+    (void)ld;
+    int finite = 1;
+    for (int row = 0; row < count; row++, o += fa_round_up(v_head_dim, FA_ROW_STEP))
+        finite &= narrow(outputs[row], o, factor[row], v_head_dim, dtype);
+    return finite;
+}
