@@ -22,7 +22,8 @@ For programs of other makers there are ``fastattn.torch`` and more, modules that
 Where tokens stand is data as well: :func:`rope_table` and :func:`apply_rope` turn queries and keys by their positions,
 :func:`alibi_slopes` and :func:`t5_bias` are biases that no array per head and batch entry has to hold.
 
-Settings (threads, backend, instruction set) belong to the process. No result depends on the number of threads.
+Settings (threads, backend, instruction set) belong to the process, and those of a ``with`` block to the calling context. No result
+depends on the number of threads or on how they are had.
 """
 
 import importlib

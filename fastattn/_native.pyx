@@ -8,6 +8,8 @@ memory: nothing here computes with an element.
 from cpython.object cimport PyTypeObject
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cpython.ref cimport Py_INCREF
+from cpython.contextvars cimport get_value
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.float cimport FLT_MAX
 from libc.math cimport fabs, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t
@@ -16,10 +18,15 @@ from libc.string cimport memset
 
 cimport numpy as np
 
+from threading import main_thread as _main_thread
+
+from ._settings import scoped as _scoped
+
 np.import_array()
 
 
 cdef extern from "Python.h":
+    int PyErr_CheckSignals() noexcept  # -1 leaves an exception behind
     long long PyLong_AsLongLongAndOverflow(object value, int *overflow)
 
 cdef extern from "numpy/arrayobject.h":
@@ -33,6 +40,7 @@ cdef extern from "fastattn.h" nogil:
     ctypedef enum fastattn_status:
         FASTATTN_OK
         FASTATTN_ERROR_MEMORY
+        FASTATTN_ERROR_INTERRUPTED
 
     ctypedef enum fastattn_dtype:
         FASTATTN_FLOAT32
@@ -43,6 +51,9 @@ cdef extern from "fastattn.h" nogil:
 
     ctypedef enum fastattn_isa:
         FASTATTN_ISA_BEST
+
+    ctypedef enum fastattn_threading:
+        FASTATTN_THREADING_POOL
 
     ctypedef enum fastattn_precision:
         FASTATTN_PRECISION_HIGHEST
@@ -87,6 +98,8 @@ cdef extern from "fastattn.h" nogil:
         const fastattn_block_mask *block_mask
         fastattn_isa isa
         int num_threads
+        fastattn_threading threading
+        int (*interrupted)(void *context)
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -96,6 +109,7 @@ cdef extern from "fastattn.h" nogil:
         int num_threads
         size_t workspace
         double visible_fraction
+        fastattn_threading threading
 
     ctypedef struct fastattn_store_args:
         size_t size
@@ -110,6 +124,7 @@ cdef extern from "fastattn.h" nogil:
         const int64_t *slots
         fastattn_isa isa
         int num_threads
+        fastattn_threading threading
 
     ctypedef struct fastattn_rope_args:
         size_t size
@@ -126,11 +141,13 @@ cdef extern from "fastattn.h" nogil:
         int64_t sin_strides[3]
         fastattn_isa isa
         int num_threads
+        fastattn_threading threading
 
     const char *fastattn_status_string(fastattn_status status)
     const char *fastattn_isa_name(fastattn_isa isa)
     int fastattn_isa_available(fastattn_isa isa)
     int fastattn_has_openmp()
+    const char *fastattn_threading_name(fastattn_threading threading)
     const char *fastattn_version()
     fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size_t size)
     fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size)
@@ -151,23 +168,83 @@ cdef dict PRECISIONS = {
     "medium": FASTATTN_PRECISION_MEDIUM,
 }
 
-cdef int num_threads = 1
-cdef fastattn_isa isa_limit = FASTATTN_ISA_BEST
 cdef int bfloat16_type = -1  # the number NumPy gave to ml_dtypes.bfloat16, once such an array has been seen
 
 
+# How a call is computed, as far as its arguments do not say it.
+cdef struct engine_settings:
+    fastattn_isa isa
+    int num_threads
+    fastattn_threading threading
+
+cdef engine_settings process
+process.isa, process.num_threads, process.threading = FASTATTN_ISA_BEST, 1, FASTATTN_THREADING_POOL
+cdef bint forked = False
+cdef object scoped = _scoped
+cdef unsigned long main_thread = _main_thread().ident
+
+
 def set_num_threads(int n):
-    global num_threads
-    num_threads = n
+    process.num_threads = n
 
 
 def set_isa(int code):
-    global isa_limit
-    isa_limit = <fastattn_isa>code
+    process.isa = <fastattn_isa>code
+
+
+def set_threading(int code):
+    process.threading = <fastattn_threading>code
+
+
+def note_fork():
+    """In a child: the thread that has forked is the main one now, and OpenMP's are not there."""
+    global forked, main_thread
+    forked, main_thread = True, PyThread_get_thread_ident()
+
+
+cdef int find_settings(engine_settings *found) except -1:
+    """The settings of the process, and over them those of the calling context; 1 if the latter has chosen another backend."""
+    cdef bint elsewhere = False
+    found[0] = process
+    settings = get_value(scoped)
+    if settings is not None:
+        backend, threads, isa, way = settings
+        elsewhere = backend is not None and backend != "native"
+        if threads is not None:
+            found.num_threads = threads
+        if isa is not None:
+            found.isa = <fastattn_isa><int>isa
+        if way is not None:
+            found.threading = <fastattn_threading><int>way
+    if forked and found.threading != FASTATTN_THREADING_POOL:
+        found.num_threads = 1
+    return elsewhere
 
 
 def get_isa():
-    return <int>isa_limit
+    cdef engine_settings found
+    find_settings(&found)
+    return <int>found.isa
+
+
+def get_threading():
+    cdef engine_settings found
+    find_settings(&found)
+    return <int>found.threading
+
+
+def threading_name(int code):
+    """The name of a way of threading."""
+    return fastattn_threading_name(<fastattn_threading>code).decode()
+
+
+cdef int interrupted(void *context) noexcept with gil:
+    """Lets Python handle signals, Ctrl-C for one; whether a handler has raised an exception, which then stays pending."""
+    return PyErr_CheckSignals() != 0
+
+
+cdef int raise_pending() except -1:
+    return -1
 
 
 def isa_name(int code):
@@ -214,8 +291,12 @@ cdef inline void copy_strides(int64_t *strides, np.ndarray array, int count) noe
         strides[axis] = np.PyArray_STRIDES(array)[axis]
 
 
-cdef void take_arrays(fastattn_attention_args *args, np.ndarray q, np.ndarray k, np.ndarray v, np.ndarray out) noexcept:
-    """Fill in what every call has."""
+cdef int take_arrays(
+    fastattn_attention_args *args, np.ndarray q, np.ndarray k, np.ndarray v, np.ndarray out
+) except -1:
+    """Fill in what every call has; 1 if the calling context has chosen another backend."""
+    cdef engine_settings found
+    cdef int elsewhere = find_settings(&found)
     args.batch, args.num_heads, args.q_len, args.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
     args.num_kv_heads, args.kv_len, args.v_head_dim = v.shape[1], v.shape[2], v.shape[3]
     args.q = np.PyArray_DATA(q)
@@ -226,8 +307,10 @@ cdef void take_arrays(fastattn_attention_args *args, np.ndarray q, np.ndarray k,
     copy_strides(args.k_strides, k, 3)
     copy_strides(args.v_strides, v, 3)
     copy_strides(args.out_strides, out, 3)
-    args.isa = isa_limit
-    args.num_threads = num_threads
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    if PyThread_get_thread_ident() == main_thread:  # no other handles signals
+        args.interrupted = interrupted
+    return elsewhere
 
 
 cdef take_block_mask(fastattn_block_mask *block_mask, mask):
@@ -306,6 +389,8 @@ def attention(call):
     take_call(&args, &block_mask, call)
     with nogil:
         status = fastattn_attention(&args, NULL, 0)
+    if status == FASTATTN_ERROR_INTERRUPTED:
+        raise_pending()
     return <int>status
 
 
@@ -329,6 +414,7 @@ def explain(call):
         "splits": info.splits,
         "work_items": info.work_items,
         "threads": info.num_threads,
+        "threading": threading_name(info.threading),
         "workspace_bytes": info.workspace,
         "visible_fraction": info.visible_fraction,
     }
@@ -564,7 +650,8 @@ def attention_plain(
         for array in (q, k, v, mask, alibi_slopes, sinks):
             if not are_apart(out_array, array):
                 return None
-    take_arrays(&args, q_array, k_array, v_array, out_array)
+    if take_arrays(&args, q_array, k_array, v_array, out_array):
+        return None
     args.q_dtype, args.kv_dtype = dtype_code(q_array), dtype_code(k_array)
     args.scale, args.softcap = <float>factor, <float>cap
     args.causal = causal is True
@@ -574,6 +661,8 @@ def attention_plain(
         copy_strides(args.lse_strides, lse, 3)
     with nogil:
         status = fastattn_attention(&args, NULL, 0)
+    if status == FASTATTN_ERROR_INTERRUPTED:
+        raise_pending()
     if status != FASTATTN_OK:
         return None
     return (out_array, lse) if return_lse is True else out_array
@@ -603,6 +692,7 @@ def store(np.ndarray rows, np.ndarray cache, np.ndarray slots):
     """Cast `rows` into `cache` at `slots`; the status."""
     cdef fastattn_store_args args
     cdef fastattn_status status
+    cdef engine_settings found
     memset(&args, 0, sizeof(args))
     args.size = sizeof(args)
     args.batch, args.new_len, args.num_heads, args.head_dim = rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3]
@@ -614,8 +704,8 @@ def store(np.ndarray rows, np.ndarray cache, np.ndarray slots):
     args.num_pages, args.page_size = cache.shape[0], cache.shape[1]
     copy_strides(args.to_strides, cache, 3)
     args.slots = <const int64_t *>np.PyArray_DATA(slots)
-    args.isa = isa_limit
-    args.num_threads = num_threads
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     with nogil:
         status = fastattn_store(&args)
     return <int>status
@@ -625,6 +715,7 @@ def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, int
     """Fill `out` with the rows of `x` turned by the angles of the tables, all of rank 4; the status."""
     cdef fastattn_rope_args args
     cdef fastattn_status status
+    cdef engine_settings found
     memset(&args, 0, sizeof(args))
     args.size = sizeof(args)
     args.batch, args.num_heads, args.length, args.head_dim = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
@@ -639,8 +730,8 @@ def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, int
     copy_strides(args.out_strides, out, 3)
     copy_strides(args.cos_strides, cos, 3)
     copy_strides(args.sin_strides, sin, 3)
-    args.isa = isa_limit
-    args.num_threads = num_threads
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     with nogil:
         status = fastattn_rope(&args)
     return <int>status

@@ -126,6 +126,9 @@ def attention(
     -----
     The result has the same bits for any number of threads, and for a batch entry alone or among others.
 
+    Ctrl-C, or another signal whose handler raises, ends a long call of the main thread after the items of work that are being
+    done; then `out`, if it was given, holds anything.
+
     Examples
     --------
     >>> q = k = v = np.random.default_rng(0).standard_normal((1, 8, 128, 64), np.float32)

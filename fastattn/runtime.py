@@ -1,7 +1,7 @@
 """What computes, and on how many threads: backend choice, thread count, instruction sets, and the means to ask.
 
-The settings belong to the process, not to a thread: a change made in one thread is seen by the next call of every thread.
-Calls that already run keep what they started with.
+Functions set for the process: the next call of every thread sees it. A ``with`` block sets for the calling context, be it a thread's
+or an asyncio task's, and there it wins. Calls that already run keep what they started with.
 """
 
 import contextlib
@@ -9,15 +9,18 @@ import importlib
 import importlib.util
 import os
 import platform
+import threading as _threading
 import warnings
+import weakref
 
 import numpy as np
 
-from . import _processors
+from . import _processors, _settings
 from ._check import Call, known_keywords
 
 BACKENDS = ("native", "numba", "numpy")
 ISAS = ("portable", "avx2", "avx512", "amx", "neon")
+THREADINGS = ("openmp", "pool")
 
 
 class BackendWarning(RuntimeWarning):
@@ -25,63 +28,100 @@ class BackendWarning(RuntimeWarning):
 
 
 class _State:
-    """The settings in force. `plain` is the short way into the native engine, or None where another backend is in use."""
+    """The settings of the process. `plain` is the short way into the native engine, or None where another backend is in use."""
 
-    __slots__ = ("name", "module", "plain", "threads", "threads_from", "forked", "missing")
+    __slots__ = ("choices", "modules", "plain", "threads", "threads_from", "forked", "missing", "lock")
 
 
 _state = _State()
-_state.name = _state.module = _state.plain = None
+_state.choices = []  # (backend name, a weak reference to the object that may withdraw it); the last one holds
+_state.modules = {}  # backend name: its module, once it has been needed
+_state.plain = None
 _state.threads, _state.threads_from = 1, "default"
 _state.forked = False
 _state.missing = {}  # backend name: why it cannot be used
+_state.lock = _threading.Lock()  # of choices
+
+_NOT_BUILT = (
+    "its extension, fastattn._native, was not built; install a C compiler and install fastattn again, with FASTATTN_REQUIRE_NATIVE=1 "
+    "in the environment to see what fails"
+)
 
 
 def _load(name):
-    """Import a backend and give it the thread count; `ImportError`, remembered, where it cannot be imported."""
+    """Import a backend; `ImportError`, remembered, where it cannot be imported."""
     try:
         module = importlib.import_module(f"fastattn.backends.{name}")
     except ImportError as error:
-        _state.missing[name] = str(error)
-        raise ImportError(f"the {name} backend cannot be used: {error}") from error
-    module.set_num_threads(get_num_threads())
+        _state.missing[name] = _NOT_BUILT if error.name == "fastattn._native" else str(error)
+        raise ImportError(f"the {name} backend cannot be used: {_state.missing[name]}") from error
+    if name not in _state.modules:
+        module.set_num_threads(_state.threads)
+        _state.modules[name] = module
     return module
 
 
 def backend():
     """The module of the backend in use."""
-    if _state.module is None:  # Numba is chosen by name at import and imported by the first call
-        try:
-            _select("numba")
-        except ImportError as error:
-            warnings.warn(f"fastattn: {error}; using the numpy backend", BackendWarning, stacklevel=3)
-            _select("numpy")
-    return _state.module
+    name = _settings.get("backend") or _state.choices[-1][0]
+    module = _state.modules.get(name)
+    return _load_late(name) if module is None else module
 
 
-def _select(name):
-    module = _load(name)
-    _state.name, _state.module, _state.plain = name, module, getattr(module, "attention_plain", None)
+def _load_late(name):
+    """Import Numba, which is chosen by name at import and imported by the first call."""
+    try:
+        return _load(name)
+    except ImportError as error:
+        warnings.warn(f"fastattn: {error}; using the numpy backend", BackendWarning, stacklevel=4)
+        module = _load("numpy")
+        with _state.lock:
+            _state.choices = [("numpy" if chosen == name else chosen, owner) for chosen, owner in _state.choices]
+        return module
 
 
-def _reinstate(choice):
-    """Return to an earlier choice, be it of a module that has not been needed yet."""
-    _state.name, _state.module, _state.plain = choice
-    if _state.module is not None:
-        _state.module.set_num_threads(get_num_threads())
+def _nobody():
+    return None
 
 
-class _Restore:
-    """The setting is already made; leaving a ``with`` block undoes it."""
+def _choose(name, owner=_nobody):
+    """Let the process use a backend until `owner`, if there is one, withdraws the choice."""
+    with _state.lock:
+        # What lies below a choice that nobody can withdraw any more never comes up again.
+        while len(_state.choices) > 1 and _state.choices[1][1]() is None:
+            del _state.choices[0]
+        _state.choices.append((name, owner))
+        _note_plain()
 
-    def __init__(self, undo, *args):
-        self._undo, self._args = undo, args
+
+def _withdraw(owner):
+    with _state.lock:
+        _state.choices = [choice for choice in _state.choices if choice[1]() is not owner]
+        _note_plain()
+
+
+def _note_plain():
+    _state.plain = getattr(_state.modules.get(_state.choices[-1][0]), "attention_plain", None)
+
+
+class _Choice:
+    """The choice of a backend: of the process, until a ``with`` block takes it for the calling context."""
+
+    def __init__(self, name):
+        self._name, self._former = name, _settings.get("backend")
+        if self._former is None:
+            _choose(name, weakref.ref(self))
+        else:
+            _settings.change(backend=name)
 
     def __enter__(self):
+        _settings.change(backend=self._name)
+        if self._former is None:
+            _withdraw(self)
         return self
 
     def __exit__(self, *exc_info):
-        self._undo(*self._args)
+        _settings.change(backend=self._former)
 
 
 def use_backend(name):
@@ -94,8 +134,9 @@ def use_backend(name):
     Returns
     -------
     context manager
-        The backend is in use as soon as the function is called. As a context manager the result restores the former
-        one at the end of the block. The choice holds for the whole process, all its threads included.
+        The backend is in use as soon as the function is called, in the whole process. As a context manager the result confines
+        it to the block and the calling context: to this thread, or task of asyncio, and what it calls. Within such a block
+        the function changes the backend of the block.
 
     Raises
     ------
@@ -109,88 +150,127 @@ def use_backend(name):
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}; got {name!r}")
-    former = _state.name, _state.module, _state.plain
-    _select(name)
-    return _Restore(_reinstate, former)
+    _load(name)
+    return _Choice(name)
 
 
 def set_num_threads(n):
-    """Use at most `n` threads in each later call, in the whole process.
+    """Use at most `n` threads in each later call, in the whole process; within ``with threads(...)``, in that block.
 
     The initial count is ``FASTATTN_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of processors that this process may use:
     those of its affinity, or fewer where the quota of a control group (a container's limit) leaves it fewer whole ones. It is found at
     import; :func:`show_config` says where it came from.
-    Results do not depend on it. In a forked child process it stays 1: the OpenMP run-time does not survive a fork.
+    Results do not depend on it. A forked child has threads too, unless they are OpenMP's, whose run-time does not survive a fork:
+    then it has 1.
 
     Parameters
     ----------
     n : int
         1 or more.
     """
+    n = _thread_count(n)
+    if _settings.get("threads") is None:
+        _set_threads(n, "set_num_threads")
+    else:
+        _settings.change(threads=n)
+
+
+def _thread_count(n):
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
         raise TypeError(f"n must be an int; got {n!r}")
     if not 1 <= n <= 2**16:
         raise ValueError(f"n must lie between 1 and {2**16}; got {n}")
-    _set_threads(int(n), "set_num_threads")
+    return int(n)
 
 
 def _set_threads(n, source):
-    """Use `n` threads from now on; `source` is what :func:`show_config` says of where the number came from."""
+    """Let the process use `n` threads from now on; `source` is what :func:`show_config` says of where the number came from."""
     _state.threads, _state.threads_from = n, source
-    if _state.module is not None:
-        _state.module.set_num_threads(get_num_threads())
+    for module in list(_state.modules.values()):
+        module.set_num_threads(n)
 
 
 def get_num_threads():
     """The number of threads that a call may use; see :func:`set_num_threads`."""
-    return 1 if _state.forked else _state.threads
+    if _state.forked and _way_of_threading() == "openmp":
+        return 1
+    return _settings.get("threads") or _state.threads
+
+
+def _way_of_threading():
+    """How the native backend has threads, or None without that backend."""
+    native = _state.modules.get("native")
+    return None if native is None else native.get_threading()
 
 
 @contextlib.contextmanager
-def threads(n):
-    """Use at most `n` threads within a ``with`` block; see :func:`set_num_threads`."""
-    former = _state.threads, _state.threads_from
-    set_num_threads(n)
+def _scope(**changes):
+    former = {field: _settings.get(field) for field in changes}
+    _settings.change(**changes)
     try:
         yield
     finally:
-        set_num_threads(former[0])
-        _state.threads_from = former[1]
+        _settings.change(**former)
 
 
-@contextlib.contextmanager
+def threads(n):
+    """Use at most `n` threads within a ``with`` block, in the calling context: this thread, or task of asyncio.
+
+    Parameters
+    ----------
+    n : int
+        1 or more.
+    """
+    return _scope(threads=_thread_count(n))
+
+
 def limit_isa(name):
-    """Let the native backend use no instruction set above `name` within a ``with`` block.
+    """Let the native backend use no instruction set above `name` within a ``with`` block, in the calling context.
 
-    For tests and measurements, and for the whole process; ``FASTATTN_ISA`` sets the limit at import.
+    For tests and measurements; ``FASTATTN_ISA`` sets the limit of the process at import.
 
     Parameters
     ----------
     name : {"portable", "avx2", "avx512", "amx", "neon"} or None
         None lifts the limit.
     """
-    native = _load("native")
-    former = native.get_isa()
-    _set_isa(native, name, "name")
-    try:
-        yield
-    finally:
-        native.set_isa(former)
+    return _scope(isa=_isa_code(_load("native"), name, "name"))
 
 
-def _set_isa(native, name, argument):
+def use_threading(name):
+    """Let the native backend have threads in this way within a ``with`` block, in the calling context.
+
+    For tests and measurements; ``FASTATTN_THREADING`` sets the way of the process at import.
+
+    Parameters
+    ----------
+    name : {"openmp", "pool"}
+    """
+    return _scope(threading=_threading_code(_load("native"), name, "name"))
+
+
+def _isa_code(native, name, argument):
     if name is not None and name not in ISAS:
         raise ValueError(f"{argument} must be one of {ISAS}; got {name!r}")
     if name is not None and name not in native.available_isas():
         raise ValueError(f"{argument} must be available here, one of {native.available_isas()}; got {name!r}")
-    native.set_isa(name)
+    return native.isa_code(name)
+
+
+def _threading_code(native, name, argument):
+    if name not in THREADINGS:
+        raise ValueError(f"{argument} must be one of {THREADINGS}; got {name!r}")
+    if name == "openmp" and not native.has_openmp():
+        raise ValueError(f"{argument} must be 'pool' in a build without OpenMP; got {name!r}")
+    return native.threading_code(name)
 
 
 def _after_fork():
     """A forked child inherits an OpenMP run-time without its threads, which would wait for them for ever."""
     _state.forked = True
-    if _state.module is not None:
-        _state.module.set_num_threads(1)
+    _state.lock = _threading.Lock()
+    if "native" in _state.modules:
+        _state.modules["native"].note_fork()
 
 
 def _initial_threads():
@@ -271,25 +351,28 @@ def show_config(mode="stdout"):
         "isa": None,
         "openmp": None,
         "threads": get_num_threads(),
-        "threads_from": _state.threads_from,
+        "threads_from": "threads" if _settings.get("threads") else _state.threads_from,
+        "threading": None,
         "forked": _state.forked,
     }
     if "native" not in _state.missing:
         native = _load("native")
         config["isa"] = native.get_isa() or native.available_isas()[-1]
         config["openmp"] = native.has_openmp()
+        config["threading"] = native.get_threading()
     if mode == "dicts":
         return config
 
-    cpu, forked = config["cpu"], " (a forked child: the OpenMP run-time does not survive a fork)" if _state.forked else ""
-    openmp = {None: "no native backend", True: "yes", False: "no: the native backend runs on one thread"}[config["openmp"]]
+    cpu, threading = config["cpu"], config["threading"]
+    alone = ", in a forked child: the OpenMP run-time does not survive a fork" if _state.forked and threading == "openmp" else ""
+    ways = {None: "no native backend", True: "openmp and pool are there", False: "pool alone is there: built without OpenMP"}
     rows = [
         ("fastattn", f"{__version__}, Python {config['python']}, NumPy {config['numpy']}"),
         *((f"{other} backend", status) for other, status in config["backends"].items()),
         ("processor", f"{cpu['model']} ({cpu['machine']}), {cpu['usable_cpus']} of {cpu['cpus']} cpus usable"),
         ("instruction sets", f"{', '.join(cpu['isas']) or 'none'}; highest to use: {config['isa']}"),
-        ("OpenMP", openmp),
-        ("threads", f"{config['threads']}, from {config['threads_from']}{forked}"),
+        ("threads", f"{config['threads']}, from {config['threads_from']}{alone}"),
+        ("threading", f"{threading or 'none'} ({ways[config['openmp']]})"),
     ]
     print("\n".join(f"{label:18}{text}" for label, text in rows))
     return None
@@ -315,7 +398,8 @@ def explain(q, k, v, **keywords):
     dict
         ``backend``; ``isa``, the instruction set (None where the backend leaves that to a library); ``kernel``;
         ``tile_rows`` and ``tile_keys``, the query rows and keys in one step of the loop; ``splits``, the parts into which the
-        keys are cut; ``work_items``, the pieces to share among ``threads``; ``workspace_bytes``; ``visible_fraction``, the part
+        keys are cut; ``work_items``, the pieces to share among ``threads``; ``threading``, how these are had: "pool", of the
+        library's own, or "openmp", and None where that is left to a library; ``workspace_bytes``; ``visible_fraction``, the part
         of all (query, key) pairs that is computed. It prints as a table.
     """
     known_keywords("explain", keywords)
@@ -328,27 +412,32 @@ def _initialize():
     _state.threads, _state.threads_from = _initial_threads()
     wanted = os.environ.get("FASTATTN_BACKEND") or None
     isa = os.environ.get("FASTATTN_ISA") or None
+    threading = os.environ.get("FASTATTN_THREADING") or None
     if wanted is not None and wanted not in BACKENDS:
         raise ValueError(f"FASTATTN_BACKEND must be one of {BACKENDS}; got {wanted!r}")
     if isa is not None and isa not in ISAS:
         raise ValueError(f"FASTATTN_ISA must be one of {ISAS}; got {isa!r}")
+    if threading is not None and threading not in THREADINGS:
+        raise ValueError(f"FASTATTN_THREADING must be one of {THREADINGS}; got {threading!r}")
     if importlib.util.find_spec("numba") is None:
         _state.missing["numba"] = "No module named 'numba'"
     try:
         native = _load("native")
     except ImportError as error:
-        if isa is not None:
-            raise ValueError(f"FASTATTN_ISA limits the native backend, which is not here; got {isa!r}") from error
+        for variable, value in (("FASTATTN_ISA", isa), ("FASTATTN_THREADING", threading)):
+            if value is not None:
+                raise ValueError(f"{variable} is for the native backend, which is not here; got {value!r}") from error
         if wanted is None:
             wanted = "numpy" if "numba" in _state.missing else "numba"
             warnings.warn(f"fastattn: {error}; using the {wanted} backend, which is slower", BackendWarning, stacklevel=3)
     else:
         if isa is not None:
-            _set_isa(native, isa, "FASTATTN_ISA")
+            native.set_isa(_isa_code(native, isa, "FASTATTN_ISA"))
+        if threading is not None:
+            native.set_threading(_threading_code(native, threading, "FASTATTN_THREADING"))
     wanted = wanted or "native"
-    if wanted == "numba" and "numba" not in _state.missing:
-        _state.name = wanted  # to be imported by the first call
-    else:
-        _select(wanted)
+    if wanted != "numba" or "numba" in _state.missing:
+        _load(wanted)  # numba is imported by the first call
+    _choose(wanted)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)

@@ -21,7 +21,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_arrays": set(),
     "_check": {"_arrays"},
     "_processors": set(),
-    "runtime": {"_check", "_processors", "backends", "_native"},
+    "_settings": set(),
+    "runtime": {"_check", "_processors", "_settings", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "attention"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
@@ -29,7 +30,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "torch"},
     "sparse": {"sparse"},
-    "backends": {"backends", "_native"},
+    "backends": {"_settings", "backends", "_native"},
 }
 FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set()}  # a module for a framework, and the packages that are there when it is imported
 OPTIONAL = {"numba", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}

@@ -1,6 +1,9 @@
 """Which backend, instruction set and how many threads; the environment variables; and the means to ask."""
 
+import asyncio
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -84,6 +87,121 @@ def test_without_the_extension_one_warning_and_another_backend():
         assert config["backend"] == "numpy" and config["backends"]["native"].startswith("missing"), config
         assert config["isa"] is None and fastattn.cpu_info()["isas"] == ()
         """)
+
+
+def test_without_the_extension_the_warning_says_what_to_do():
+    run_script("""
+        import sys, warnings
+        sys.modules["fastattn._native"] = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import fastattn
+        (warning,) = caught
+        for text in ("C compiler", "FASTATTN_REQUIRE_NATIVE=1"):
+            assert text in str(warning.message), warning
+        """)
+
+
+# Contexts
+
+
+def test_blocks_that_overlap_in_time(backend):
+    """Threads that enter and leave blocks in any order see their own settings, and leave the process as it was."""
+    before = fastattn.show_config("dicts")
+    others = [name for name in ("numpy", backend.backend)]
+
+    def job(n):
+        wanted, count = others[n % 2], n % 5 + 1
+        with fastattn.use_backend(wanted), fastattn.threads(count):
+            time.sleep(0.002 * (n % 3))
+            assert fastattn.show_config("dicts")["backend"] == wanted and fastattn.get_num_threads() == count
+            with fastattn.threads(count + 1), fastattn.use_backend("numpy"):
+                time.sleep(0.001)
+                assert fastattn.show_config("dicts")["backend"] == "numpy" and fastattn.get_num_threads() == count + 1
+            assert fastattn.show_config("dicts")["backend"] == wanted and fastattn.get_num_threads() == count
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(job, range(40)))
+    after = fastattn.show_config("dicts")
+    assert {name: after[name] for name in ("backend", "threads", "isa")} == {
+        name: before[name] for name in ("backend", "threads", "isa")
+    }
+
+
+def test_tasks_of_asyncio_have_settings_of_their_own(backend):
+    async def task(name, count):
+        with fastattn.use_backend(name), fastattn.threads(count):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert fastattn.show_config("dicts")["backend"] == name and fastattn.get_num_threads() == count
+
+    async def all_tasks():
+        await asyncio.gather(*(task(name, count) for count, name in enumerate(("numpy", backend.backend) * 3, start=1)))
+
+    before = fastattn.get_num_threads()
+    asyncio.run(all_tasks())
+    assert fastattn.show_config("dicts")["backend"] == backend.backend and fastattn.get_num_threads() == before
+
+
+def test_blocks_that_are_left_in_another_order(backend):
+    before = fastattn.get_num_threads()
+    counts, backends = fastattn.threads(before + 1), fastattn.use_backend("numpy")
+    counts.__enter__()
+    backends.__enter__()
+    counts.__exit__(None, None, None)
+    assert fastattn.get_num_threads() == before and fastattn.show_config("dicts")["backend"] == "numpy"
+    backends.__exit__(None, None, None)
+    assert fastattn.show_config("dicts")["backend"] == backend.backend
+
+
+def test_a_block_is_not_seen_by_other_threads():
+    run_script("""
+        import threading
+        import fastattn
+
+        def look():
+            seen.append((fastattn.show_config("dicts")["backend"], fastattn.get_num_threads()))
+
+        def elsewhere():
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            return seen[-1]
+
+        seen = []
+        process = elsewhere()
+        with fastattn.use_backend("numpy"), fastattn.threads(7):
+            assert elsewhere() == process
+            fastattn.set_num_threads(6)  # of the block
+            fastattn.use_backend("numpy")
+            assert elsewhere() == process and fastattn.get_num_threads() == 6
+        look()
+        assert seen[-1] == process
+        fastattn.set_num_threads(5)
+        chosen = fastattn.use_backend("numpy")
+        assert elsewhere() == ("numpy", 5)
+        with chosen:
+            assert elsewhere() == (process[0], 5)
+        for _ in range(100):
+            fastattn.use_backend("numpy")
+        assert elsewhere() == ("numpy", 5) and len(fastattn.runtime._state.choices) < 4
+        """)
+
+
+@native_only
+def test_limits_of_instruction_sets_that_overlap():
+    available = fastattn.cpu_info()["isas"]
+
+    def job(n):
+        with runtime.limit_isa(available[n % len(available)]):
+            time.sleep(0.001)
+            return fastattn.show_config("dicts")["isa"] == available[n % len(available)]
+
+    before = fastattn.show_config("dicts")["isa"]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(job, range(40)))
+    assert fastattn.show_config("dicts")["isa"] == before
 
 
 # Threads
@@ -188,6 +306,23 @@ def test_environment_sets_the_threads(variables, threads, monkeypatch):
     run_script(f"import fastattn\nassert fastattn.get_num_threads() == {threads}", **variables)
 
 
+@native_only
+@pytest.mark.parametrize("way", ["pool", "openmp"])
+def test_environment_chooses_the_way_of_threading(way):
+    if way == "openmp" and not fastattn.show_config("dicts")["openmp"]:
+        pytest.skip("a build without OpenMP")
+    run_script(
+        f"""
+        import numpy as np
+        import fastattn
+        x = np.zeros((1, 1, 2, 8), np.float32)
+        assert fastattn.show_config("dicts")["threading"] == {way!r} == fastattn.explain(x, x, x)["threading"]
+        """,
+        FASTATTN_THREADING=way,
+        FASTATTN_BACKEND="native",
+    )
+
+
 @pytest.mark.parametrize(
     "variable, value, message",
     [
@@ -195,6 +330,7 @@ def test_environment_sets_the_threads(variables, threads, monkeypatch):
         ("FASTATTN_NUM_THREADS", "two", "FASTATTN_NUM_THREADS must be an int between 1 and 65536; got 'two'"),
         ("FASTATTN_BACKEND", "cuda", "FASTATTN_BACKEND must be one of"),
         ("FASTATTN_ISA", "sse2", "FASTATTN_ISA must be one of"),
+        ("FASTATTN_THREADING", "tbb", "FASTATTN_THREADING must be one of ('openmp', 'pool'); got 'tbb'"),
         pytest.param("FASTATTN_ISA", "foreign", "FASTATTN_ISA must be available here", marks=native_only),
     ],
 )
@@ -235,7 +371,9 @@ def test_show_config(backend, capsys):
         fastattn.show_config("json")
 
 
-EXPLAINED = set("backend isa kernel tile_rows tile_keys splits work_items threads workspace_bytes visible_fraction".split())
+EXPLAINED = set(
+    "backend isa kernel tile_rows tile_keys splits work_items threads threading workspace_bytes visible_fraction".split()
+)
 
 
 def test_explain(backend):

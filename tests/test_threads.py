@@ -1,5 +1,6 @@
 """Threads, processes and the floating-point environment: nothing that runs beside a call changes its bits."""
 
+import contextvars
 import ctypes
 import ctypes.util
 import os
@@ -13,7 +14,10 @@ from inputs import DTYPES, random_qkv
 from processes import environment_of, run_script
 
 import fastattn
+from fastattn import runtime
 
+NATIVE = fastattn.show_config("dicts")["openmp"]
+THREADINGS = () if NATIVE is None else ("pool", "openmp") if NATIVE else ("pool",)
 SHAPES = {
     "prefill": (dict(batch=1, heads=4, q_len=300, kv_len=333, head_dim=32, kv_heads=2), {"causal": True}),
     "decode": (dict(batch=1, heads=8, q_len=1, kv_len=9000, head_dim=64, kv_heads=2), {}),
@@ -37,6 +41,18 @@ def test_any_number_of_threads_gives_the_same_bits(engine, shape, dtype):
     for count in (2, 3, 7):
         with fastattn.threads(count):
             np.testing.assert_array_equal(attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize("way", THREADINGS)
+@pytest.mark.parametrize("shape", ["prefill", "decode"])
+def test_any_way_of_threading_gives_the_same_bits(engine, shape, way):
+    sizes, options = SHAPES[shape]
+    q, k, v = random_qkv(**sizes)
+    with fastattn.threads(1):
+        expected = attention(q, k, v, **options)
+    with fastattn.threads(3), runtime.use_threading(way):
+        assert engine.backend != "native" or fastattn.explain(q, k, v, **options)["threading"] == way
+        np.testing.assert_array_equal(attention(q, k, v, **options), expected)
 
 
 @pytest.mark.parametrize("shape", ["few rows", "many entries", "ragged"])
@@ -71,18 +87,20 @@ def test_concurrent_callers(engine):
     def call(problem):
         return attention(*problem[0], **problem[1])
 
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(call, problems))
-    for result, same in zip(results, expected):
-        np.testing.assert_array_equal(result, same)
+    with ThreadPoolExecutor(4) as pool:  # with the engine of this context, which is not that of other threads
+        calls = [pool.submit(contextvars.copy_context().run, call, problem) for problem in problems]
+    for result, same in zip(calls, expected):
+        np.testing.assert_array_equal(result.result(), same)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_fork_after_use(engine):
-    """A child of a process that has computed with threads computes too; it does not hang."""
-    run_script(
-        """
+on_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+@on_posix
+@pytest.mark.parametrize("way", THREADINGS or (None,))
+def test_fork_after_use(engine, way):
+    """A child of a process that has computed with threads computes too, and with threads where they can be had; it does not hang."""
+    script = """
         import os, signal, sys, warnings
         import numpy as np
         import fastattn
@@ -95,13 +113,114 @@ def test_fork_after_use(engine):
         if child == 0:
             signal.alarm(30)
             same = all((fastattn.attention(q, q, q) == expected).all() for _ in range(3))
-            os._exit(0 if same else 1)
+            config = fastattn.show_config("dicts")
+            os._exit(0 if same and config["threads"] == (1 if config["threading"] == "openmp" else 3) else 1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         again = (fastattn.attention(q, q, q) == expected).all()
         sys.exit(status or not again)
+        """
+    run_script(script, **environment_of(engine), **({"FASTATTN_THREADING": way} if way else {}))
+
+
+@on_posix
+@pytest.mark.skipif(not THREADINGS, reason="the extension was not built")
+def test_fork_while_others_call():
+    """Children compute, whatever the threads of their parent were doing."""
+    run_script("""
+        import os, signal, threading, warnings
+        import numpy as np
+        import fastattn
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+        fastattn.set_num_threads(3)
+        q = np.random.default_rng(0).standard_normal((2, 4, 200, 32)).astype(np.float32)
+        expected = fastattn.attention(q, q, q)
+        over = threading.Event()
+
+        def work():
+            while not over.is_set():
+                fastattn.attention(q, q, q)
+
+        callers = [threading.Thread(target=work) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        statuses = []
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                os._exit(0 if (fastattn.attention(q, q, q) == expected).all() else 1)
+            statuses.append(os.waitpid(child, 0)[1])
+        over.set()
+        for caller in callers:
+            caller.join()
+        assert not any(statuses), statuses
+        """)
+
+
+@pytest.mark.parametrize("way", THREADINGS)
+def test_the_interpreter_ends_while_a_thread_calls(way):
+    run_script(
+        """
+        import threading, time
+        import numpy as np
+        import fastattn
+
+        q = np.zeros((1, 8, 4000, 64), np.float32)
+        fastattn.attention(q, q, q)
+
+        def work():
+            while True:
+                fastattn.attention(q, q, q)
+
+        threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.05)
         """,
-        **environment_of(engine),
+        FASTATTN_THREADING=way,
+        FASTATTN_NUM_THREADS="3",
     )
+
+
+INTERRUPTED = """
+    import signal, sys, threading, time
+    import numpy as np
+    import fastattn
+
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    fastattn.set_num_threads({threads})
+    row = np.zeros(64, np.float32)
+    small = np.zeros((1, 1, 8, 64), np.float32)
+    fastattn.attention(small, small, small)
+    x = np.broadcast_to(row, (1, 8, 60_000, 64))  # many seconds, were it not interrupted
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    start = time.monotonic()
+    try:
+        fastattn.attention(x, x, x{options})
+    except Alarm:
+        assert time.monotonic() - start < 60
+    else:
+        raise AssertionError("the call was not interrupted")
+    assert (fastattn.attention(small, small, small) == 0).all()  # the next call is none the worse
+    """
+
+
+@on_posix
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("options", ["", ", return_lse=True"])
+def test_signals_are_handled_during_a_call(engine, threads, options):
+    run_script(INTERRUPTED.format(threads=threads, options=options), **environment_of(engine))
+
+
+@on_posix
+@pytest.mark.skipif("openmp" not in THREADINGS, reason="no OpenMP here")
+def test_signals_are_handled_with_openmp():
+    run_script(INTERRUPTED.format(threads=3, options=""), FASTATTN_THREADING="openmp", FASTATTN_BACKEND="native")
 
 
 # The floating-point environment

@@ -16,7 +16,7 @@ Every backend is a module with these names and no others:
 ``dtypes``
     The names of the dtypes that `q`, `k` and `v` may have.
 ``set_num_threads(n)``
-    Use at most `n` threads in later calls.
+    Use at most `n` threads in later calls, where the calling context (`fastattn._settings`) has set no number.
 
 ``native`` also has ``attention_plain``, a shorter way into the same engine. A backend imports nothing from the layers above it.
 """

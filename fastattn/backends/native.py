@@ -1,8 +1,15 @@
-"""The C library: its kernels for every instruction set that this processor has, threads by OpenMP."""
+"""The C library: its kernels for every instruction set that this processor has, its threads or OpenMP's."""
 
 from itertools import count, takewhile
 
-from .._native import attention_plain, has_openmp, set_num_threads  # first, for its error names a missing extension
+from .._native import (  # first, for its error names a missing extension
+    attention_plain,
+    has_openmp,
+    note_fork,
+    set_isa,
+    set_num_threads,
+    set_threading,
+)
 from .. import _native
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
@@ -45,12 +52,23 @@ def available_isas():
 
 def get_isa():
     """The highest instruction set to use, or None for no limit."""
-    return _native.isa_name(_native.get_isa()) if _native.get_isa() else None
+    code = _native.get_isa()
+    return _native.isa_name(code) if code else None
 
 
-def set_isa(name):
-    """Use no instruction set above `name`, or with None any that there is."""
-    _native.set_isa(0 if name is None else _ISAS[name])
+def isa_code(name):
+    """The number of an instruction set as a limit; that of None is no limit."""
+    return 0 if name is None else _ISAS[name]
+
+
+def get_threading():
+    """How calls have threads: "pool", of the library's own, or "openmp"."""
+    return _native.threading_name(_native.get_threading())
+
+
+def threading_code(name):
+    """The number of a way of threading."""
+    return next(code for code in count(1) if _native.threading_name(code) == name)
 
 
 def _raise_unless_ok(status):

@@ -20,6 +20,7 @@ from functools import cache, partial
 import numpy as np
 from numba import config, njit
 
+from .. import _settings
 from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
 from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE
 from .numpy import store as store  # a cast and a scatter, which NumPy does as well
@@ -40,6 +41,8 @@ _OWN_FIELDS = (
 )  # fmt: skip
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
+_WORK_OF_A_LONG_CALL = 1_000_000_000  # that somebody may want to interrupt
+_NO_ITEM = 1 << 62
 _MERGE_ROWS = 64
 _ROPE_ROWS = 256
 _MAX_POOL = 1024
@@ -77,7 +80,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def set_num_threads(n):
-    """Use at most `n` threads in later calls."""
+    """Use at most `n` threads in later calls, where the calling context has set no number."""
     _state.threads = n
 
 
@@ -95,7 +98,7 @@ def attention(call):
         kernel(plan, phase, _address(scratch), counter)
 
     for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
-        _share(partial(run, phase), work.threads)
+        _share(partial(run, phase), work.threads, work.is_long and threading.current_thread() is threading.main_thread())
 
 
 def merge_states(outs, lses, out, lse):
@@ -138,6 +141,7 @@ def explain(call):
         "splits": work.parts,
         "work_items": work.units * work.parts,
         "threads": work.threads,
+        "threading": "pool",
         "workspace_bytes": work.threads * work.scratch_bytes + work.states_bytes,
         "visible_fraction": work.visible_fraction(),
     }
@@ -183,7 +187,7 @@ class _Work:
         self.parts = max(1, min(self.split, -(-kv_len // MIN_PART)))
 
         work = self.units * self.lanes * kv_len * (head_dim + v_head_dim)
-        self.threads = _useful_threads(self.units * self.parts, work)
+        self.threads, self.is_long = _useful_threads(self.units * self.parts, work), work > _WORK_OF_A_LONG_CALL
         self.head_pitch, self.v_head_pitch = (-(-n // self.shape[2]) * self.shape[2] for n in (head_dim, v_head_dim))
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
@@ -298,21 +302,30 @@ def _stamp():
 
 
 def _useful_threads(items, work):
-    return max(1, min(_state.threads, items, work // _WORK_OF_A_THREAD))
+    return max(1, min(_settings.get("threads") or _state.threads, items, work // _WORK_OF_A_THREAD))
 
 
-def _share(run, n_threads):
+def _share(run, n_threads, watch=False):
     """Call ``run(counter)`` on this thread and on up to ``n_threads - 1`` others; return when all have.
 
-    Helpers that have not begun when this thread finds no more work are not waited for: they are busy with somebody else's.
+    Helpers that have not begun when this thread finds no more work are not waited for: they are busy with somebody else's. With
+    `watch` one more of them works and this thread waits, in Python, which so can handle signals; if that raises, no item is begun
+    any more.
     """
     counter = np.zeros(1, np.int64)
     helpers = []
     try:
         with suppress(RuntimeError):  # no more threads, or the interpreter is shutting down: those that run will do
-            for _ in range(n_threads - 1):
+            for _ in range(n_threads if watch else n_threads - 1):
                 helpers.append(_pool().submit(run, counter))
-        run(counter)
+        if watch and helpers:
+            while wait(helpers, timeout=0.1).not_done:  # without a timeout Windows would not be interrupted
+                pass
+        else:
+            run(counter)
+    except BaseException:
+        counter[0] = _NO_ITEM
+        raise
     finally:
         begun = [helper for helper in helpers if not helper.cancel()]
         wait(begun)

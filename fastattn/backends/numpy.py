@@ -97,6 +97,7 @@ def explain(call):
         "splits": 1,
         "work_items": batch * num_heads * -(-q_len // _TILE_ROWS),
         "threads": 1,
+        "threading": None,
         "workspace_bytes": elements * _compute_dtype(call.q.dtype).itemsize,
         "visible_fraction": computed / max(batch * num_heads * q_len * kv_len, 1),
     }
