@@ -29,10 +29,11 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "torch"},
+    "transformers": {"attention", "torch"},
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},
 }
-FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set()}  # a module for a framework, and the packages that are there when it is imported
+FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}}  # a module for a framework, and the packages that are there when it is imported
 OPTIONAL = {"numba", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
 
 
