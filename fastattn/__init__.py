@@ -80,7 +80,7 @@ __all__ = [
 _initialize()
 del _initialize
 
-_FRAMEWORKS = ("flash_attn", "torch", "transformers")
+_FRAMEWORKS = ("flash_attn", "onnx", "torch", "transformers")
 
 
 def __getattr__(name):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ._check import as_array, finite, flag, integers
 from .attention import attention as _attention
+from .rope import apply_rope
 
 __all__ = [
     "flash_attn_func",
@@ -305,7 +306,7 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None:
         starts = integers("cache_leftpad", array("cache_leftpad", cache_leftpad), batch, 0, capacity)
     if rotary_cos is not None:
-        cos, sin = (np.asarray(array(n, x), np.float32) for n, x in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)))
+        cos, sin = array("rotary_cos", rotary_cos), array("rotary_sin", rotary_sin)
         moving = causal or tuple(window_size) != (-1, -1)
         q = _rotate(q, cos, sin, lengths[:, None] + np.arange(q_len) * moving - starts[:, None], rotary_interleaved)
         if k is not None:
@@ -405,13 +406,7 @@ def _gather(pages, table, length):
 
 
 def _rotate(x, cos, sin, positions, interleaved):
-    """`x` (B, L, H, D) with its first ``2 * cos.shape[1]`` numbers rotated by `positions` (B, L), in float32."""
-    half = cos.shape[1]
+    """`x` (B, L, H, D) with its first ``2 * cos.shape[1]`` numbers rotated by `positions` (B, L)."""
     if positions.size and not 0 <= positions.min() <= positions.max() < len(cos):
         raise ValueError(f"rotary_cos must have a row for each position up to {positions.max()}; got {len(cos)} rows")
-    c, s = cos[positions][:, :, None], sin[positions][:, :, None]
-    rotated = x.astype(np.float32)
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-    a, b = rotated[..., first].copy(), rotated[..., second].copy()
-    rotated[..., first], rotated[..., second] = a * c - b * s, b * c + a * s
-    return rotated.astype(x.dtype)
+    return apply_rope(x.swapaxes(1, 2), cos[positions], sin[positions], interleaved=bool(interleaved)).swapaxes(1, 2)

@@ -28,13 +28,14 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "torch": {"_check", "runtime", "_native", "attention"},
-    "flash_attn": {"_check", "attention", "torch"},
+    "flash_attn": {"_check", "attention", "rope", "torch"},
     "transformers": {"attention", "torch"},
+    "onnx": {"_check", "backends", "attention", "rope"},
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},
 }
-FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}}  # a module for a framework, and the packages that are there when it is imported
-OPTIONAL = {"numba", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
+FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}  # a module for a framework, and the packages that are there when it is imported
+OPTIONAL = {"numba", "onnx", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
 
 
 def modules():

@@ -1,0 +1,432 @@
+"""ONNX: the operators of attention as defined, one by one, and a way to run graphs that hold them.
+
+>>> outputs = fastattn.onnx.run("decoder.onnx", {"input_ids": ids})
+
+:func:`run` lets onnx's reference evaluator walk the graph; the operators listed in :data:`ops` are computed here, all others by it. Each
+is also a function of NumPy arrays, with the inputs of the operator in their order and its attributes as keywords; absent inputs are None.
+
+Made for opsets 23 to 28 of ai.onnx, and for ``MultiHeadAttention`` and ``GroupQueryAttention`` of com.microsoft as their documentation
+defines them, without quantised caches.
+"""
+
+import numpy as np
+import onnx
+from onnx.backend.base import Backend as _Backend
+from onnx.backend.base import BackendRep as _BackendRep
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from ._check import Call
+from .attention import attention as _attention
+from .attention import attention_weights
+from .backends import numpy as _oracle
+from .rope import apply_rope
+
+__all__ = [
+    "Backend",
+    "attention",
+    "causal_conv_with_state",
+    "group_query_attention",
+    "multi_head_attention",
+    "ops",
+    "rotary_embedding",
+    "run",
+]
+
+
+# ---- ai.onnx --------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q, k, v, attn_mask=None, past_key=None, past_value=None, nonpad_kv_seqlen=None, *, is_causal=0, kv_num_heads=None,
+    q_num_heads=None, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=None, left_window_size=-1,
+    right_window_size=-1, num_outputs=4,
+):  # fmt: skip
+    """``Attention`` of opsets 23 to 25.
+
+    Parameters
+    ----------
+    q, k, v : ndarray, (B, H, L, D) or (B, L, H * D)
+        With three axes `q_num_heads` and `kv_num_heads` must be given.
+    attn_mask : ndarray, optional
+        Boolean or floating, broadcast to ``(B, Hq, Lq, total)``; keys beyond its end are not seen.
+    past_key, past_value : ndarray, (B, Hkv, past, D), optional
+        Keys and values before `k` and `v`.
+    nonpad_kv_seqlen : ndarray of int, (B,), optional
+        How many keys of each entry are real.
+    is_causal : int
+        Query ``i`` sees keys up to ``i + offset``; the offset is the length of the past, ``nonpad_kv_seqlen - Lq``, or 0.
+    qk_matmul_output_mode : {0, 1, 2, 3}
+        The fourth output holds the scores, those after softcap, those with the mask added, or the probabilities.
+    scale, softcap, left_window_size, right_window_size
+        As defined; a window of -1 is unbounded, a softcap of 0 is none.
+    softmax_precision : int, optional
+        An onnx data type. float64 is obeyed; otherwise the softmax is computed in float32 or better.
+    num_outputs : int
+        The fourth output, of Lq x total numbers for each head, is computed only where it is asked for.
+
+    Returns
+    -------
+    y : ndarray
+        Of the shape and dtype of `q`, with the head size of `v`.
+    present_key, present_value : ndarray, (B, Hkv, total, D)
+    qk_matmul_output : ndarray, (B, Hq, Lq, total), or None
+    """
+    if (past_key is None) != (past_value is None):
+        raise ValueError("past_key and past_value must be given together")
+    if nonpad_kv_seqlen is not None and past_key is not None:
+        raise ValueError("nonpad_kv_seqlen must not be given together with past_key and past_value")
+    packed = q.ndim == 3
+    q, k, v = (_heads(name, x, n) for name, x, n in (("q", q, q_num_heads), ("k", k, kv_num_heads), ("v", v, kv_num_heads)))
+    present_key = k if past_key is None else np.concatenate((past_key, k), axis=2)
+    present_value = v if past_value is None else np.concatenate((past_value, v), axis=2)
+    offset = 0 if past_key is None else past_key.shape[2]
+    if nonpad_kv_seqlen is not None:
+        offset = np.reshape(nonpad_kv_seqlen, -1) - q.shape[2]
+
+    total = present_key.shape[2]
+    keywords = {
+        "mask": _whole_mask(attn_mask, total),
+        "causal": bool(is_causal),
+        "query_offset": offset,
+        "kv_lengths": None if nonpad_kv_seqlen is None else np.reshape(nonpad_kv_seqlen, -1),
+        "scale": scale,
+        "softcap": softcap or None,
+    }
+    if left_window_size >= 0 or right_window_size >= 0:
+        keywords["window"] = tuple(side if side >= 0 else None for side in (left_window_size, right_window_size))
+    precise = softmax_precision == onnx.TensorProto.DOUBLE
+    y = _compute(q, present_key, present_value, precise, keywords)
+    scores = _scores(q, present_key, qk_matmul_output_mode, precise, keywords) if num_outputs > 3 else None
+    return _packed(y) if packed else y, present_key, present_value, scores
+
+
+def _heads(name, x, num_heads):
+    """``(B, L, H * D)`` as ``(B, H, L, D)``, a view."""
+    if x.ndim == 4:
+        return x
+    if x.ndim != 3 or not num_heads or x.shape[2] % num_heads:
+        raise ValueError(f"{name} must have 4 axes, or 3 of which the last is a multiple of {num_heads} heads; got shape {x.shape}")
+    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+
+
+def _packed(x):
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def _whole_mask(mask, total):
+    """A mask for all keys: those beyond its end are hidden."""
+    if mask is None or mask.ndim == 0 or mask.shape[-1] in (1, total):
+        return mask
+    hidden = False if mask.dtype == bool else -np.inf
+    return np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, total - mask.shape[-1])], constant_values=hidden)
+
+
+def _compute(q, k, v, precise, keywords):
+    """Attention in the dtype of `q`; in float64 by the NumPy backend, which alone has it."""
+    if precise or q.dtype == np.float64:
+        call = Call(_oracle, *(x.astype(np.float64, copy=False) for x in (q, k, v)), **keywords)
+        _oracle.attention(call)
+        return call.result().astype(q.dtype, copy=False)
+    if not q.dtype == k.dtype == v.dtype:
+        common = np.result_type(np.float32, *(x.dtype for x in (q, k, v)))
+        return _attention(*(x.astype(common, copy=False) for x in (q, k, v)), **keywords).astype(q.dtype)
+    return _attention(q, k, v, **keywords)
+
+
+def _scores(q, k, mode, precise, keywords):
+    """What stage `mode` of the scores is, in the dtype of `q`."""
+    dtype, single = q.dtype, np.float64 if precise or q.dtype == np.float64 else np.float32
+    q, k = q.astype(single), k.astype(single)
+    if mode == 3:
+        if single is np.float64:
+            call = Call(_oracle, q, k, np.zeros((*k.shape[:3], 0)), **keywords)
+            return _oracle.weights(call).astype(dtype)
+        return attention_weights(q, k, **keywords).astype(dtype)
+    scale = 1 / np.sqrt(q.shape[3]) if keywords["scale"] is None else keywords["scale"]
+    scores = single(scale) * (q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(2, 3))
+    if mode >= 1 and keywords["softcap"]:
+        scores = single(keywords["softcap"]) * np.tanh(scores / single(keywords["softcap"]))
+    if mode == 2:
+        mask = keywords["mask"]
+        if mask is not None and mask.dtype != bool:
+            scores = scores + mask.astype(single)
+        scores = np.where(_visible(scores.shape, keywords), scores, -np.inf)
+    return scores.astype(dtype)
+
+
+def _visible(shape, keywords):
+    """Who sees whom, all of it: ``(B, H, Lq, Lk)``."""
+    p = np.reshape(keywords["query_offset"], (-1, 1, 1, 1)) + np.arange(shape[2])[:, None]
+    j = np.arange(shape[3])
+    visible = np.ones(shape, bool)
+    if keywords["mask"] is not None and keywords["mask"].dtype == bool:
+        visible &= keywords["mask"]
+    if keywords["causal"]:
+        visible &= j <= p
+    left, right = keywords.get("window", (None, None))
+    if left is not None:
+        visible &= j >= p - left
+    if right is not None:
+        visible &= j <= p + right
+    if keywords["kv_lengths"] is not None:
+        visible &= j < np.reshape(keywords["kv_lengths"], (-1, 1, 1, 1))
+    return visible
+
+
+def rotary_embedding(x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0, rotary_embedding_dim=0):
+    """``RotaryEmbedding`` of opset 23: the first `rotary_embedding_dim` numbers of each head are turned by their position.
+
+    Parameters
+    ----------
+    x : ndarray, (B, H, L, D) or (B, L, H * D)
+        With three axes `num_heads` must be given.
+    cos_cache, sin_cache : ndarray, (positions, rotary / 2), or without `position_ids` (B, L, rotary / 2)
+    position_ids : ndarray of int, (B, L), optional
+    interleaved : int
+        Numbers 0 and 1, 2 and 3, ... are pairs, rather than those of the first and second half.
+    rotary_embedding_dim : int
+        0 is all of D.
+
+    Returns
+    -------
+    ndarray
+        Of the shape and dtype of `x`; computed in float32.
+    """
+    heads = _heads("x", x, num_heads)
+    size = rotary_embedding_dim or heads.shape[3]
+    if position_ids is not None:
+        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
+    for name, cache in (("cos_cache", cos_cache), ("sin_cache", sin_cache)):
+        if cache.shape[-1] != size // 2:
+            raise ValueError(f"{name} must have {size // 2} numbers for each position, half of what is rotated; got {cache.shape[-1]}")
+    out = apply_rope(heads, cos_cache, sin_cache, interleaved=bool(interleaved))
+    return _packed(out) if x.ndim == 3 else out
+
+
+def causal_conv_with_state(x, weight, bias=None, past_state=None, *, activation="none"):
+    """``CausalConvWithState`` of opset 27: each channel convolved with its own kernel over this and earlier positions.
+
+    Parameters
+    ----------
+    x : ndarray, (B, C, L)
+    weight : ndarray, (C, 1, k)
+    bias : ndarray, (C,), optional
+    past_state : ndarray, (B, C, k - 1), optional
+        The positions before `x`; zeros unless given.
+    activation : {"none", "silu", "swish"}
+
+    Returns
+    -------
+    output : ndarray, (B, C, L)
+    present_state : ndarray, (B, C, k - 1)
+    """
+    if activation not in ("none", "silu", "swish"):
+        raise ValueError(f'activation must be "none", "silu" or "swish"; got {activation!r}')
+    taps, length = weight.shape[2], x.shape[2]
+    if past_state is None:
+        past_state = np.zeros((*x.shape[:2], taps - 1), x.dtype)
+    padded = np.concatenate((past_state, x), axis=2)
+    single = np.float64 if x.dtype == np.float64 else np.float32
+    out = np.zeros(x.shape, single)
+    if bias is not None:
+        out += bias.astype(single)[:, None]
+    for tap in range(taps):
+        out += weight[:, 0, tap, None].astype(single) * padded[:, :, tap : tap + length].astype(single)
+    if activation != "none":
+        out = out.astype(x.dtype).astype(single)
+        out /= 1 + np.exp(-out)
+    return out.astype(x.dtype), padded[:, :, padded.shape[2] - (taps - 1) :]
+
+
+# ---- com.microsoft --------------------------------------------------------------------------------------------------
+
+
+def multi_head_attention(
+    query, key=None, value=None, bias=None, key_padding_mask=None, attention_bias=None, past_key=None, past_value=None, *,
+    num_heads, mask_filter_value=-10000.0, scale=0.0, unidirectional=0,
+):  # fmt: skip
+    """``MultiHeadAttention`` of com.microsoft.
+
+    Parameters
+    ----------
+    query : ndarray, (B, L, H * D), or packed (B, L, H, 3, D)
+    key : ndarray, (B, Lk, H * D), packed with values (B, Lk, H, 2, D), or (B, H, Lk, D)
+    value : ndarray, (B, Lk, H * Dv) or (B, H, Lk, Dv)
+    bias : ndarray, optional
+        Added to the projections of `query`, `key` and `value`, one after the other.
+    key_padding_mask : ndarray of int, (B,), (B, total) or (B, L, total), optional
+        How many keys of each entry are real, or 1 where a key is.
+    attention_bias : ndarray, broadcast to (B, H, L, total), optional
+    past_key, past_value : ndarray, (B, H, past, D), optional
+    mask_filter_value : float
+        What is added to the scores of keys that `key_padding_mask` hides.
+    scale : float
+        0 is ``1 / sqrt(D)``.
+    unidirectional : int
+        Query ``i`` sees keys up to ``i`` and those of the past.
+
+    Returns
+    -------
+    output : ndarray, (B, L, H * Dv)
+    present_key, present_value : ndarray, (B, H, total, D)
+    """
+    if query.ndim == 5:
+        query, key, value = (_packed(query[:, :, :, n].swapaxes(1, 2)) for n in range(3))
+    elif key is not None and key.ndim == 5:
+        key, value = (_packed(key[:, :, :, n].swapaxes(1, 2)) for n in range(2))
+    if bias is not None:
+        sizes = np.cumsum([query.shape[2], key.shape[2] if key.ndim == 3 else 0])
+        parts = np.split(bias, sizes)
+        query, key, value = (x if x.ndim == 4 else x + part for x, part in zip((query, key, value), parts))
+    q, k, v = (_heads(name, x, num_heads) for name, x in (("query", query), ("key", key), ("value", value)))
+    past = 0 if past_key is None else past_key.shape[2]
+    if past_key is not None:
+        k, v = np.concatenate((past_key, k), axis=2), np.concatenate((past_value, v), axis=2)
+    total = k.shape[2]
+    keywords = {"mask": attention_bias, "causal": bool(unidirectional), "query_offset": past, "scale": scale or None}
+    if key_padding_mask is not None:
+        if key_padding_mask.ndim == 1:
+            if key_padding_mask.shape[0] != q.shape[0]:
+                raise NotImplementedError(f"key_padding_mask of shape {key_padding_mask.shape} is not served: (B,), (B, total), (B, L, total)")
+            keywords["kv_lengths"] = key_padding_mask
+        else:
+            seen = key_padding_mask.reshape(q.shape[0], 1, -1, total) != 0
+            hidden = np.where(seen, np.float32(0), np.float32(mask_filter_value))
+            keywords["mask"] = hidden if attention_bias is None else attention_bias + hidden
+    return _packed(_compute(q, k, v, False, keywords)), k, v
+
+
+def group_query_attention(
+    query, key=None, value=None, past_key=None, past_value=None, seqlens_k=None, total_sequence_length=None, cos_cache=None,
+    sin_cache=None, position_ids=None, attention_bias=None, head_sink=None, *, num_heads, kv_num_heads, do_rotary=0,
+    rotary_interleaved=0, local_window_size=-1, scale=0.0, softcap=0.0, smooth_softmax=0,
+):  # fmt: skip
+    """``GroupQueryAttention`` of com.microsoft: causal attention behind a cache, with rotation.
+
+    Parameters
+    ----------
+    query : ndarray, (B, L, Hq * D), or packed with keys and values (B, L, (Hq + 2 * Hkv) * D)
+    key, value : ndarray, (B, L, Hkv * D), optional
+    past_key, past_value : ndarray, (B, Hkv, capacity, D), optional
+    seqlens_k : ndarray of int, (B,)
+        One less than the number of tokens of each entry, new ones included.
+    total_sequence_length : int or ndarray of one
+        The largest number of tokens of an entry. If it is L, this is the prompt, which begins at 0 and may be padded on the right.
+    cos_cache, sin_cache : ndarray, (positions, rotary / 2), optional
+        Used if `do_rotary` is set.
+    position_ids : ndarray of int, (B, L), optional
+        By default the positions in the cache.
+    attention_bias : ndarray, broadcast to (B, Hq, L, total_sequence_length), optional
+    head_sink : ndarray, (Hq,), optional
+        A logit for each head, of no key.
+    local_window_size : int
+        How many keys a query sees, its own included; -1 is all.
+    scale, softcap
+        0 is ``1 / sqrt(D)``, and none.
+    smooth_softmax : int
+        A logit 0 of no key, for every head.
+
+    Returns
+    -------
+    output : ndarray, (B, L, Hq * D)
+    present_key, present_value : ndarray, (B, Hkv, the larger of capacity and total_sequence_length, D)
+    """
+    if key is None:
+        size = query.shape[2] // (num_heads + 2 * kv_num_heads)
+        query, key, value = np.split(query, [num_heads * size, (num_heads + kv_num_heads) * size], axis=2)
+    q, k, v = _heads("query", query, num_heads), _heads("key", key, kv_num_heads), _heads("value", value, kv_num_heads)
+    batch, length = q.shape[0], q.shape[2]
+    total = int(np.reshape(total_sequence_length, ()))
+    lengths = np.reshape(seqlens_k, -1).astype(np.int64) + 1
+    offsets = np.zeros(batch, np.int64) if length == total else lengths - length
+    if do_rotary:
+        if position_ids is None:
+            position_ids = np.maximum(offsets[:, None] + np.arange(length), 0)
+        position_ids = np.broadcast_to(position_ids, (batch, length))
+        size = 2 * cos_cache.shape[1]
+        options = {"interleaved": rotary_interleaved, "rotary_embedding_dim": size}
+        q, k = (rotary_embedding(x, cos_cache, sin_cache, position_ids, **options) for x in (q, k))
+
+    capacity = max(0 if past_key is None else past_key.shape[2], total)
+    present_key, present_value = (np.zeros((batch, kv_num_heads, capacity, x.shape[3]), x.dtype) for x in (k, v))
+    for b, offset in enumerate(offsets):
+        for present, past, new in ((present_key, past_key, k), (present_value, past_value, v)):
+            if past is not None:
+                present[b, :, :offset] = past[b, :, :offset]
+            present[b, :, offset : offset + length] = new[b]
+    keywords = {
+        "causal": True, "query_offset": offsets, "kv_lengths": lengths, "scale": scale or None, "softcap": softcap or None,
+        "window": (local_window_size - 1, None) if local_window_size > 0 else None, "mask": _whole_mask(attention_bias, capacity),
+        "sinks": head_sink if head_sink is not None else np.zeros(num_heads, np.float32) if smooth_softmax else None,
+    }  # fmt: skip
+    return _packed(_compute(q, present_key, present_value, False, keywords)), present_key, present_value
+
+
+# ---- Graphs ---------------------------------------------------------------------------------------------------------
+
+
+def _operator(name, function, domain="", outputs=None):
+    """A class of onnx's reference evaluator that computes an operator with a function; `outputs`: it wants their number."""
+
+    def _run(self, *inputs, **attributes):
+        given = {key: value for key, value in attributes.items() if value is not None}
+        if outputs:
+            given[outputs] = len(self.onnx_node.output)
+        result = function(*inputs, **given)
+        result = result if isinstance(result, tuple) else (result,)
+        return result[: len(self.onnx_node.output)]
+
+    doc = f"``{name}``, computed by :func:`{function.__name__}`."
+    return type(name, (OpRun,), {"_run": _run, "__doc__": doc, "op_domain": domain})
+
+
+#: The operators as classes for ``ReferenceEvaluator(model, new_ops=fastattn.onnx.ops)``.
+ops = [
+    _operator("Attention", attention, outputs="num_outputs"),
+    _operator("RotaryEmbedding", rotary_embedding),
+    _operator("CausalConvWithState", causal_conv_with_state),
+    _operator("MultiHeadAttention", multi_head_attention, "com.microsoft"),
+    _operator("GroupQueryAttention", group_query_attention, "com.microsoft"),
+]
+
+
+def run(model, inputs, outputs=None):
+    """Run a model with onnx's reference evaluator, its operators of attention by fastattn.
+
+    Parameters
+    ----------
+    model : ModelProto, bytes, str or path
+    inputs : dict of str to array_like
+    outputs : list of str, optional
+        Which outputs; all by default.
+
+    Returns
+    -------
+    list of ndarray
+    """
+    return ReferenceEvaluator(model, new_ops=ops).run(outputs, inputs)
+
+
+class Backend(_Backend):
+    """onnx's interface for those who run models, as its test-suite asks for it."""
+
+    @classmethod
+    def prepare(cls, model, device="CPU", **options):
+        """A model that is ready to run."""
+        return _Prepared(model)
+
+    @classmethod
+    def supports_device(cls, device):
+        """Whether models run there: on the CPU."""
+        return device == "CPU"
+
+
+class _Prepared(_BackendRep):
+    def __init__(self, model):
+        self._evaluator = ReferenceEvaluator(model, new_ops=ops)
+
+    def run(self, inputs, **options):
+        if not isinstance(inputs, dict):
+            inputs = dict(zip(self._evaluator.input_names, inputs))
+        return tuple(self._evaluator.run(None, inputs))
