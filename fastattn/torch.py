@@ -280,11 +280,16 @@ def _sdpa(query, key, value, attn_mask, is_causal, scale, enable_gqa):
     q, k, v = query.shape, key.shape, value.shape
     if not (q[1] == k[1] == v[1] and q[0] == k[0] == v[0]):
         query, key, value = _with_leads(query, key, value, enable_gqa)
+    keywords = {}  # those that say something: each costs the dispatcher some time
+    if scale is not None:
+        keywords["scale"] = scale
     if attn_mask is not None:
-        return _op(query, key, value, mask=attn_mask, scale=scale)
-    if is_causal and q[2] != k[2]:  # a square is aligned to both corners
-        return _op(query, key, value, causal=True, offset=0, scale=scale)
-    return _op(query, key, value, causal=is_causal, scale=scale)
+        keywords["mask"] = attn_mask
+    elif is_causal:
+        keywords["causal"] = True
+        if q[2] != k[2]:  # a square is aligned to both corners
+            keywords["offset"] = 0
+    return _op(query, key, value, **keywords)
 
 
 def _sdpa_of_rank(query, key, value, attn_mask, is_causal, scale, enable_gqa):
