@@ -56,7 +56,7 @@ class Visibility(torch.Tensor):
     Attributes
     ----------
     keywords : dict
-        `causal`, `window`, `query_offset`, and `kv_starts` with `kv_lengths` or `mask` ``(B, 1, 1, Lk)``, for
+        `causal`, `window`, `query_offset`, and `kv_lengths` or, for other padding than on the right, `mask` ``(B, 1, 1, Lk)``, for
         :func:`fastattn.torch.attention`.
     spans : list or None
         For chunked and packed sequences ``(entry, rows, keys)``: slices of queries that see keys in that slice only.
@@ -166,20 +166,22 @@ class _Rules:
         keywords = {"causal": self.causal, "query_offset": q_offset - kv_offset}
         if self.window != [None, None]:
             keywords["window"] = tuple(self.window)
-        seen = None if padding is None else masking_utils.prepare_padding_mask(padding, kv_len, kv_offset)
-        if seen is not None:
-            keywords |= _extent(seen[:, kv_offset : kv_offset + kv_len])
         spans = None
         if self.chunk is not None and kv_offset + kv_len - min(self.left_padding, default=0) > self.chunk:
             spans = list(self._chunks(q_len, kv_len, q_offset, kv_offset))
         elif self.sequences is not None:
             spans = list(_runs(self.sequences.tolist()))
-        if spans is None and "kv_starts" in keywords:  # TEMP
-            if bool(keywords.pop("kv_starts").any()):
-                keywords["mask"] = seen[:, None, None, kv_offset : kv_offset + kv_len]
-                keywords.pop("kv_lengths")
-        if spans is not None and "mask" in keywords:
-            raise _NotServed("a padding mask with holes, of chunked sequences")
+        if padding is not None:
+            seen = masking_utils.prepare_padding_mask(padding, kv_len, kv_offset)[:, kv_offset : kv_offset + kv_len]
+            starts, ends = _extent(seen)
+            if spans is not None:
+                if starts is None:
+                    raise _NotServed("a padding mask with holes, of chunked sequences")
+                spans = [(b, rows, slice(max(keys.start, starts[b]), min(keys.stop, ends[b]))) for b, rows, keys in spans]
+            elif starts is None or any(starts):
+                keywords["mask"] = seen[:, None, None, :]
+            elif any(end < kv_len for end in ends):
+                keywords["kv_lengths"] = torch.tensor(ends)
         return keywords, spans
 
     def _chunks(self, q_len, kv_len, q_offset, kv_offset):
@@ -193,15 +195,12 @@ class _Rules:
 
 
 def _extent(seen):
-    """Which keys a padding mask ``(B, Lk)`` shows, as keywords: nothing, where each entry's run begins and ends, or the mask."""
-    counts = seen.sum(1)
-    if int(counts.sum()) == seen.numel():
-        return {}
-    starts = seen.to(torch.uint8).argmax(1)
-    holes = seen.shape[1] - 1 - seen.flip(1).to(torch.uint8).argmax(1) - starts + 1 != counts
-    if bool((holes & (counts > 0)).any()):
-        return {"mask": seen[:, None, None, :]}
-    return {"kv_starts": starts, "kv_lengths": starts + counts}
+    """Where the run of keys that a padding mask ``(B, Lk)`` shows begins and ends in each entry; None twice where one has holes."""
+    counts, starts = seen.sum(1), seen.to(torch.uint8).argmax(1)
+    ends = torch.where(counts > 0, seen.shape[1] - seen.flip(1).to(torch.uint8).argmax(1), 0)
+    if not torch.equal(ends - starts, counts):
+        return None, None
+    return starts.tolist(), ends.tolist()
 
 
 def _runs(sequences):
@@ -284,14 +283,11 @@ def _elsewhere(module, query, key, value, attention_mask, softcap, sinks, given)
 def _over_spans(query, key, value, spans, keywords):
     """Attention for each span by itself: ``(B, Lq, Hq, Dv)``. Rows in no span are 0."""
     bridge.prepare(query, key, value)
-    starts, lengths = keywords.pop("kv_starts", None), keywords.pop("kv_lengths", None)
     offset = keywords.pop("query_offset")
     keywords = {name: bridge.as_array(x) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
     out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
     q, k, v, o = (bridge.as_array(x) for x in (query, key, value, out.transpose(1, 2)))
     for b, rows, keys in spans:
-        if starts is not None:
-            keys = slice(max(keys.start, int(starts[b])), min(keys.stop, int(lengths[b])))
         if keys.start < keys.stop:
             _attention(
                 q[b, :, rows], k[b, :, keys], v[b, :, keys], query_offset=offset + rows.start - keys.start, out=o[b, :, rows],
