@@ -17,6 +17,8 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
 
+What a query looks at is said by :func:`attention_weights`, :func:`attention_mass` and others beside them; ``fastattn.plot`` draws it.
+
 For programs of other makers there are ``fastattn.torch`` and more, modules that are imported when they are first named.
 
 Where tokens stand is data as well: :func:`rope_table` and :func:`apply_rope` turn queries and keys by their positions,
@@ -28,13 +30,13 @@ depends on the number of threads or on how they are had.
 
 import importlib
 
+from . import plot
 from .attention import (
     attention,
-    attention_mass,
-    attention_weights,
     merge_states,
     scaled_dot_product_attention,
 )
+from .inspect import attention_entropy, attention_mass, attention_scores, attention_span, attention_weights, rollout
 from .kvcache import CacheFullError, KVCache
 from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
 from .rope import apply_rope
@@ -61,12 +63,17 @@ __all__ = [
     "alibi_slopes",
     "apply_rope",
     "attention",
+    "attention_entropy",
     "attention_mass",
+    "attention_scores",
+    "attention_span",
     "attention_weights",
     "cpu_info",
     "explain",
     "get_num_threads",
     "merge_states",
+    "plot",
+    "rollout",
     "rope_table",
     "scaled_dot_product_attention",
     "set_num_threads",

@@ -13,11 +13,8 @@ from ._check import (
     check_dtype,
     finite,
     flag,
-    integer,
     is_block_mask,
-    known_keywords,
 )
-from .backends import numpy as _oracle
 
 _state = runtime._state
 _SDPA_NAMES = Names(q="query", k="key", v="value", mask="attn_mask")
@@ -155,75 +152,6 @@ def _attend(names, q, k, v, **keywords):
     call = Call(backend, q, k, v, names, **keywords)
     backend.attention(call)
     return call.result()
-
-
-def attention_weights(q, k, **keywords):
-    """The probabilities of :func:`attention`, all of them: ``(B, Hq, Lq, Lk)`` numbers, for looking at.
-
-    Computed with NumPy on every backend.
-
-    Parameters
-    ----------
-    q, k, **keywords
-        As for :func:`attention`, without `return_lse` and `out`.
-
-    Returns
-    -------
-    ndarray, (B, Hq, Lq, Lk)
-        float32. A row sums to 1, to less where a sink takes its share, and to 0 where it sees no key.
-    """
-    known_keywords("attention_weights", keywords, without=("return_lse", "out"))
-    k = as_array("k", k)
-    call = Call(_oracle, q, k, np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **keywords)
-    probabilities = _oracle.weights(call)
-    return probabilities.reshape(probabilities.shape[4 - np.ndim(q) :])
-
-
-def attention_mass(q, k, segments, *, num_segments=None, **keywords):
-    """How much of each query's attention falls on each segment of the keys, without materialising the probabilities.
-
-    Parameters
-    ----------
-    q, k, **keywords
-        As for :func:`attention`, without `return_lse` and `out`.
-    segments : array_like of int, (Lk,) or (B, Lk)
-        The segment of each key, from 0; a key at -1 is in none.
-    num_segments : int, optional
-        Default: the largest segment and one.
-
-    Returns
-    -------
-    ndarray, (B, Hq, Lq, num_segments)
-        float32 sums of probabilities.
-
-    Examples
-    --------
-    How much the last token looks at a prompt of 100 tokens, and how much at what followed:
-
-    >>> fastattn.attention_mass(q[:, :, -1:], k, np.arange(k.shape[2]) >= 100)
-    """
-    known_keywords("attention_mass", keywords, without=("return_lse", "out"))
-    q, k, segments = as_array("q", q), as_array("k", k), as_array("segments", segments)
-    if k.ndim not in (2, 3, 4):
-        raise ValueError(f"k must have shape (B, Hkv, Lk, D), (Hkv, Lk, D) or (Lk, D); got {k.shape}")
-    if segments.dtype.kind not in "biu":
-        raise TypeError(f"segments must hold ints; got {segments.dtype}")
-    shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
-    if segments.shape not in shapes:
-        raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
-    smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
-    num_segments = max(largest, -1) + 1 if num_segments is None else integer("num_segments", num_segments, 0)
-    if smallest < -1 or largest >= num_segments:
-        raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
-
-    # The mass is attention over indicator values: one (Lk, num_segments) table, seen by all heads through strides of 0.
-    one_hot = (segments[..., None] == np.arange(num_segments)).astype(k.dtype)
-    if segments.ndim == 2:
-        one_hot = one_hot[:, None]
-    if q.itemsize < 4:
-        q = q.astype(np.float32)  # sums of many small probabilities deserve a float32 output
-    mass = attention(q, k, np.broadcast_to(one_hot, (*k.shape[:-1], num_segments)), **keywords)
-    return mass.astype(np.float32, copy=False)
 
 
 def scaled_dot_product_attention(

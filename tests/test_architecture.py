@@ -26,6 +26,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "attention"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
+    "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
+    "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "rope", "torch"},

@@ -27,20 +27,41 @@ def attention(call):
                 call.lse[b, h, i0:i1] = lse
 
 
-def weights(call):
-    """The probabilities ``(B, Hq, Lq, Lk)`` in float32; a row sums to 1, to less with a sink, to 0 where it sees no key."""
-    probabilities = np.zeros((*call.q.shape[:3], call.k.shape[2]), np.float32)
-    with np.errstate(all="ignore"):
-        for b, h, i0, i1 in _tiles(call):
+def weights(call, heads, rows):
+    """Yield ``(tile, probabilities)`` for some heads and query rows; each row sums to 1, to less with a sink, to 0 where it sees no key.
+
+    `tile` is the index ``(b, n, i)`` of the probabilities, ``(rows, Lk)`` in float32, among those of all heads and rows that are chosen.
+    """
+    for tile, b, h, i0, i1 in _chosen_tiles(call, heads, rows):
+        probabilities = np.zeros((i1 - i0, call.k.shape[2]), np.float32)
+        with np.errstate(all="ignore"):
             blocks = list(_score_blocks(call, b, h, i0, i1))
             m, l = _empty_state(call, i1 - i0)
-            for _, scores, _ in blocks:
-                m, l, _, _ = _softmax_step(m, l, scores)
+            for _, some, _ in blocks:
+                m, l, _, _ = _softmax_step(m, l, some)
             m, l, _ = _add_sink(call, h, m, l)
-            for keys, scores, visible in blocks:
-                p = np.exp(scores - _shift(m)[:, None]) / l[:, None]
-                probabilities[b, h, i0:i1][:, keys] = np.where(visible, p, 0)
-    return probabilities
+            for keys, some, visible in blocks:
+                p = np.exp(some - _shift(m)[:, None]) / l[:, None]
+                probabilities[:, keys] = np.where(visible, p, 0)
+        yield tile, probabilities
+
+
+def scores(call, stage, heads, rows):
+    """Yield ``(tile, scores)`` likewise: products and scale, after the softcap, or after all that adds to a score or hides its key."""
+    dtype = _compute_dtype(call.q.dtype)
+    for tile, b, h, i0, i1 in _chosen_tiles(call, heads, rows):
+        with np.errstate(all="ignore"):
+            if stage == "bias":
+                found = np.full((i1 - i0, call.k.shape[2]), -np.inf, dtype)
+                for keys, some, _ in _score_blocks(call, b, h, i0, i1):
+                    found[:, keys] = some
+            else:
+                keys = call.k[b, h // (call.q.shape[1] // call.k.shape[1])].astype(dtype)
+                found = call.q[b, h, i0:i1].astype(dtype) @ keys.T
+                found *= dtype.type(call.scale)
+                if stage == "softcap" and call.softcap:
+                    found = dtype.type(call.softcap) * np.tanh(found / dtype.type(call.softcap))
+        yield tile, found
 
 
 def merge_states(outs, lses, out, lse):
@@ -114,6 +135,17 @@ def _tiles(call):
         for h in range(num_heads):
             for i0 in range(0, q_len, _TILE_ROWS):
                 yield b, h, i0, min(i0 + _TILE_ROWS, q_len)
+
+
+def _chosen_tiles(call, heads, rows):
+    """Every ``(tile, b, h, i0, i1)`` that some heads and query rows make: runs of rows that follow each other."""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
+    for n0, n1 in zip(starts, [*starts[1:], len(rows)]):
+        for n in range(n0, n1, _TILE_ROWS):
+            here = slice(n, min(n + _TILE_ROWS, n1))
+            for b in range(call.q.shape[0]):
+                for index, h in enumerate(heads):
+                    yield (b, index, here), b, int(h), int(rows[n]), int(rows[here.stop - 1]) + 1
 
 
 def _key_range(call, b, i0, i1):

@@ -1,0 +1,330 @@
+"""What attention looks at: scores, weights, and what becomes of them in sums and over layers.
+
+Weights are made with NumPy on every backend, a tile of rows at a time, so that what is asked of a long sequence costs no more than it
+says: the rows and heads that were chosen, or one number for each row. Sums over segments of the keys go through the engine.
+"""
+
+import numpy as np
+
+from ._check import Call, as_array, integer, is_block_mask, known_keywords
+from .attention import attention
+from .backends import numpy as _oracle
+
+_STAGES = ("raw", "softcap", "bias")
+_MOST_SEGMENTS = 64  # of a stretch of keys: a table of so many columns costs about what values do
+
+
+def attention_weights(q, k, *, heads=None, rows=None, **keywords):
+    """The probabilities of :func:`attention`, for looking at: all of them, or those of some heads and query rows.
+
+    Computed with NumPy on every backend. What is not asked for is not computed: a few rows of a long sequence cost little.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+    heads : int or array_like of int, optional
+        Query heads, in any order; negative numbers count from the last. Default: all.
+    rows : int, slice or array_like of int, optional
+        Query rows, likewise. Their positions are those that they have among all rows of `q`.
+
+    Returns
+    -------
+    ndarray, (B, heads, rows, Lk)
+        float32. A row sums to 1, to less where a sink takes its share, and to 0 where it sees no key. A single int leaves an axis
+        of length 1.
+
+    Examples
+    --------
+    What the last token sees in head 3:
+
+    >>> fastattn.attention_weights(q, k, heads=3, rows=-1)
+    """
+    known_keywords("attention_weights", keywords, without=("return_lse", "out"))
+    call = _call(q, k, keywords)
+    _, num_heads, q_len, _ = call.q.shape
+    heads, rows = _chosen("heads", heads, num_heads), _chosen("rows", rows, q_len)
+    probabilities = np.zeros((call.q.shape[0], heads.size, rows.size, call.k.shape[2]), np.float32)
+    for tile, weights in _oracle.weights(call, heads, rows):
+        probabilities[tile] = weights
+    return _like(probabilities, q)
+
+
+def attention_scores(q, k, stage="bias", *, heads=None, rows=None, **keywords):
+    """The scores of :func:`attention` as they are on their way to the softmax, for looking at.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+    stage : {"raw", "softcap", "bias"}
+        After multiplication with `scale`; after `softcap` too; or after masks, ALiBi and everything else that hides a key, whose score
+        is then -inf. At the first two stages hidden keys have the scores that they would have.
+    heads, rows
+        As for :func:`attention_weights`.
+
+    Returns
+    -------
+    ndarray, (B, heads, rows, Lk)
+        float32; float64 on the arrays of that dtype.
+    """
+    known_keywords("attention_scores", keywords, without=("return_lse", "out"))
+    if stage not in _STAGES:
+        raise ValueError(f"stage must be one of {_STAGES}; got {stage!r}")
+    call = _call(q, k, keywords)
+    _, num_heads, q_len, _ = call.q.shape
+    heads, rows = _chosen("heads", heads, num_heads), _chosen("rows", rows, q_len)
+    dtype = np.float64 if call.q.dtype == np.float64 else np.float32
+    scores = np.empty((call.q.shape[0], heads.size, rows.size, call.k.shape[2]), dtype)
+    for tile, some in _oracle.scores(call, stage, heads, rows):
+        scores[tile] = some
+    return _like(scores, q)
+
+
+def attention_entropy(q, k, **keywords):
+    """The entropy of each query's weights, in nats: 0 where one key has them all, ``log(n)`` where n keys share them evenly.
+
+    ``exp`` of it is the effective number of keys that a row looks at. Where a sink takes a share, that of the keys counts as the whole;
+    a row that sees no key has 0.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+
+    Returns
+    -------
+    ndarray, (B, Hq, Lq)
+        float32.
+    """
+
+    def entropy(p, position):
+        return -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1)
+
+    known_keywords("attention_entropy", keywords, without=("return_lse", "out"))
+    return _of_rows(entropy, q, k, keywords)
+
+
+def attention_span(q, k, **keywords):
+    """How far each query looks: the mean distance ``|p - j|`` between its position and the keys, by its weights.
+
+    Where a sink takes a share, that of the keys counts as the whole; a row that sees no key has 0. (Vig and Belinkov, "Analyzing the
+    Structure of Attention in a Transformer Language Model", 2019.)
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+
+    Returns
+    -------
+    ndarray, (B, Hq, Lq)
+        float32, in tokens.
+    """
+
+    def span(p, position):
+        return np.sum(p * np.abs(position[:, None] - np.arange(p.shape[1])), axis=1)
+
+    known_keywords("attention_span", keywords, without=("return_lse", "out"))
+    return _of_rows(span, q, k, keywords)
+
+
+def attention_mass(q, k, segments, *, num_segments=None, **keywords):
+    """How much of each query's attention falls on each segment of the keys, without materialising the probabilities.
+
+    Parameters
+    ----------
+    q, k, **keywords
+        As for :func:`attention`, without `return_lse` and `out`.
+    segments : array_like of int, (Lk,) or (B, Lk)
+        The segment of each key, from 0; a key at -1 is in none.
+    num_segments : int, optional
+        Default: the largest segment and one.
+
+    Returns
+    -------
+    ndarray, (B, Hq, Lq, num_segments)
+        float32 sums of probabilities. Those of a row sum to what the keys that are in a segment have of it.
+
+    Notes
+    -----
+    Beside the result, memory is a few tables of 64 columns for stretches of the keys. With more than 64 segments the scores are computed
+    twice. Segments whose keys lie together cost least: the keys of one stretch have 64 segments at most.
+
+    Examples
+    --------
+    How much the last token looks at a prompt of 100 tokens, and how much at what followed:
+
+    >>> fastattn.attention_mass(q[:, :, -1:], k, np.arange(k.shape[2]) >= 100)
+    """
+    known_keywords("attention_mass", keywords, without=("return_lse", "out"))
+    q, k, segments = as_array("q", q), as_array("k", k), as_array("segments", segments)
+    if k.ndim not in (2, 3, 4):
+        raise ValueError(f"k must have shape (B, Hkv, Lk, D), (Hkv, Lk, D) or (Lk, D); got {k.shape}")
+    if segments.dtype.kind not in "biu":
+        raise TypeError(f"segments must hold ints; got {segments.dtype}")
+    shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
+    if segments.shape not in shapes:
+        raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
+    smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
+    num_segments = max(largest, -1) + 1 if num_segments is None else integer("num_segments", num_segments, 0)
+    if smallest < -1 or largest >= num_segments:
+        raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
+    if q.itemsize < 4:
+        q = q.astype(np.float32)  # sums of many small probabilities deserve a float32 output
+    if num_segments <= _MOST_SEGMENTS:
+        mass = attention(q, k, _indicators(segments, np.arange(num_segments), k), **keywords)
+        return mass.astype(np.float32, copy=False)
+    return _mass_of_many(q, k, segments.astype(np.int64), num_segments, keywords)
+
+
+def _mass_of_many(q, k, segments, num_segments, keywords):
+    """The mass of each segment as the sum of what stretches of the keys add, each of which has few segments.
+
+    Attention over a stretch alone is right up to a factor for each row: what its keys have of the row. It follows from both
+    log-sum-exps, and since they are rounded, so that the shares do not quite sum to that of all keys, the row is scaled once at the end.
+    """
+    if is_block_mask(keywords.get("mask")):
+        return _mass_by_columns(q, k, segments, num_segments, keywords)
+    _, whole = attention(q, k, _no_values(k), **keywords, return_lse=True)
+    mass, share = np.zeros((*q.shape[:-1], num_segments), np.float32), np.zeros(q.shape[:-1], np.float64)
+    call = _call(q, k, keywords)
+    for j0, j1 in _stretches(segments):
+        some = segments[..., j0:j1]
+        present = np.unique(some[some >= 0])
+        out, lse = attention(q, k[..., j0:j1, :], _indicators(some, present, k), **_of_stretch(call, keywords, j0, j1))
+        part = np.exp(np.where(whole == -np.inf, -np.inf, lse.astype(np.float64) - np.where(whole == -np.inf, 0, whole)))
+        share += part
+        together = present.size > 0 and present[-1] - present[0] == present.size - 1
+        mass[..., slice(present[0], present[-1] + 1) if together else present] += out * part[..., None].astype(np.float32)
+    keys = 1.0
+    if call.sinks is not None:
+        _, bare = attention(q, k, _no_values(k), **{**keywords, "sinks": None, "return_lse": True})
+        keys = np.exp(np.where(bare == -np.inf, -np.inf, bare.astype(np.float64) - np.where(bare == -np.inf, 0, whole)))
+    mass *= np.divide(keys, share, out=np.zeros_like(share), where=share > 0)[..., None].astype(np.float32)
+    return mass
+
+
+def _mass_by_columns(q, k, segments, num_segments, keywords):
+    """The same through a block mask, which is not cut along its keys: a table of some segments for all keys at a time."""
+    mass = np.empty((*q.shape[:-1], num_segments), np.float32)
+    for first in range(0, num_segments, _MOST_SEGMENTS):
+        some = np.arange(first, min(first + _MOST_SEGMENTS, num_segments))
+        mass[..., some] = attention(q, k, _indicators(segments, some, k), **keywords)
+    return mass
+
+
+def _stretches(segments):
+    """Cut the keys into ``(j0, j1)`` with few segments in each."""
+    columns = segments.reshape(-1, segments.shape[-1]).T.tolist()
+    first, present = 0, set()
+    for j, here in enumerate(columns):
+        wider = present.union(here)
+        if len(wider) > _MOST_SEGMENTS and j > first:
+            yield first, j
+            first, wider = j, set(here)
+        present = wider
+    yield first, len(columns)
+
+
+def _of_stretch(call, keywords, j0, j1):
+    """The keywords of a call that sees keys j0 to j1 alone, at the positions that they have among all."""
+    lengths = np.clip(call.kv_lengths - j0, 0, j1 - j0)
+    changed = {**keywords, "kv_lengths": lengths, "query_offset": call.query_offset - j0, "sinks": None, "return_lse": True}
+    if keywords.get("mask") is not None:
+        mask = as_array("mask", keywords["mask"])
+        changed["mask"] = mask if mask.ndim == 0 or mask.shape[-1] == 1 else mask[..., j0:j1]
+    return changed
+
+
+def _indicators(segments, some, k):
+    """Values that say which of some segments a key is in: a table that all heads see through strides of 0."""
+    table = (segments[..., None] == some).astype(k.dtype)
+    if segments.ndim == 2:
+        table = table[:, None]
+    return np.broadcast_to(table, (*k.shape[:-2], *table.shape[-2:]))
+
+
+def _no_values(k):
+    return np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0))
+
+
+def rollout(weights, *, residual=0.5):
+    """What the outputs of the last layer have of each input token, if weights are followed through the layers.
+
+    The weights of a layer, averaged over its heads, are mixed with what its residual connection passes on, and the layers are multiplied:
+    ``A = (1 - residual) * mean over heads + residual * I``, with rows that sum to 1, from the first layer to the last. It is a reading
+    of the model, not an explanation of it: values and feed-forward layers are left out.
+
+    Parameters
+    ----------
+    weights : sequence of array_like, each (B, H, L, L), (H, L, L) or (L, L)
+        The :func:`attention_weights` of each layer, the first one first.
+    residual : float
+        From 0 to 1.
+
+    Returns
+    -------
+    ndarray, (B, L, L) or (L, L)
+        float32; rows are tokens of the last layer, columns tokens of the input. (B only where the weights have it.)
+
+    Notes
+    -----
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020.
+    """
+    if not 0 <= residual <= 1:
+        raise ValueError(f"residual must lie between 0 and 1; got {residual!r}")
+    layers = [as_array(f"weights[{n}]", layer) for n, layer in enumerate(weights)]
+    if not layers:
+        raise ValueError("weights must have 1 layer or more; got none")
+    flow = None
+    for n, layer in enumerate(layers):
+        if layer.ndim not in (2, 3, 4) or layer.shape[-1] != layer.shape[-2]:
+            raise ValueError(f"weights[{n}] must have shape (B, H, L, L), (H, L, L) or (L, L); got {layer.shape}")
+        if layer.shape[:-3] + layer.shape[-2:] != layers[0].shape[:-3] + layers[0].shape[-2:]:
+            raise ValueError(f"weights[{n}] must have the shape of weights[0], {layers[0].shape}, but for its heads; got {layer.shape}")
+        mean = layer.astype(np.float64) if layer.ndim == 2 else layer.mean(axis=-3, dtype=np.float64)
+        mixed = (1 - residual) * mean + residual * np.eye(layer.shape[-1])
+        total = mixed.sum(axis=-1, keepdims=True)
+        mixed /= np.where(total > 0, total, 1)
+        flow = mixed if flow is None else mixed @ flow
+    return flow.astype(np.float32)
+
+
+def _call(q, k, keywords):
+    """The validated call, with values that have no numbers."""
+    k = as_array("k", k)
+    return Call(_oracle, q, k, _no_values(k), **keywords)
+
+
+def _like(result, q):
+    """A result of rank 4 or 3 in the rank that `q` has."""
+    return result.reshape(result.shape[4 - np.ndim(q) :])
+
+
+def _chosen(name, chosen, size):
+    """Indices from 0, from what may be a number, a slice, numbers, or None for all."""
+    if chosen is None:
+        return np.arange(size)
+    if isinstance(chosen, slice):
+        return np.arange(size)[chosen]
+    indices = np.atleast_1d(as_array(name, chosen))
+    if indices.ndim != 1 or (indices.dtype.kind not in "iu" and indices.size):
+        raise TypeError(f"{name} must be an int, a slice or a list of ints; got {chosen!r}")
+    indices = indices.astype(np.int64)
+    if indices.size and not (-size <= indices.min() and indices.max() < size):
+        raise ValueError(f"{name} must lie between {-size} and {size - 1}; got {chosen!r}")
+    return indices % max(size, 1)
+
+
+def _of_rows(measure, q, k, keywords):
+    """``measure(p, position)`` of the weights of each row, scaled to sum to 1, where any key is seen; else 0."""
+    call = _call(q, k, keywords)
+    batch, num_heads, q_len, _ = call.q.shape
+    result = np.zeros((batch, num_heads, q_len), np.float32)
+    rows = np.arange(q_len)
+    for tile, weights in _oracle.weights(call, np.arange(num_heads), rows):
+        total = weights.sum(axis=1, keepdims=True)
+        p = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
+        result[tile] = measure(p, rows[tile[2]] + call.query_offset[tile[0]])
+    return _like(result, q)
