@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 
 from ._check import Call
 from .attention import attention as _attention
-from .attention import attention_weights
+from .inspect import attention_weights
 from .backends import numpy as _oracle
 from .rope import apply_rope
 
