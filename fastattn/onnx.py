@@ -139,9 +139,6 @@ def _scores(q, k, mode, precise, keywords):
     dtype, single = q.dtype, np.float64 if precise or q.dtype == np.float64 else np.float32
     q, k = q.astype(single), k.astype(single)
     if mode == 3:
-        if single is np.float64:
-            call = Call(_oracle, q, k, np.zeros((*k.shape[:3], 0)), **keywords)
-            return _oracle.weights(call).astype(dtype)
         return attention_weights(q, k, **keywords).astype(dtype)
     scale = 1 / np.sqrt(q.shape[3]) if keywords["scale"] is None else keywords["scale"]
     scores = single(scale) * (q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(2, 3))
