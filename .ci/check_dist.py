@@ -13,7 +13,7 @@ JUNK = {".o", ".a", ".pyc", ".nbi", ".nbc"}
 
 
 def modules():
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn").rglob("*.py")}
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastattn").rglob("*.py")} | {"fastattn/py.typed"}
 
 
 def engine():

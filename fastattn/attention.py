@@ -1,5 +1,9 @@
 """The public operations on arrays."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
 import numpy as np
 
 from . import runtime
@@ -16,28 +20,47 @@ from ._check import (
     is_block_mask,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from ._typing import Array, Ints, Precision, Rules, Window
+    from .sparse import BlockMask
+
 _state = runtime._state
 _SDPA_NAMES = Names(q="query", k="key", v="value", mask="attn_mask")
 
 
+@overload
 def attention(
-    q,
-    k,
-    v,
+    q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, out: Array | None = None, **rules: Unpack[Rules]
+) -> NDArray[Any]: ...
+@overload
+def attention(
+    q: Array, k: Array, v: Array, *, return_lse: Literal[True], out: Array | None = None, **rules: Unpack[Rules]
+) -> tuple[NDArray[Any], NDArray[np.float32]]: ...
+@overload
+def attention(q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **rules: Unpack[Rules]) -> Any: ...
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
     *,
-    mask=None,
-    causal=False,
-    window=None,
-    query_offset=None,
-    kv_lengths=None,
-    scale=None,
-    softcap=None,
-    alibi_slopes=None,
-    sinks=None,
-    precision="highest",
-    return_lse=False,
-    out=None,
-):
+    mask: Array | BlockMask | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    query_offset: Ints | None = None,
+    kv_lengths: Ints | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    precision: Precision = "highest",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
     """Exact scaled-dot-product attention.
 
     For query row ``i`` at position ``p = i + query_offset`` and key ``j`` of one head::
@@ -155,8 +178,15 @@ def _attend(names, q, k, v, **keywords):
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | BlockMask | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> NDArray[Any]:
     """PyTorch's ``torch.nn.functional.scaled_dot_product_attention`` for NumPy arrays, with PyTorch's meaning.
 
     Parameters
@@ -240,7 +270,7 @@ def _broadcast_leads(arrays, enable_gqa):
     return targets[0], arrays
 
 
-def merge_states(outs, lses):
+def merge_states(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Combine attention over disjoint sets of keys, exactly: softmax is associative in its log-sum-exp.
 
     ::

@@ -4,17 +4,31 @@ Weights are made with NumPy on every backend, a tile of rows at a time, so that 
 says: the rows and heads that were chosen, or one number for each row. Sums over segments of the keys go through the engine.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
 import numpy as np
 
 from ._check import Call, as_array, integer, is_block_mask, known_keywords
 from .attention import attention
 from .backends import numpy as _oracle
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from ._typing import Array, Ints, Rules
+
 _STAGES = ("raw", "softcap", "bias")
 _MOST_SEGMENTS = 64  # of a stretch of keys: a table of so many columns costs about what values do
 
 
-def attention_weights(q, k, *, heads=None, rows=None, **keywords):
+def attention_weights(
+    q: Array, k: Array, *, heads: Ints | None = None, rows: Ints | slice | None = None, **keywords: Unpack[Rules]
+) -> NDArray[np.float32]:
     """The probabilities of :func:`attention`, for looking at: all of them, or those of some heads and query rows.
 
     Computed with NumPy on every backend. What is not asked for is not computed: a few rows of a long sequence cost little.
@@ -50,7 +64,15 @@ def attention_weights(q, k, *, heads=None, rows=None, **keywords):
     return _like(probabilities, q)
 
 
-def attention_scores(q, k, stage="bias", *, heads=None, rows=None, **keywords):
+def attention_scores(
+    q: Array,
+    k: Array,
+    stage: Literal["raw", "softcap", "bias"] = "bias",
+    *,
+    heads: Ints | None = None,
+    rows: Ints | slice | None = None,
+    **keywords: Unpack[Rules],
+) -> NDArray[np.float32]:
     """The scores of :func:`attention` as they are on their way to the softmax, for looking at.
 
     Parameters
@@ -81,7 +103,7 @@ def attention_scores(q, k, stage="bias", *, heads=None, rows=None, **keywords):
     return _like(scores, q)
 
 
-def attention_entropy(q, k, **keywords):
+def attention_entropy(q: Array, k: Array, **keywords: Unpack[Rules]) -> NDArray[np.float32]:
     """The entropy of each query's weights, in nats: 0 where one key has them all, ``log(n)`` where n keys share them evenly.
 
     ``exp`` of it is the effective number of keys that a row looks at. Where a sink takes a share, that of the keys counts as the whole;
@@ -105,7 +127,7 @@ def attention_entropy(q, k, **keywords):
     return _of_rows(entropy, q, k, keywords)
 
 
-def attention_span(q, k, **keywords):
+def attention_span(q: Array, k: Array, **keywords: Unpack[Rules]) -> NDArray[np.float32]:
     """How far each query looks: the mean distance ``|p - j|`` between its position and the keys, by its weights.
 
     Where a sink takes a share, that of the keys counts as the whole; a row that sees no key has 0. (Vig and Belinkov, "Analyzing the
@@ -129,7 +151,9 @@ def attention_span(q, k, **keywords):
     return _of_rows(span, q, k, keywords)
 
 
-def attention_mass(q, k, segments, *, num_segments=None, **keywords):
+def attention_mass(
+    q: Array, k: Array, segments: Array, *, num_segments: int | None = None, **keywords: Unpack[Rules]
+) -> NDArray[np.float32]:
     """How much of each query's attention falls on each segment of the keys, without materialising the probabilities.
 
     Parameters
@@ -249,7 +273,7 @@ def _no_values(k):
     return np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0))
 
 
-def rollout(weights, *, residual=0.5):
+def rollout(weights: Iterable[Array], *, residual: float = 0.5) -> NDArray[Any]:
     """What the outputs of the last layer have of each input token, if weights are followed through the layers.
 
     The weights of a layer, averaged over its heads, are mixed with what its residual connection passes on, and the layers are multiplied:

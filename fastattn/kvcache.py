@@ -1,12 +1,20 @@
 """Caches of keys and values: preallocated, appended in place, attended to as they lie."""
 
+from __future__ import annotations
+
 import operator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import runtime
 from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, window_sides
 from .attention import attention, merge_states
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ._typing import Array, Ints
 
 _CACHE_DTYPES = ("float32", "float16", "bfloat16")
 _LEAST_ROOM = 64  # of a cache that grows
@@ -91,7 +99,18 @@ class KVCache:
     >>> out = cache.attend(q)                   # the queries (2, 32, L, 64) of these tokens, causal
     """
 
-    def __init__(self, batch, num_kv_heads, capacity, head_dim, v_head_dim=None, dtype="bfloat16", *, window=None, keep_first=0):
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: Any = "bfloat16",
+        *,
+        window: int | None = None,
+        keep_first: int = 0,
+    ) -> None:
         batch, heads = size("batch", batch), size("num_kv_heads", num_kv_heads)
         head_dim = size("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else size("v_head_dim", v_head_dim)
@@ -118,26 +137,26 @@ class KVCache:
         )
 
     @property
-    def lengths(self):
+    def lengths(self) -> NDArray[np.int64]:
         """(B,) int64: the tokens that each entry has seen. A copy."""
         return self._lengths.copy()
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         """Tokens that each entry has room for."""
         return self._k.shape[2]
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype[Any]:
         """Of the stored keys and values."""
         return self._k.dtype
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of keys and values, filled or not."""
         return self._k.nbytes + self._v.nbytes
 
-    def copy(self):
+    def copy(self) -> KVCache:
         """A cache of its own memory with the same content."""
         other = object.__new__(KVCache)
         other.__dict__.update(self.__dict__)
@@ -145,7 +164,7 @@ class KVCache:
             setattr(other, name, getattr(self, name).copy())
         return other
 
-    def append(self, k, v, lengths=None):
+    def append(self, k: Array, v: Array, lengths: Ints | None = None) -> None:
         """Take in new tokens.
 
         Parameters
@@ -190,7 +209,7 @@ class KVCache:
             store(rows.swapaxes(1, 2), cache.swapaxes(1, 2), slots)
         self._lengths = after
 
-    def attend(self, q, *, causal=True, tail_mask=None, **keywords):
+    def attend(self, q: Array, *, causal: bool = True, tail_mask: Array | None = None, **keywords: Any) -> Any:
         """Attention of the latest tokens' queries to what the cache holds.
 
         Parameters
@@ -231,7 +250,7 @@ class KVCache:
             keywords["kv_lengths"] = self._lengths
         return attention(q, self._k[:, :, :longest], self._v[:, :, :longest], causal=causal, **keywords)
 
-    def truncate(self, lengths):
+    def truncate(self, lengths: Ints) -> None:
         """Forget all but the first tokens of each entry: drafts that were rejected.
 
         Parameters
@@ -253,7 +272,7 @@ class KVCache:
                 )
         self._lengths = new
 
-    def reorder(self, indices):
+    def reorder(self, indices: Array) -> None:
         """Let entry ``b`` become what entry ``indices[b]`` was, in place, as in a beam search.
 
         Parameters

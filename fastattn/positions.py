@@ -3,15 +3,25 @@
 All of it is data, made once with NumPy and handed to :func:`fastattn.apply_rope` and :func:`fastattn.attention`.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._check import as_array, flag, integer
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def rope_table(positions, dim, *, base=10000.0, scaling=None):
+    from ._typing import Array
+
+
+def rope_table(
+    positions: int | Array, dim: int, *, base: float = 10000.0, scaling: Mapping[str, Any] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines of the angles by which :func:`apply_rope` turns pairs of numbers.
 
     Pair ``n`` of a row at position ``p`` has the angle ``p * base ** (-2 n / dim)``. A model that is to see positions beyond
@@ -173,7 +183,7 @@ def _yarn_factor(given):
     return by(1.0)
 
 
-def sinusoidal_positions(length, dim):
+def sinusoidal_positions(length: int, dim: int) -> NDArray[np.float32]:
     """The position vectors that the first Transformer adds to its embeddings.
 
     ::
@@ -204,7 +214,7 @@ def sinusoidal_positions(length, dim):
     return out
 
 
-def alibi_slopes(num_heads):
+def alibi_slopes(num_heads: int) -> NDArray[np.float32]:
     """The slopes of ALiBi for any number of heads, as :func:`fastattn.attention` takes them under the same name.
 
     For a power of two ``n`` they are ``2 ** (-8 / n)`` and its powers up to ``2 ** -8``. For another number of heads they are those
@@ -230,7 +240,15 @@ def alibi_slopes(num_heads):
     return (2.0 ** -exponents[:num_heads]).astype(np.float32)
 
 
-def t5_bias(table, q_len, k_len, *, bidirectional=True, max_distance=128, query_offset=None):
+def t5_bias(
+    table: Array,
+    q_len: int,
+    k_len: int,
+    *,
+    bidirectional: bool = True,
+    max_distance: int = 128,
+    query_offset: int | None = None,
+) -> NDArray[Any]:
     """The relative position bias of T5, as a `mask` for :func:`fastattn.attention` that holds one vector for each head.
 
     Key ``j`` adds ``table[bucket, h]`` to its score with the query at position ``p``, where the bucket depends on ``j - p`` alone.

@@ -1,12 +1,29 @@
 """Rotary position embedding: the one position that has to be computed with, row by row, and so goes through the backends."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from . import runtime
 from ._check import as_array, check_dtype, check_out, flag, kernel_ready
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def apply_rope(x, cos, sin, *, interleaved=False, rotary_dim=None, out=None):
+    from ._typing import Array
+
+
+def apply_rope(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    *,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    out: Array | None = None,
+) -> NDArray[Any]:
     """Turn each pair of numbers of a row by the angle that belongs to the row's position and the pair (RoPE).
 
     ::

@@ -4,6 +4,8 @@ Functions set for the process: the next call of every thread sees it. A ``with``
 or an asyncio task's, and there it wins. Calls that already run keep what they started with.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import importlib.util
@@ -12,11 +14,20 @@ import platform
 import threading as _threading
 import warnings
 import weakref
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from . import _processors, _settings
 from ._check import Call, known_keywords
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from typing_extensions import Unpack
+
+    from ._typing import Array
+    from ._typing import Call as CallKeywords
 
 BACKENDS = ("native", "numba", "numpy")
 ISAS = ("portable", "avx2", "avx512", "amx", "neon")
@@ -124,7 +135,7 @@ class _Choice:
         _settings.change(backend=self._former)
 
 
-def use_backend(name):
+def use_backend(name: str) -> AbstractContextManager[Any]:
     """Compute with a backend from now on, or within a ``with`` block.
 
     Parameters
@@ -154,7 +165,7 @@ def use_backend(name):
     return _Choice(name)
 
 
-def set_num_threads(n):
+def set_num_threads(n: int) -> None:
     """Use at most `n` threads in each later call, in the whole process; within ``with threads(...)``, in that block.
 
     The initial count is ``FASTATTN_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of processors that this process may use:
@@ -190,7 +201,7 @@ def _set_threads(n, source):
         module.set_num_threads(n)
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """The number of threads that a call may use; see :func:`set_num_threads`."""
     if _state.forked and _way_of_threading() == "openmp":
         return 1
@@ -213,7 +224,7 @@ def _scope(**changes):
         _settings.change(**former)
 
 
-def threads(n):
+def threads(n: int) -> AbstractContextManager[Any]:
     """Use at most `n` threads within a ``with`` block, in the calling context: this thread, or task of asyncio.
 
     Parameters
@@ -286,7 +297,7 @@ def _initial_threads():
     return _processors.usable()
 
 
-def cpu_info():
+def cpu_info() -> dict[str, Any]:
     """What is known about the processor.
 
     Returns
@@ -321,7 +332,7 @@ def _cpu_model():
     return platform.processor() or "unknown"
 
 
-def show_config(mode="stdout"):
+def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] | None:
     """Report what would compute the next call, and why not something faster.
 
     Parameters
@@ -385,7 +396,7 @@ class Explanation(dict):
         return "\n".join(f"{key:18}{value}" for key, value in self.items())
 
 
-def explain(q, k, v, **keywords):
+def explain(q: Array, k: Array, v: Array, **keywords: Unpack[CallKeywords]) -> dict[str, Any]:
     """How :func:`attention` would compute a call, without computing it.
 
     Parameters

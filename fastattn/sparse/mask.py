@@ -1,10 +1,17 @@
 """`BlockMask`: storage, set algebra and inspection."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from . import patterns, selection
 from .blocks import EMPTY, WHOLE, Grid, block_numbers, canonical, distinct, ranges, sorted_unique, unpack
 from .checks import check_csr, check_element_mask, check_grid
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
 
 _BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
@@ -69,7 +76,21 @@ class BlockMask:
 
     __slots__ = ("block_size", "shape", "indptr", "indices", "partial", "element_bits")
 
-    def __init__(self, block_size, indptr, indices, shape, element_mask=None):
+    block_size: int
+    shape: tuple[int, int, int, int]
+    indptr: NDArray[np.int64]
+    indices: NDArray[np.int32]
+    partial: NDArray[np.int32] | None
+    element_bits: NDArray[np.uint8] | None
+
+    def __init__(
+        self,
+        block_size: int,
+        indptr: ArrayLike,
+        indices: ArrayLike,
+        shape: tuple[int, ...],
+        element_mask: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    ) -> None:
         grid = check_grid(block_size, shape)
         indptr, indices = check_csr(grid, indptr, indices)
         kinds, bits = check_element_mask(grid, len(indices), element_mask)
@@ -129,29 +150,29 @@ class BlockMask:
         return Grid(self.block_size, self.shape)
 
     @property
-    def row_strides(self):
+    def row_strides(self) -> tuple[int, int]:
         """``(batch, head)``: the pattern of ``(b, h)`` starts at block row ``b * batch + h * head`` of the table."""
         batch, heads, _, _ = self.shape
         rows = self._grid.rows
         return (heads * rows if batch > 1 else 0, rows if heads > 1 else 0)
 
     @property
-    def nnz(self):
+    def nnz(self) -> int:
         """The number of listed blocks, over all patterns."""
         return len(self.indices)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """The bytes of all arrays."""
         return sum(array.nbytes for array in self._arrays())
 
     @property
-    def density(self):
+    def density(self) -> float:
         """The share of all (row, key) pairs that lie in listed blocks: what is computed, relative to dense attention."""
         return self._share(self._grid.extents(self._block_numbers()))
 
     @property
-    def element_density(self):
+    def element_density(self) -> float:
         """The share of all (row, key) pairs that are visible; `density` counts a partly visible block in full."""
         return self._share(self._visible_elements())
 
@@ -175,7 +196,7 @@ class BlockMask:
             counts[partial] = _BITS_SET[self.element_bits].sum(axis=(1, 2))[self.partial[partial]]
         return counts
 
-    def to_dense(self):
+    def to_dense(self) -> NDArray[np.bool_]:
         """The mask as a bool array of `shape`."""
         batch, heads, q_len, _ = self.shape
         dense = np.empty(self.shape, bool)
@@ -183,7 +204,7 @@ class BlockMask:
             dense[b, h] = self.dense_rows(b, h, 0, q_len)
         return dense
 
-    def dense_rows(self, b, h, i0, i1):
+    def dense_rows(self, b: int, h: int, i0: int, i1: int) -> NDArray[np.bool_]:
         """Rows ``i0`` to ``i1`` of batch entry ``b`` and query head ``h`` as a bool array ``(i1 - i0, k_len)``."""
         size, (_, _, _, k_len), grid = self.block_size, self.shape, self._grid
         if i0 >= i1 or k_len == 0:
@@ -222,7 +243,7 @@ class BlockMask:
         sums = np.bincount(cells[0] * width + cells[1], counts, minlength=height * width).reshape(height, width)
         return sums / np.maximum(1, np.multiply.outer(*sides))
 
-    def plot(self, batch=0, head=0, ax=None, **imshow):
+    def plot(self, batch: int = 0, head: int = 0, ax: Any = None, **imshow: Any) -> Any:
         """Draw one pattern with matplotlib, dark where more is visible, and return the Axes.
 
         Shades are not proportional to what is visible, so that thin lines can be seen.
@@ -276,21 +297,21 @@ class BlockMask:
         element_mask = None if self.partial is None else (self.partial, self.element_bits)
         return type(self), (self.block_size, self.indptr, self.indices, self.shape, element_mask)
 
-    def __and__(self, other):
+    def __and__(self, other: BlockMask) -> BlockMask:
         """The elements visible in both. Masks of one block size; a batch or head axis of 1 is broadcast."""
         if not isinstance(other, BlockMask):
             return NotImplemented
         a, b = self._aligned(other)
         return a._combine(np.bitwise_and, b, min(a, b, key=lambda mask: mask.nnz)._block_numbers())
 
-    def __or__(self, other):
+    def __or__(self, other: BlockMask) -> BlockMask:
         """The elements visible in at least one of two masks."""
         if not isinstance(other, BlockMask):
             return NotImplemented
         a, b = self._aligned(other)
         return a._combine(np.bitwise_or, b, sorted_unique(np.concatenate([a._block_numbers(), b._block_numbers()])))
 
-    def __invert__(self):
+    def __invert__(self) -> BlockMask:
         """The elements that are not visible."""
         grid = self._grid
         kinds = np.full(grid.num_blocks, EMPTY, np.int32)

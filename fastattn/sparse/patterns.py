@@ -12,7 +12,10 @@ Throughout, ``q_len`` rows stand at the positions ``p = i + query_offset`` of a 
 stands at the last key.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,8 +30,16 @@ from .checks import (
     check_window,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def from_dense(cls, mask, block_size=64):
+    from numpy.typing import ArrayLike, NDArray
+
+    from .._typing import Window
+    from .mask import BlockMask
+
+
+def from_dense(cls: type[BlockMask], mask: ArrayLike, block_size: int = 64) -> BlockMask:
     """The blocks of a dense mask.
 
     Parameters
@@ -57,7 +68,17 @@ def from_dense(cls, mask, block_size=64):
     return cls._from_blocks(grid, blocks, *examine(grid, blocks, lambda p, i, j: patterns[p][i, j]))
 
 
-def from_function(cls, mask_mod, q_len, *, k_len=None, batch=1, heads=1, block_size=64, within=None):
+def from_function(
+    cls: type[BlockMask],
+    mask_mod: Callable[[int, int, NDArray[np.int64], NDArray[np.int64]], Any],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    block_size: int = 64,
+    within: BlockMask | None = None,
+) -> BlockMask:
     """The blocks in which a function is somewhere true.
 
     Parameters
@@ -101,7 +122,9 @@ def from_function(cls, mask_mod, q_len, *, k_len=None, batch=1, heads=1, block_s
     return found if within is None else found & within
 
 
-def causal(cls, q_len, *, k_len=None, block_size=64, query_offset=None):
+def causal(
+    cls: type[BlockMask], q_len: int, *, k_len: int | None = None, block_size: int = 64, query_offset: int | None = None
+) -> BlockMask:
     """Keys up to the row's own position: ``j <= p``.
 
     Parameters
@@ -123,7 +146,16 @@ def causal(cls, q_len, *, k_len=None, block_size=64, query_offset=None):
     return _bands(cls, grid, np.zeros_like(position), position + 1)
 
 
-def sliding_window(cls, q_len, *, k_len=None, window, block_size=64, causal=False, query_offset=None):
+def sliding_window(
+    cls: type[BlockMask],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    window: int | Window,
+    block_size: int = 64,
+    causal: bool = False,
+    query_offset: int | None = None,
+) -> BlockMask:
     """Keys near the row's own position: ``p - left <= j <= p + right``.
 
     Parameters
@@ -153,7 +185,17 @@ def sliding_window(cls, q_len, *, k_len=None, window, block_size=64, causal=Fals
     return _bands(cls, grid, lo, hi)
 
 
-def dilated(cls, q_len, *, k_len=None, window, dilation, block_size=64, causal=False, query_offset=None):
+def dilated(
+    cls: type[BlockMask],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    window: int | Window,
+    dilation: int,
+    block_size: int = 64,
+    causal: bool = False,
+    query_offset: int | None = None,
+) -> BlockMask:
     """Every ``dilation``-th key near the row's own position: ``j = p + t * dilation`` for ``-left <= t <= right``.
 
     Parameters
@@ -190,7 +232,16 @@ def dilated(cls, q_len, *, k_len=None, window, dilation, block_size=64, causal=F
     return _template(cls, grid, position, distance, visible)
 
 
-def strided(cls, q_len, *, k_len=None, stride=None, block_size=64, causal=True, query_offset=None):
+def strided(
+    cls: type[BlockMask],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    stride: int | None = None,
+    block_size: int = 64,
+    causal: bool = True,
+    query_offset: int | None = None,
+) -> BlockMask:
     """The strided pattern of the Sparse Transformer: the last ``stride`` keys, and every ``stride``-th before them.
 
     The paper gives each part to a head of its own; here one pattern holds both. Row ``p`` sees ``p - stride <= j <= p``
@@ -224,7 +275,17 @@ def strided(cls, q_len, *, k_len=None, stride=None, block_size=64, causal=True, 
     return _template(cls, grid, position, distance, visible)
 
 
-def fixed(cls, q_len, *, k_len=None, stride=None, summary=None, block_size=64, causal=True, query_offset=None):
+def fixed(
+    cls: type[BlockMask],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    stride: int | None = None,
+    summary: int | None = None,
+    block_size: int = 64,
+    causal: bool = True,
+    query_offset: int | None = None,
+) -> BlockMask:
     """The fixed pattern of the Sparse Transformer: the row's own segment, and the end of every segment.
 
     The paper gives each part to a head of its own; here one pattern holds both. Segments are ``stride`` long. Row ``p``
@@ -263,7 +324,17 @@ def fixed(cls, q_len, *, k_len=None, stride=None, summary=None, block_size=64, c
     return own | _cross(cls, grid, np.ones(grid.shape[2], bool), ends, before=start if causal else None)
 
 
-def longformer(cls, q_len, *, k_len=None, window, global_tokens, block_size=64, causal=False, query_offset=None):
+def longformer(
+    cls: type[BlockMask],
+    q_len: int,
+    *,
+    k_len: int | None = None,
+    window: int | Window,
+    global_tokens: int | ArrayLike,
+    block_size: int = 64,
+    causal: bool = False,
+    query_offset: int | None = None,
+) -> BlockMask:
     """A sliding window, and global tokens that see and are seen by all.
 
     Parameters
@@ -298,19 +369,19 @@ def longformer(cls, q_len, *, k_len=None, window, global_tokens, block_size=64, 
 
 
 def bigbird(
-    cls,
-    q_len,
+    cls: type[BlockMask],
+    q_len: int,
     *,
-    k_len=None,
-    window_blocks=3,
-    global_blocks=1,
-    random_blocks=3,
-    heads=1,
-    seed=0,
-    block_size=64,
-    causal=False,
-    query_offset=None,
-):
+    k_len: int | None = None,
+    window_blocks: int = 3,
+    global_blocks: int = 1,
+    random_blocks: int = 3,
+    heads: int = 1,
+    seed: int | np.random.Generator = 0,
+    block_size: int = 64,
+    causal: bool = False,
+    query_offset: int | None = None,
+) -> BlockMask:
     """Window, global and random blocks.
 
     The pattern is one of whole blocks: rows whose first one stands in key block ``c`` see the ``window_blocks`` around
@@ -373,7 +444,15 @@ def bigbird(
     return cls._from_blocks(grid, blocks, *(cut_causal(grid, position, blocks) if causal else ()))
 
 
-def neighborhood(cls, shape, *, window, dilation=1, causal=False, block_size=64):
+def neighborhood(
+    cls: type[BlockMask],
+    shape: int | tuple[int, ...],
+    *,
+    window: int | tuple[int, ...],
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool = False,
+    block_size: int = 64,
+) -> BlockMask:
     """The nearest keys on a grid of one, two or three axes: sequences, images, videos.
 
     Tokens are the cells of the grid in C order. Along each axis a cell sees the ``window`` cells around it; near an
@@ -426,7 +505,14 @@ def neighborhood(cls, shape, *, window, dilation=1, causal=False, block_size=64)
     return _template(cls, grid, first, np.arange(len(visible)), visible)
 
 
-def document(cls, cu_seqlens=None, *, ids=None, causal=False, block_size=64):
+def document(
+    cls: type[BlockMask],
+    cu_seqlens: ArrayLike | None = None,
+    *,
+    ids: ArrayLike | None = None,
+    causal: bool = False,
+    block_size: int = 64,
+) -> BlockMask:
     """Packed documents: each row sees the keys of its own document.
 
     Parameters

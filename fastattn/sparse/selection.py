@@ -1,33 +1,41 @@
 """`BlockMask.top_k`: a pattern chosen from the data, by the scores of pooled queries and keys."""
 
+from __future__ import annotations
+
 import math
 import numbers
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from .checks import check_grid, check_heads, check_int
 from .patterns import cut_causal, place
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from .mask import BlockMask
+
 # Pooled scores of a head that are held at once: they should stay in the cache.
 _CHUNK = 1 << 18
 
 
 def top_k(
-    cls,
-    q,
-    k,
-    num_blocks=None,
+    cls: type[BlockMask],
+    q: ArrayLike,
+    k: ArrayLike,
+    num_blocks: int | None = None,
     *,
-    mass=None,
-    pool="mean",
-    sink_blocks=1,
-    recent_blocks=1,
-    causal=False,
-    query_offset=None,
-    scale=None,
-    per_kv_head=False,
-    block_size=64,
-):
+    mass: float | None = None,
+    pool: Literal["mean", "max"] = "mean",
+    sink_blocks: int = 1,
+    recent_blocks: int = 1,
+    causal: bool = False,
+    query_offset: int | None = None,
+    scale: float | None = None,
+    per_kv_head: bool = False,
+    block_size: int = 64,
+) -> BlockMask:
     """For each block of query rows, the key blocks that promise most of the attention.
 
     The queries and keys of each block are pooled to one vector. With ``s`` the score of pooled query and pooled key,

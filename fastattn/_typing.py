@@ -1,0 +1,47 @@
+"""Types of arguments, for checkers and editors; nothing of this is imported when the package runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from .sparse import BlockMask
+
+
+class SupportsDLPack(Protocol):
+    """A tensor of another library."""
+
+    def __dlpack__(self) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+Array = Union[ArrayLike, SupportsDLPack]
+Ints = Union[int, Sequence[int], NDArray[np.integer[Any]], SupportsDLPack]
+Window = Union[tuple[Union[int, None], Union[int, None]], Sequence[Union[int, None]]]
+Precision = Literal["highest", "high", "medium"]
+
+
+class Rules(TypedDict, total=False):
+    """The keywords of `fastattn.attention` that say which keys are seen, and how they are scored."""
+
+    mask: Array | BlockMask | None
+    causal: bool
+    window: Window | None
+    query_offset: Ints | None
+    kv_lengths: Ints | None
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: Array | None
+    sinks: Array | None
+    precision: Precision
+
+
+class Call(Rules, total=False):
+    """All keywords of `fastattn.attention`."""
+
+    return_lse: bool
+    out: Array | None
