@@ -18,8 +18,8 @@ from onnx.reference.op_run import OpRun
 
 from ._check import Call
 from .attention import attention as _attention
-from .inspect import attention_weights
 from .backends import numpy as _oracle
+from .inspect import attention_scores, attention_weights
 from .rope import apply_rope
 
 __all__ = [
@@ -136,39 +136,11 @@ def _compute(q, k, v, precise, keywords):
 
 def _scores(q, k, mode, precise, keywords):
     """What stage `mode` of the scores is, in the dtype of `q`."""
-    dtype, single = q.dtype, np.float64 if precise or q.dtype == np.float64 else np.float32
-    q, k = q.astype(single), k.astype(single)
+    single = np.float64 if precise or q.dtype == np.float64 else np.float32
+    arrays = q.astype(single), k.astype(single)
     if mode == 3:
-        return attention_weights(q, k, **keywords).astype(dtype)
-    scale = 1 / np.sqrt(q.shape[3]) if keywords["scale"] is None else keywords["scale"]
-    scores = single(scale) * (q @ np.repeat(k, q.shape[1] // k.shape[1], axis=1).swapaxes(2, 3))
-    if mode >= 1 and keywords["softcap"]:
-        scores = single(keywords["softcap"]) * np.tanh(scores / single(keywords["softcap"]))
-    if mode == 2:
-        mask = keywords["mask"]
-        if mask is not None and mask.dtype != bool:
-            scores = scores + mask.astype(single)
-        scores = np.where(_visible(scores.shape, keywords), scores, -np.inf)
-    return scores.astype(dtype)
-
-
-def _visible(shape, keywords):
-    """Who sees whom, all of it: ``(B, H, Lq, Lk)``."""
-    p = np.reshape(keywords["query_offset"], (-1, 1, 1, 1)) + np.arange(shape[2])[:, None]
-    j = np.arange(shape[3])
-    visible = np.ones(shape, bool)
-    if keywords["mask"] is not None and keywords["mask"].dtype == bool:
-        visible &= keywords["mask"]
-    if keywords["causal"]:
-        visible &= j <= p
-    left, right = keywords.get("window", (None, None))
-    if left is not None:
-        visible &= j >= p - left
-    if right is not None:
-        visible &= j <= p + right
-    if keywords["kv_lengths"] is not None:
-        visible &= j < np.reshape(keywords["kv_lengths"], (-1, 1, 1, 1))
-    return visible
+        return attention_weights(*arrays, **keywords).astype(q.dtype)
+    return attention_scores(*arrays, stage=("raw", "softcap", "bias")[mode], **keywords).astype(q.dtype)
 
 
 def rotary_embedding(x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0, rotary_embedding_dim=0):
