@@ -9,7 +9,8 @@
 enum {
     MOST_HELPERS = 1024,
     IDLE_NS = 50000,   /* how long a helper looks out for the next call, which often follows at once, before it sleeps */
-    FINISH_NS = 100000 /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
+    FINISH_NS = 100000, /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
+    CROWDED_NS = 5000000 /* how long nobody is woken after a helper ran where its caller does: there may be one processor for both */
 };
 
 /* The lock guards everything but `quiet`, which is atomic and on a line of a cache that no one else writes: spinning helpers
@@ -17,6 +18,7 @@ enum {
 static struct {
     int64_t quiet;        /* neither offers nor a stop: nothing for a helper to do */
     char apart[56];
+    int64_t crowded_until; /* on the clock, or 0 */
     fa_mutex lock;
     fa_condition called;  /* there is an offer, or helpers are to stop */
     fa_condition left;    /* helpers have left a call for which somebody sleeps, or all have stopped */
@@ -57,6 +59,7 @@ static int in_the_way_of(int64_t processor) {
 /* How many of those asleep are to be woken: two, who wake two more each, so that nobody wakes many in turn. Those who spin come
  * unasked. */
 static int wanted_awake(void) {
+    if (pool.crowded_until && fastattn_clock() < pool.crowded_until) return 0;
     int seats = pool.asleep - pool.idle;
     for (const fa_offer *offer = pool.offers; offer; offer = offer->next) seats += offer->seats - offer->seated;
     const int most = pool.asleep < 2 ? pool.asleep : 2;
@@ -80,6 +83,7 @@ static int serve(int64_t *caller) {
     const int worker = ++offer->seated;
     fa_atomic_add(&offer->busy, 1);
     fa_atomic_store(&offer->helper_runs, fastattn_processor());
+    pool.crowded_until = in_the_way_of(offer->caller_runs) ? fastattn_clock() + CROWDED_NS : 0;
     if (worker == offer->seats) unlist(offer);
     *caller = offer->caller_runs;
     pool.idle--;
