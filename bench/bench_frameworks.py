@@ -157,13 +157,14 @@ def prefill(args):
 def decode(args):
     for dtype in (torch.float32, torch.bfloat16):
         model = smollm2(dtype)
-        cache = transformers.StaticCache(config=model.config, max_cache_len=4224)  # a dynamic one is copied whole in every step
+        cache = transformers.DynamicCache(config=model.config)
         for layer in range(model.config.num_hidden_layers):
             cache.update(*(torch.randn(8, 3, 4096, 64).to(dtype) for _ in range(2)), layer)
         token = torch.randint(1, 49152, (8, 1))
 
         def step(model=model, cache=cache, token=token):
             model(token, past_key_values=cache, use_cache=True)
+            cache.crop(4096)
 
         compare(
             f"decode step, batch 8, 4096 cached tokens, SmolLM2-135M's shape, {dtype}", model, step, "tokens", 8, args.rounds,

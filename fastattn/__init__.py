@@ -14,6 +14,9 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 ``numba`` stands in where the extension was not built; ``numpy`` is the oracle, readable and slow, and alone takes float64.
 :func:`show_config` says which one is in use and why, :func:`explain` how one call would be computed.
 
+Batches need no padding: :func:`attention_varlen` takes sequences one after the other, and where there is padding (`kv_starts`,
+`kv_lengths`, `q_lengths`) it costs nothing and changes no bit.
+
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
 
@@ -52,6 +55,7 @@ from .runtime import (
 )
 from .runtime import _initialize
 from .sparse import BlockMask
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -67,6 +71,7 @@ __all__ = [
     "attention_mass",
     "attention_scores",
     "attention_span",
+    "attention_varlen",
     "attention_weights",
     "cpu_info",
     "explain",

@@ -61,6 +61,8 @@ def flag(name, value):
 def integers(name, value, batch, low, high):
     """An int or an integer array ``(batch,)`` with values in [low, high], as a private int64 array ``(batch,)``.
 
+    `high` is a number, or one for each entry.
+
     The copy is checked and then trusted by the backends: nobody can change a length while a kernel runs.
     """
     array = np.array(as_array(name, value))
@@ -68,9 +70,27 @@ def integers(name, value, batch, low, high):
         raise TypeError(f"{name} must be an int or an integer array; got {array.dtype}")
     if array.shape not in ((), (batch,)):
         raise ValueError(f"{name} must be an int or have shape ({batch},), one entry for each batch entry; got shape {array.shape}")
-    if array.size and not (low <= int(array.min()) and int(array.max()) <= high):
-        raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
+    if array.size and not (low <= int(array.min()) and np.all(array <= high)):
+        most = high if np.ndim(high) == 0 else f"the length of its sequence, {high.tolist()}"
+        raise ValueError(f"{name} must lie between {low} and {most}; got {value!r}")
     return np.full(batch, array, np.int64)
+
+
+def seqlens(name, value, total, of):
+    """Where packed sequences begin and end, ``(B + 1,)``, as a private int64 array: from 0, never decreasing, ending at `total`."""
+    array = np.array(as_array(name, value))
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold ints; got {array.dtype}")
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name} must have shape (B + 1,) for B sequences; got shape {array.shape}")
+    if array[0] != 0:
+        raise ValueError(f"{name} must begin with 0; got {array[0]}")
+    falls = np.flatnonzero(array[1:] < array[:-1])
+    if falls.size:
+        raise ValueError(f"{name} must not decrease; got {array[falls[0]]}, {array[falls[0] + 1]} at {falls[0]}")
+    if array[-1] != total:
+        raise ValueError(f"{name} must end at the number of rows of {of}, {total}; got {array[-1]}")
+    return array.astype(np.int64)
 
 
 def integer(name, value, least=-math.inf):
@@ -173,8 +193,20 @@ def check_out(out, shape, dtype, inputs, q="q"):
     return array
 
 
+class Entry(NamedTuple):
+    """Views of one entry's part of a call."""
+
+    q: np.ndarray  # (Hq, Lq, Dk), and so on
+    k: np.ndarray
+    v: np.ndarray
+    out: np.ndarray
+    lse: np.ndarray | None
+
+
 class Call:
     """One call of attention, validated and normalised: what every backend receives.
+
+    Sequences may be packed: then the arrays have a batch axis of 1, and the rows of all sequences one after the other.
 
     Attributes
     ----------
@@ -191,8 +223,10 @@ class Call:
     causal : bool
     window : tuple of int
         ``(left, right)``; -1 is unbounded.
-    query_offset, kv_lengths : ndarray
+    query_offset, kv_lengths, kv_starts, q_lengths : ndarray
         ``(B,)`` int64, defaults resolved.
+    cu_seqlens_q, cu_seqlens_k : ndarray or None
+        ``(B + 1,)`` int64: the first row, of `q` and of `k`, of each packed sequence and the end of the last.
     scale, softcap : float
         Finite; a softcap of 0 is none.
     alibi_slopes : ndarray or None
@@ -203,18 +237,32 @@ class Call:
     """
 
     __slots__ = (
-        "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths", "scale",
-        "softcap", "alibi_slopes", "sinks", "precision", "_rank", "_given_out", "_copy_to",
+        "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
+        "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "scale", "softcap", "alibi_slopes", "sinks", "precision",
+        "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
-        scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
+        self, backend, q, k, v, names=NAMES, packed=None, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
+        kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest",
+        return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
-        self._take_qkv(given, backend)
+        self._take_qkv(given, backend, packed is not None)
         batch, num_heads, q_len, head_dim = self.q.shape
         kv_len, v_head_dim = self.v.shape[2:]
+        lse_shape, q_rows = (batch, num_heads, q_len), q_len
+        out_shape = (*lse_shape, v_head_dim)
+        self.cu_seqlens_q = self.cu_seqlens_k = None
+        if packed is not None:
+            self.cu_seqlens_q, self.cu_seqlens_k = (
+                seqlens(name, table, total, of)
+                for name, table, total, of in zip(("cu_seqlens_q", "cu_seqlens_k"), packed, (q_len, kv_len), names)
+            )
+            batch = len(self.cu_seqlens_q) - 1
+            if len(self.cu_seqlens_k) != batch + 1:
+                raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {batch + 1}; got {len(self.cu_seqlens_k)}")
+            q_len, kv_len = np.diff(self.cu_seqlens_q), np.diff(self.cu_seqlens_k)
 
         self.causal = flag("causal", causal)
         self.window = window_sides(window)
@@ -222,8 +270,12 @@ class Call:
             self.kv_lengths = np.full(batch, kv_len, np.int64)
         else:
             self.kv_lengths = integers("kv_lengths", kv_lengths, batch, 0, kv_len)
+        self.kv_starts = np.zeros(batch, np.int64) if kv_starts is None else integers("kv_starts", kv_starts, batch, 0, kv_len)
+        if kv_starts is not None and (self.kv_starts > self.kv_lengths).any():
+            raise ValueError(f"kv_starts must be at most kv_lengths, {self.kv_lengths.tolist()}; got {kv_starts!r}")
+        self.q_lengths = np.full(batch, q_len, np.int64) if q_lengths is None else integers("q_lengths", q_lengths, batch, 0, q_len)
         if query_offset is None:
-            self.query_offset = self.kv_lengths - q_len
+            self.query_offset = self.kv_lengths - self.q_lengths
         else:
             self.query_offset = integers("query_offset", query_offset, batch, -_MAX_OFFSET, _MAX_OFFSET)
         self.scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else finite("scale", scale)
@@ -251,11 +303,11 @@ class Call:
             if not (self.sinks < np.inf).all():
                 raise ValueError("sinks must be finite, or -inf for a head without one; got NaN or inf")
 
-        lse_shape = (batch, num_heads, q_len)
         self.lse = np.empty(lse_shape, np.float32) if flag("return_lse", return_lse) else None
-        out_shape = (*lse_shape, v_head_dim)
         self._given_out = out
         self._copy_to = None
+        if packed is not None:  # rows come before heads
+            out_shape = (1, q_rows, num_heads, v_head_dim)
         if out is None:
             self.out = np.empty(out_shape, self.q.dtype)
         else:
@@ -264,11 +316,15 @@ class Call:
             target = target[(None,) * (4 - self._rank)]
             self.out = target if ready else np.empty(out_shape, self.q.dtype)
             self._copy_to = None if ready else target
+        if packed is not None:
+            self.out = self.out.swapaxes(1, 2)
 
-    def _take_qkv(self, given, backend):
+    def _take_qkv(self, given, backend, packed):
         """Check the three arrays against each other and keep them with rank 4."""
         (q_name, q), (k_name, k), (v_name, v) = given.items()
         self._rank = q.ndim
+        if packed and q.ndim != 3:
+            raise ValueError(f"{q_name} must have shape (total_q, Hq, D); got {q.shape}")
         if q.ndim not in (2, 3, 4):
             raise ValueError(f"{q_name} must have shape (B, Hq, Lq, D), (Hq, Lq, D) or (Lq, D); got {q.shape}")
         for name, array in ((k_name, k), (v_name, v)):
@@ -285,6 +341,8 @@ class Call:
         if q.ndim < 4:
             lift = (None,) * (4 - q.ndim)
             self.q, self.k, self.v = self.q[lift], self.k[lift], self.v[lift]
+        if packed:
+            self.q, self.k, self.v = self.q.swapaxes(1, 2), self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
         batch, num_heads, _, head_dim = self.q.shape
         num_kv_heads, kv_len = self.k.shape[1:3]
         if self.k.shape[0] != batch:
@@ -315,11 +373,41 @@ class Call:
             array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
         self.mask = broadcast_mask(name, array, shape)
 
+    @property
+    def q_rooms(self):
+        """The query rows that each entry has in the arrays, padding included, ``(B,)``."""
+        return np.full(len(self.q_lengths), self.q.shape[2]) if self.cu_seqlens_q is None else np.diff(self.cu_seqlens_q)
+
+    @property
+    def pairs(self):
+        """All (row, key) pairs of a head, seen or not, padding included."""
+        kv_rooms = self.k.shape[2] if self.cu_seqlens_k is None else np.diff(self.cu_seqlens_k)
+        return int((self.q_rooms * kv_rooms).sum())
+
+    def entry(self, b):
+        """Views of what belongs to entry `b` of the arrays, without the batch axis: an `Entry`."""
+        arrays = (self.q, self.k, self.v, self.out, self.lse)
+        tables = (self.cu_seqlens_q, self.cu_seqlens_k, self.cu_seqlens_k, self.cu_seqlens_q, self.cu_seqlens_q)
+        return Entry(*(
+            None if array is None else array[b] if table is None else array[0, :, table[b] : table[b + 1]]
+            for array, table in zip(arrays, tables)
+        ))  # fmt: skip
+
+    def clear_padding(self):
+        """Fill the rows beyond `q_lengths`, which no backend computes."""
+        for b in np.flatnonzero(self.q_lengths < self.q_rooms):
+            entry = self.entry(b)
+            entry.out[:, self.q_lengths[b] :] = 0
+            if entry.lse is not None:
+                entry.lse[:, self.q_lengths[b] :] = -np.inf
+
     def result(self):
         """What the caller is given once the backend has filled `out` and `lse`, in the rank that `q` had."""
-        if self._copy_to is not None:
-            self._copy_to[...] = self.out
         out, lse = self.out, self.lse
+        if self.cu_seqlens_q is not None:
+            out = out.swapaxes(1, 2)
+        if self._copy_to is not None:
+            self._copy_to[...] = out
         for _ in range(4 - self._rank):
             out, lse = out[0], None if lse is None else lse[0]
         if self._given_out is not None:

@@ -100,6 +100,10 @@ cdef extern from "fastattn.h" nogil:
         int num_threads
         fastattn_threading threading
         int (*interrupted)(void *context)
+        const int64_t *kv_starts
+        const int64_t *q_lengths
+        const int64_t *cu_seqlens_q
+        const int64_t *cu_seqlens_k
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -347,6 +351,17 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     args.query_offset = <const int64_t *>np.PyArray_DATA(array)
     array = call.kv_lengths
     args.kv_lengths = <const int64_t *>np.PyArray_DATA(array)
+    array = call.kv_starts
+    args.kv_starts = <const int64_t *>np.PyArray_DATA(array)
+    array = call.q_lengths
+    args.q_lengths = <const int64_t *>np.PyArray_DATA(array)
+    args.batch = array.shape[0]
+    if call.cu_seqlens_q is not None:
+        array = call.cu_seqlens_q
+        args.cu_seqlens_q = <const int64_t *>np.PyArray_DATA(array)
+    if call.cu_seqlens_k is not None:
+        array = call.cu_seqlens_k
+        args.cu_seqlens_k = <const int64_t *>np.PyArray_DATA(array)
     if call.mask is not None:
         array = call.mask
         args.mask = np.PyArray_DATA(array)
@@ -557,8 +572,8 @@ cdef bint are_apart(np.ndarray a, b) noexcept:
 
 
 def attention_plain(
-    q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None, softcap=None, alibi_slopes=None,
-    sinks=None, precision="highest", return_lse=False, out=None,
+    q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
+    softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
 ):  # fmt: skip
     """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them is out of the ordinary."""
     cdef fastattn_attention_args args
@@ -567,6 +582,8 @@ def attention_plain(
     cdef np.npy_intp shape[4]
     cdef int64_t scores[4]
     cdef int64_t lengths[MOST_ENTRIES]
+    cdef int64_t starts[MOST_ENTRIES]
+    cdef int64_t rows[MOST_ENTRIES]
     cdef int64_t offsets[MOST_ENTRIES]
     cdef int type_num, kv_type_num, axis
     cdef double factor = 0, cap = 0
@@ -610,6 +627,14 @@ def attention_plain(
         if not take_ints(kv_lengths, shape[0], 0, scores[3], lengths):
             return None
         args.kv_lengths = lengths
+    if kv_starts is not None:
+        if not take_ints(kv_starts, shape[0], 0, scores[3], starts):
+            return None
+        args.kv_starts = starts
+    if q_lengths is not None:
+        if not take_ints(q_lengths, shape[0], 0, shape[2], rows):
+            return None
+        args.q_lengths = rows
     if query_offset is not None:
         if not take_ints(query_offset, shape[0], -MOST_OFFSET, MOST_OFFSET, offsets):
             return None

@@ -53,6 +53,8 @@ def attention(
     window: Window | None = None,
     query_offset: Ints | None = None,
     kv_lengths: Ints | None = None,
+    kv_starts: Ints | None = None,
+    q_lengths: Ints | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Array | None = None,
@@ -71,7 +73,7 @@ def attention(
         s  -= alibi_slopes[h] * abs(p - j)            if alibi_slopes is given
         out[i] = sum(softmax(s over the visible keys)[j] * v[j])
 
-    A key is visible when every one of `kv_lengths`, `mask`, `causal` and `window` lets it be seen. Invisible keys and values
+    A key is visible when every one of `kv_starts`, `kv_lengths`, `mask`, `causal` and `window` lets it be seen. Invisible keys and values
     are skipped, whatever they hold. A row that sees no key gives 0, with an lse of -inf. Logits, softmax and
     accumulation are float32 for every dtype but float64.
 
@@ -113,9 +115,15 @@ def attention(
         Key ``j`` is visible when ``p - left <= j <= p + right``; None, or -1 as in flash-attn, leaves a side unbounded. A row's
         own key and the ``n - 1`` before it, the "sliding window of n" of model configurations, are ``(n - 1, 0)``.
     query_offset : int or array_like of int, (B,), optional
-        The position of the first query. Default: ``kv_lengths - Lq``.
+        The position of the first query. Default: ``kv_lengths - q_lengths``.
     kv_lengths : int or array_like of int, (B,), optional
         Only the first ``kv_lengths[b]`` keys of entry ``b`` are visible. Default: ``Lk``.
+    kv_starts : int or array_like of int, (B,), optional
+        And of these, the keys before ``kv_starts[b]`` are not: padding on the left. Positions still count from key 0. At most
+        ``kv_lengths``. Default: 0.
+    q_lengths : int or array_like of int, (B,), optional
+        The query rows from ``q_lengths[b]`` on are padding: they cost nothing, and give 0 with an lse of -inf, whether there are
+        sinks or not. Default: ``Lq``.
     scale : float, optional
         Any finite value. Default: ``1 / sqrt(Dk)``.
     softcap : float, optional
@@ -144,7 +152,9 @@ def attention(
 
     Notes
     -----
-    The result has the same bits for any number of threads, and for a batch entry alone or among others.
+    The result has the same bits for any number of threads, and for a batch entry alone or among others. The shape of an entry is its
+    own: one with `kv_starts`, `kv_lengths` or `q_lengths` gives the bits of arrays that hold its keys and rows and nothing else, and
+    takes their time.
 
     Ctrl-C, or another signal whose handler raises, ends a long call of the main thread after the items of work that are being
     done; then `out`, if it was given, holds anything.
@@ -158,13 +168,15 @@ def attention(
     plain = _state.plain
     if plain is not None:
         result = plain(
-            q, k, v, mask, causal, window, query_offset, kv_lengths, scale, softcap, alibi_slopes, sinks, precision, return_lse, out
-        )
+            q, k, v, mask, causal, window, query_offset, kv_lengths, kv_starts, q_lengths, scale, softcap, alibi_slopes,
+            sinks, precision, return_lse, out,
+        )  # fmt: skip
         if result is not None:  # else something is out of the ordinary, and goes through the checks below
             return result
     return _attend(
         NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
-        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision, return_lse=return_lse,
+        kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision,
+        return_lse=return_lse,
         out=out,
     )  # fmt: skip
 

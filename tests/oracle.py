@@ -26,6 +26,8 @@ def attention(
     window=None,
     query_offset=None,
     kv_lengths=None,
+    kv_starts=None,
+    q_lengths=None,
     scale=None,
     softcap=None,
     alibi_slopes=None,
@@ -42,7 +44,9 @@ def attention(
     store = store or compute
 
     lengths = np.broadcast_to(kv_len if kv_lengths is None else kv_lengths, batch)
-    offsets = np.broadcast_to(lengths - q_len if query_offset is None else query_offset, batch)
+    starts = np.broadcast_to(0 if kv_starts is None else kv_starts, batch)
+    ends = np.broadcast_to(q_len if q_lengths is None else q_lengths, batch)
+    offsets = np.broadcast_to(lengths - ends if query_offset is None else query_offset, batch)
     left, right = (None, None) if window is None else window
     if mask is not None:
         mask = np.broadcast_to(mask, (batch, num_heads, q_len, kv_len))
@@ -56,9 +60,9 @@ def attention(
     j = np.arange(kv_len)
     for b, h in np.ndindex(batch, num_heads):
         queries, all_keys, all_values = (x.astype(compute) for x in (q[b, h], k[b, h // group], v[b, h // group]))
-        for i in range(q_len):
+        for i in range(ends[b]):
             p = i + int(offsets[b])
-            visible = j < lengths[b]
+            visible = (starts[b] <= j) & (j < lengths[b])
             if causal:
                 visible &= j <= p
             if left is not None:

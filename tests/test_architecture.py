@@ -26,6 +26,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "runtime": {"_check", "_processors", "_settings", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "attention"},
+    "varlen": {"_check", "runtime"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are

@@ -35,14 +35,14 @@ MIN_PART = 512  # keys for which it pays to split
 # What `attend` is told. Addresses and strides are in bytes; an address of 0 means that the thing is absent.
 PLAN = np.dtype(
     [(name, np.int64) for name in (
-        "q", "k", "v", "out", "lse", "mask", "alibi", "sinks", "query_offset", "kv_lengths",
+        "q", "k", "v", "out", "lse", "mask", "alibi", "sinks",
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
         "out_batch", "out_head", "out_row", "lse_batch", "lse_head", "lse_row",
         "mask_batch", "mask_head", "mask_row", "mask_key", "alibi_batch", "alibi_head",
         "q_code", "kv_code", "mask_code", "head_dim", "v_head_dim", "kv_group", "causal", "window_left", "window_right",
         # Units of work. `groups` x `group` are the query heads of a batch entry. The query rows of a head form bands of
-        # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into `panels`.
-        "groups", "group", "q_len", "band", "bands", "panels", "units", "parts", "split",
+        # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into panels.
+        "entries", "n_entries", "groups", "group", "band", "units", "parts",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
     )]
@@ -52,6 +52,17 @@ PLAN = np.dtype(
 # Sums of values may overflow where their mean, which is finite, does not. What is not finite in the end is then computed again from
 # weights that are this much smaller.
 SHRINK = 2.0**-64
+
+
+# The batch entries of a plan, each with a shape of its own, as rows of int64. Rows and keys of an entry count from its first.
+Entry = namedtuple(
+    "Entry",
+    "batch query key"  # where its first row and key are in the arrays
+    " start"  # the key of the masks that is its first
+    " q_len kv_len offset"  # its rows and keys, and the position of its first row, where that of its first key is 0
+    " bands panels split unit",  # how its work is cut; `unit` is the first of its units
+)
+ENTRY_BYTES = 8 * len(Entry._fields)
 
 
 # Between the products: scores become weights.
@@ -125,7 +136,7 @@ def softmax(plan, at, n, row):
 
 Panel = namedtuple(
     "Panel",
-    "b head0 i0"  # batch entry, first query head, first query row of the band
+    "entry head0 i0"  # batch entry, first query head, first query row of the band
     " first n_rows"  # lane 0 is row `first` of the band, row r of which is query i0 + r // group of head head0 + r % group
     " low high"  # the keys that some row of the panel sees
     " inner_low inner_high",  # the keys that every row sees, but for masks
@@ -151,15 +162,28 @@ def places(plan, state, scratch, row):
 
 
 @inline
+def entry_at(plan, n):
+    x = elements(plan.entries + ENTRY_BYTES * n, int64)
+    return Entry(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
+
+
+@jit
 def locate(plan, unit, row):
     """The panel of a unit of work, its keys left out."""
-    unit, panel = divmod(unit, plan.panels)
-    unit, band = divmod(unit, plan.bands)
-    b, group = divmod(unit, plan.groups)
+    low, high = int64(0), plan.n_entries
+    while high - low > 1:
+        middle = (low + high) // 2
+        if entry_at(plan, middle).unit <= unit:
+            low = middle
+        else:
+            high = middle
+    entry = entry_at(plan, low)
+    rest, panel = divmod(unit - entry.unit, entry.panels)
+    group, band = divmod(rest, entry.bands)
     i0, first = band * plan.band, panel * lanes(row)
-    n_rows = min(plan.band, plan.q_len - i0) * plan.group - first  # less than 1 in the last band of a block mask
+    n_rows = min(plan.band, entry.q_len - i0) * plan.group - first  # less than 1 in the last band of a block mask
     zero = int64(0)
-    return Panel(b, group * plan.group, i0, first, min(n_rows, lanes(row)), zero, zero, zero, zero)
+    return Panel(entry, group * plan.group, i0, first, min(n_rows, lanes(row)), zero, zero, zero, zero)
 
 
 @inline
@@ -170,11 +194,10 @@ def row_of(plan, panel, lane):
 
 
 @inline
-def interval(plan, b, i):
+def interval(plan, entry, i):
     """The keys ``low <= j < high`` that lengths, causal and window leave to query row `i`."""
-    position = i + elements(plan.query_offset, int64)[b]
-    low = int64(0)
-    high = elements(plan.kv_lengths, int64)[b]
+    position = i + entry.offset
+    low, high = int64(0), entry.kv_len
     if plan.causal:
         high = min(high, position + 1)
     if plan.window_right >= 0:
@@ -185,13 +208,21 @@ def interval(plan, b, i):
 
 
 @inline
-def part_range(plan, b, part):
-    """The keys of one of the parts into which the keys of an entry are split, by the shape of that entry alone."""
-    length = elements(plan.kv_lengths, int64)[b]
-    if plan.split == 1:
-        return int64(0), length
-    chunk = max(-(-length // plan.split), int64(MIN_PART))
-    return part * chunk, min((part + 1) * chunk, length)
+def keys_of_part(entry):
+    return max(-(-entry.kv_len // entry.split), int64(1) if entry.split == 1 else int64(MIN_PART))
+
+
+@inline
+def parts_of(entry):
+    """The parts into which the keys of an entry are split, by the shape of that entry alone."""
+    return max(-(-entry.kv_len // keys_of_part(entry)), int64(1))
+
+
+@inline
+def part_range(entry, part):
+    """The keys of one of the parts."""
+    chunk = keys_of_part(entry)
+    return part * chunk, min((part + 1) * chunk, entry.kv_len)
 
 
 @jit
@@ -204,23 +235,23 @@ def open_panel(plan, unit, part, at, row, storage):
     for lane in range(lanes(row)):
         elements(at.key, float32)[lane] = lane // plan.slots
     fill(at.turned, 0.0, 0, plan.head_pitch * lanes(row))
-    low, high = part_range(plan, panel.b, part)
+    low, high = part_range(panel.entry, part)
     some_low, some_high, inner_low, inner_high = high, low, low, high
     for lane in range(panel.n_rows):
         i, head = row_of(plan, panel, lane)
-        q = plan.q + panel.b * plan.q_batch + head * plan.q_head + i * plan.q_row
+        q = plan.q + panel.entry.batch * plan.q_batch + head * plan.q_head + (panel.entry.query + i) * plan.q_row
         widen_row(q, plan.q_code, plan.head_dim, at.turned + 4 * lane * plan.head_pitch)
         if plan.alibi:
-            slope = elements(plan.alibi + panel.b * plan.alibi_batch + head * plan.alibi_head, float32)[0]
+            slope = elements(plan.alibi + panel.entry.batch * plan.alibi_batch + head * plan.alibi_head, float32)[0]
             elements(at.slopes, float32)[lane] = slope
-        row_low, row_high = interval(plan, panel.b, i)
+        row_low, row_high = interval(plan, panel.entry, i)
         inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
         if row_low < row_high:
             some_low, some_high = min(some_low, row_low), max(some_high, row_high)
     repeat(at.slopes, plan.slots, row)
     pack(plan, at, row, storage)
     low, high = max(low, some_low), min(high, some_high)
-    return Panel(panel.b, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
+    return Panel(panel.entry, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
 
 
 @inline
@@ -228,7 +259,7 @@ def listed_blocks(plan, panel):
     """The range of the list of key blocks that belongs to a panel; without a block mask, a list of one."""
     if not plan.indptr:
         return int64(0), int64(1)
-    pattern = panel.b * plan.pattern_batch + panel.head0 * plan.pattern_head + panel.i0 // plan.band
+    pattern = panel.entry.batch * plan.pattern_batch + panel.head0 * plan.pattern_head + panel.i0 // plan.band
     indptr = elements(plan.indptr, int64)
     return indptr[pattern], indptr[pattern + 1]
 
@@ -248,7 +279,8 @@ def next_run(plan, panel, n, end):
     if not plan.indptr:
         return panel.low, panel.high, int64(0), end
     block = elements(plan.indices, int32)
-    low = int64(block[n]) * plan.block_size
+    start = panel.entry.start
+    low = int64(block[n]) * plan.block_size - start
     high, bits = low + plan.block_size, int64(0)
     n += 1
     if is_partial(plan, n - 1):
@@ -256,7 +288,7 @@ def next_run(plan, panel, n, end):
         mask = int64(elements(plan.partial, int32)[n - 1])
         bits = plan.element_bits + (mask * plan.block_size - low) * bytes_per_key
     else:
-        while n < end and int64(block[n]) * plan.block_size == high and not is_partial(plan, n):
+        while n < end and int64(block[n]) * plan.block_size - start == high and not is_partial(plan, n):
             high += plan.block_size
             n += 1
     return max(low, panel.low), min(high, panel.high), bits, n
@@ -269,7 +301,7 @@ def see_interval(plan, panel, j, n, at, row):
     fill(at.low, 0.0, 0, lanes(row))
     fill(at.high, 0.0, 0, lanes(row))
     for lane in range(panel.n_rows):
-        row_low, row_high = interval(plan, panel.b, row_of(plan, panel, lane)[0])
+        row_low, row_high = interval(plan, panel.entry, row_of(plan, panel, lane)[0])
         row_low, row_high = max(row_low, j), min(row_high, j + n)
         low[lane], high[lane] = row_low - j, row_high - j
         if row_low < row_high:
@@ -289,11 +321,12 @@ def see_mask(plan, panel, j, n, bits, at, row):
         line = at.turned + lane * pitch
         x = elements(line, float32)
         i, head = row_of(plan, panel, lane)
-        low, high = interval(plan, panel.b, i)
+        low, high = interval(plan, panel.entry, i)
         low = min(max(low - j, 0), n)
         high = min(max(high - j, low), n)
         if plan.mask:
-            mask = plan.mask + panel.b * plan.mask_batch + head * plan.mask_head + i * plan.mask_row + (j + low) * plan.mask_key
+            mask = plan.mask + panel.entry.batch * plan.mask_batch + head * plan.mask_head + i * plan.mask_row
+            mask += (panel.entry.start + j + low) * plan.mask_key
             bias_row(mask, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
         else:
             fill(line, 0.0, low, high)
@@ -346,8 +379,9 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
 
     kv_head = panel.head0 // plan.kv_group
     itemsize = 4 if plan.kv_code == FLOAT32 else 2
-    k_address = plan.k + panel.b * plan.k_batch + kv_head * plan.k_head + j * plan.k_row
-    v_address = plan.v + panel.b * plan.v_batch + kv_head * plan.v_head + j * plan.v_row
+    entry = panel.entry
+    k_address = plan.k + entry.batch * plan.k_batch + kv_head * plan.k_head + (entry.key + j) * plan.k_row
+    v_address = plan.v + entry.batch * plan.v_batch + kv_head * plan.v_head + (entry.key + j) * plan.v_row
     k = Rows(k_address, plan.k_row, n, itemsize * plan.head_dim)
     v = these_values = Rows(v_address, plan.v_row, n, itemsize * plan.v_head_dim)
     next_keys = Rows(k_address + n * plan.k_row, plan.k_row, n, k.nbytes if j + n < high else int64(0))
@@ -361,7 +395,7 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
     full = n_vectors * lanes(row) == n * plan.slots
     if partial or not full or plan.softcap != 0.0 or plan.alibi != 0:
         if plan.alibi:
-            offset = elements(plan.query_offset, int64)[panel.b] - j
+            offset = entry.offset - j
             for lane in range(panel.n_rows):
                 elements(at.distance, float32)[lane] = row_of(plan, panel, lane)[0] + offset
             repeat(at.distance, plan.slots, row)
@@ -423,14 +457,14 @@ def finish(plan, unit, state, scratch, row):
             factor = np.exp(m[lane] - top)
             total = total * factor + np.exp(sink - top)
         if plan.lse:
-            lse = plan.lse + panel.b * plan.lse_batch + head * plan.lse_head + i * plan.lse_row
+            lse = plan.lse + panel.entry.batch * plan.lse_batch + head * plan.lse_head + (panel.entry.query + i) * plan.lse_row
             elements(lse, float32)[0] = top + np.log(total)
         factor /= total
         line = at.turned + 4 * lane * plan.v_head_pitch
         if not seen[lane]:
             fill(line, 0.0, 0, plan.v_head_dim)
             factor = 1.0
-        out = plan.out + panel.b * plan.out_batch + head * plan.out_head + i * plan.out_row
+        out = plan.out + panel.entry.batch * plan.out_batch + head * plan.out_head + (panel.entry.query + i) * plan.out_row
         if plan.shrink != 1.0:
             replace_row(line, factor / plan.shrink, plan.q_code, plan.v_head_dim, out)
             continue
@@ -443,7 +477,7 @@ def finish(plan, unit, state, scratch, row):
 def compute(plan, unit, state, apart, attended, scratch, tile, row, storage):
     """A unit of work with all parts of its keys, whose states are there where `attended`, and `apart` where they are kept; whether
     sums have overflown."""
-    for part in range(plan.parts):
+    for part in range(parts_of(locate(plan, unit, row).entry)):
         other = state + (part if apart else min(part, 1)) * plan.state_bytes
         if not attended:
             attend(plan, unit, part, other, scratch, tile, row, storage)
@@ -484,7 +518,8 @@ def build_attention(stamp, tile_rows, registers, width, row_registers, code):
             if item >= n_items:
                 return
             if phase == PARTS:
-                attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row, storage)
+                if item % parts < parts_of(locate(plan, item // parts, row).entry):
+                    attend(plan, item // parts, item % parts, plan.states + item * size, scratch, tile, row, storage)
                 continue
             merging = phase == MERGE
             state = plan.states + item * parts * size if merging else scratch + plan.own_states

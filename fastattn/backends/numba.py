@@ -22,7 +22,7 @@ from numba import config, njit
 
 from .. import _settings
 from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
-from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE
+from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
 from .numpy import store as store  # a cast and a scatter, which NumPy does as well
 
 if config.DISABLE_JIT:
@@ -36,8 +36,8 @@ _CODES = {
     "bool": _numba_numbers.BOOL,
 }
 _OWN_FIELDS = (
-    "kv_group", "groups", "group", "band", "bands", "panels", "units", "parts", "split", "head_pitch", "v_head_pitch", "slots",
-    "block_keys", "widened", "own_states", "state_bytes",
+    "n_entries", "kv_group", "groups", "group", "band", "units", "parts", "head_pitch", "v_head_pitch", "slots", "block_keys",
+    "widened", "own_states", "state_bytes",
 )  # fmt: skip
 _MIN_UNITS = 16  # an entry with fewer units of work has its keys split
 _WORK_OF_A_THREAD = 4_000_000  # multiply-adds for which it pays to wake one
@@ -86,19 +86,18 @@ def set_num_threads(n):
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
-    work = _Work(call)
-    if not work.units:
-        return
-    kernel = _kernel(_numba_kernels.build_attention, *work.shape)
-    plan, states = work.plan(), _scratch(work.states_bytes)
-    plan["states"] = _address(states)
+    for work in _works(call):
+        kernel = _kernel(_numba_kernels.build_attention, *work.shape)
+        plan, states = work.plan(), _scratch(work.states_bytes)
+        plan["states"] = _address(states)
 
-    def run(phase, counter):
-        scratch = _scratch(work.scratch_bytes)
-        kernel(plan, phase, _address(scratch), counter)
+        def run(phase, counter, work=work, kernel=kernel, plan=plan):
+            scratch = _scratch(work.scratch_bytes)
+            kernel(plan, phase, _address(scratch), counter)
 
-    for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
-        _share(partial(run, phase), work.threads, work.is_long and threading.current_thread() is threading.main_thread())
+        for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
+            _share(partial(run, phase), work.threads, work.is_long and threading.current_thread() is threading.main_thread())
+    call.clear_padding()
 
 
 def merge_states(outs, lses, out, lse):
@@ -130,8 +129,9 @@ def apply_rope(x, cos, sin, out, interleaved):
 
 
 def explain(call):
-    """How `call` is computed."""
-    work = _Work(call)
+    """How `call` is computed; where entries differ, what is done to those with the most rows."""
+    works = list(_works(call)) or [_Work(call, np.arange(0), _MANY_ROWS)]
+    work = works[-1]
     return {
         "backend": "numba",
         "isa": _numba_simd.ISA,
@@ -139,54 +139,72 @@ def explain(call):
         "tile_rows": work.lanes,
         "tile_keys": work.block_keys,
         "splits": work.parts,
-        "work_items": work.units * work.parts,
+        "work_items": sum(work.units * work.parts for work in works),
         "threads": work.threads,
         "threading": "pool",
-        "workspace_bytes": work.threads * work.scratch_bytes + work.states_bytes,
-        "visible_fraction": work.visible_fraction(),
+        "workspace_bytes": max(work.threads * work.scratch_bytes + work.states_bytes for work in works),
+        "visible_fraction": float(sum(work.visible_pairs() for work in works) / max(call.q.shape[1] * call.pairs, 1)),
     }
 
 
+def _works(call):
+    """The work of a call, one `_Work` for each kernel that its entries need: that for as many rows as an entry has."""
+    kinds = np.array([_kind(_band(call, q_len) * _group(call)) for q_len in call.q_lengths.tolist()])
+    for kind in sorted(set(kinds.tolist()) - {_NO_ROWS}):
+        yield _Work(call, np.flatnonzero(kinds == kind), kind)
+
+
+_NO_ROWS, _MANY_ROWS = 0, 1 << 62
+
+
+def _kind(rows):
+    """Few rows by the lanes that each key has of a vector; and many."""
+    if rows > _FEW * _WIDTH:
+        return _MANY_ROWS
+    return rows if rows < 2 else max(_TILE[0], 1 << (rows - 1).bit_length())
+
+
+def _group(call):
+    """Query heads that walk through the same keys: heads with patterns of their own cannot share a work item."""
+    num_heads, mask = call.q.shape[1], call.block_mask
+    return 1 if mask is not None and mask.shape[1] > 1 else num_heads // max(call.k.shape[1], 1)
+
+
+def _band(call, q_len):
+    return q_len if call.block_mask is None else min(q_len, call.block_mask.block_size)
+
+
 class _Work:
-    """How a call is cut into units of work; see `PLAN` for the terms.
+    """How entries of a call that share a kernel are cut into units of work; see `PLAN` and `Entry` for the terms.
 
     Nothing but `threads`, and with it where states are kept, depends on the number of threads or of batch entries.
     """
 
-    def __init__(self, call):
+    def __init__(self, call, entries, kind):
         self.call = call
-        batch, num_heads, q_len, head_dim = call.q.shape
-        num_kv_heads, kv_len, v_head_dim = call.v.shape[1:]
-        mask = call.block_mask
+        num_heads, _, head_dim = call.q.shape[1:]
+        num_kv_heads, _, v_head_dim = call.v.shape[1:]
 
         self.kv_group = num_heads // max(num_kv_heads, 1)
-        # Rows of one work item walk through the same keys: heads with patterns of their own cannot share one.
-        self.group = 1 if mask is not None and mask.shape[1] > 1 else self.kv_group
+        self.group = _group(call)
         self.groups = num_heads // max(self.group, 1)
-        self.band = q_len if mask is None else mask.block_size
-        self.bands = -(-q_len // max(self.band, 1))
 
-        band_rows = min(self.band, q_len) * self.group
-        few = band_rows <= _FEW * _WIDTH
+        few = kind != _MANY_ROWS
         code = _CODES[call.k.dtype.name]
         # For many rows, or without instructions for float16, keys and values are widened before they are multiplied.
         as_stored = few and (code == _numba_numbers.BFLOAT16 or _numba_simd.CONVERTS_HALF)
         self.widened = code != _numba_numbers.FLOAT32 and not as_stored
         if few:
-            tile = _ONE_ROW if band_rows == 1 else _TILE
+            tile = _ONE_ROW if kind == 1 else _TILE
             self.shape = (*tile, _WIDTH, _FEW, _numba_numbers.FLOAT32 if self.widened else code)
         else:
             self.shape = (*_TILE, _WIDTH, _TILE[1], None)
         self.lanes = self.shape[3] * _WIDTH
-        self.slots = max(self.shape[0], 1 << (band_rows - 1).bit_length()) if few else self.lanes
+        self.slots = kind if few else self.lanes
         self.block_keys = 64 if self.lanes >= 48 else 128  # scores stay within half of a first-level cache
-        self.panels = -(-band_rows // self.lanes)
-        units = self.groups * self.bands * self.panels
-        self.units = batch * units
-        self.split = -(-_MIN_UNITS // units) if units and mask is None else 1
-        self.parts = max(1, min(self.split, -(-kv_len // MIN_PART)))
 
-        work = self.units * self.lanes * kv_len * (head_dim + v_head_dim)
+        self._cut(entries)
+        work = int((self.units_of * self.kv_len).sum()) * self.lanes * (head_dim + v_head_dim)
         self.threads, self.is_long = _useful_threads(self.units * self.parts, work), work > _WORK_OF_A_LONG_CALL
         self.head_pitch, self.v_head_pitch = (-(-n // self.shape[2]) * self.shape[2] for n in (head_dim, v_head_dim))
         row_bytes = 4 * self.lanes
@@ -198,6 +216,30 @@ class _Work:
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
             self.states_bytes, self.scratch_bytes = 0, self.own_states + min(self.parts, 2) * self.state_bytes
+
+    def _cut(self, entries):
+        """Units and parts of each entry by its shape alone, the entries with the most keys first."""
+        call, mask = self.call, self.call.block_mask
+        kv_len = call.kv_lengths - call.kv_starts
+        entries = entries[np.argsort(-kv_len[entries], kind="stable")]
+        self.q_len, self.kv_len, start = call.q_lengths[entries], kv_len[entries], call.kv_starts[entries]
+        self.band = call.q.shape[2] if mask is None else mask.block_size
+        bands = -(-self.q_len // max(self.band, 1))
+        panels = -(-np.minimum(self.q_len, self.band) * self.group // self.lanes)
+        self.units_of = self.groups * bands * panels
+        split = -(-_MIN_UNITS // np.maximum(self.units_of, 1)) if mask is None else np.ones_like(bands)
+        self.units = int(self.units_of.sum())
+        self.parts = int(np.minimum(split, -(-self.kv_len // MIN_PART)).max(initial=1))
+        self.n_entries, self.offset = len(entries), call.query_offset[entries] - start
+        query, key = (0 if table is None else table[entries] for table in (call.cu_seqlens_q, call.cu_seqlens_k))
+        columns = {
+            "batch": entries, "query": query, "key": key + start, "start": start, "q_len": self.q_len, "kv_len": self.kv_len,
+            "offset": self.offset, "bands": bands, "panels": panels, "split": split,
+            "unit": np.cumsum(self.units_of) - self.units_of,
+        }  # fmt: skip
+        self.entries = np.empty((len(entries), len(Entry._fields)), np.int64)
+        for n, name in enumerate(Entry._fields):
+            self.entries[:, n] = columns[name]
 
     def plan(self):
         """The records that the kernels read. They hold addresses: the call must outlive them."""
@@ -211,14 +253,17 @@ class _Work:
             **_place("mask", call.mask, "mask_batch", "mask_head", "mask_row", "mask_key"),
             **_place("alibi", call.alibi_slopes, "alibi_batch", "alibi_head"),
             **_place("sinks", call.sinks),
-            **_place("query_offset", call.query_offset),
-            **_place("kv_lengths", call.kv_lengths),
+            **_place("entries", self.entries),
             "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[call.k.dtype.name],
             "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
-            "q_len": call.q.shape[2], "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
+            "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap,
         }  # fmt: skip
+        if call.cu_seqlens_q is not None:
+            fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
+        if call.cu_seqlens_k is not None:
+            fields |= {"k_batch": 0, "v_batch": 0}
         for name in _OWN_FIELDS:
             fields[name] = getattr(self, name)
         if mask is not None:
@@ -230,33 +275,31 @@ class _Work:
         plan["shrink"] = 1, SHRINK
         return plan
 
-    def visible_fraction(self):
-        """Of all (row, key) pairs those that are computed: what causal, window, lengths and a block mask leave to each item."""
+    def visible_pairs(self):
+        """The (row, key) pairs that are computed: what causal, window, lengths and a block mask leave to each item."""
         call, mask = self.call, self.call.block_mask
-        batch, num_heads, q_len, _ = call.q.shape
         left, right = call.window[0], 0 if call.causal else call.window[1]
-        start = self.band * np.arange(self.bands)[:, None]
-        first = self.lanes * np.arange(self.panels)
-        n_rows = np.clip(np.minimum(self.band, q_len - start) * self.group - first, 0, self.lanes)
         computed = 0
-        for b in range(batch):
-            position = start + call.query_offset[b]
-            top, bottom = position + first // self.group, position + (first + n_rows - 1) // self.group
+        for b, start, q_len, kv_len, offset in zip(self.entries[:, 0], self.entries[:, 3], self.q_len, self.kv_len, self.offset):
+            i0 = np.arange(0, q_len, self.band)[:, None]
+            first = np.arange(0, min(self.band, q_len) * self.group, self.lanes)
+            n_rows = np.clip(np.minimum(self.band, q_len - i0) * self.group - first, 0, self.lanes)
+            top, bottom = i0 + offset + first // self.group, i0 + offset + (first + n_rows - 1) // self.group
             low = np.maximum(top - left, 0) if left >= 0 else np.zeros_like(top)
-            high = np.full_like(top, call.kv_lengths[b])
+            high = np.full_like(top, kv_len)
             if right >= 0:
                 high = np.minimum(high, bottom + right + 1)
             if mask is None:
                 computed += self.groups * (n_rows * np.maximum(high - low, 0)).sum()
                 continue
-            for h in range(0, num_heads, self.group):
+            for h in range(0, call.q.shape[1], self.group):
                 pattern = b * mask.row_strides[0] + h * mask.row_strides[1]
-                ends = mask.indptr[pattern : pattern + self.bands + 1]
-                band = np.repeat(np.arange(self.bands), np.diff(ends))
-                key = mask.block_size * mask.indices[ends[0] : ends[-1], None].astype(np.int64)
+                ends = mask.indptr[pattern : pattern + len(i0) + 1]
+                band = np.repeat(np.arange(len(i0)), np.diff(ends))
+                key = mask.block_size * mask.indices[ends[0] : ends[-1], None].astype(np.int64) - start
                 listed = np.minimum(high[band], key + mask.block_size) - np.maximum(low[band], key)
                 computed += (n_rows[band] * np.maximum(listed, 0)).sum()
-        return float(computed / max(batch * num_heads * q_len * call.k.shape[2], 1))
+        return computed
 
 
 def _address(array):

@@ -21,10 +21,12 @@ def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
     with np.errstate(all="ignore"):  # NaN and inf pass through, as in the formula
         for b, h, i0, i1 in _tiles(call):
-            out, lse = _attend_tile(call, b, h, i0, i1)
-            call.out[b, h, i0:i1] = out
-            if call.lse is not None:
-                call.lse[b, h, i0:i1] = lse
+            entry = call.entry(b)
+            out, lse = _attend_tile(call, entry, b, h, i0, i1)
+            entry.out[h, i0:i1] = out
+            if entry.lse is not None:
+                entry.lse[h, i0:i1] = lse
+    call.clear_padding()
 
 
 def weights(call, heads, rows):
@@ -35,7 +37,7 @@ def weights(call, heads, rows):
     for tile, b, h, i0, i1 in _chosen_tiles(call, heads, rows):
         probabilities = np.zeros((i1 - i0, call.k.shape[2]), np.float32)
         with np.errstate(all="ignore"):
-            blocks = list(_score_blocks(call, b, h, i0, i1))
+            blocks = list(_score_blocks(call, call.entry(b), b, h, i0, i1))
             m, l = _empty_state(call, i1 - i0)
             for _, some, _ in blocks:
                 m, l, _, _ = _softmax_step(m, l, some)
@@ -53,7 +55,7 @@ def scores(call, stage, heads, rows):
         with np.errstate(all="ignore"):
             if stage == "bias":
                 found = np.full((i1 - i0, call.k.shape[2]), -np.inf, dtype)
-                for keys, some, _ in _score_blocks(call, b, h, i0, i1):
+                for keys, some, _ in _score_blocks(call, call.entry(b), b, h, i0, i1):
                     found[:, keys] = some
             else:
                 keys = call.k[b, h // (call.q.shape[1] // call.k.shape[1])].astype(dtype)
@@ -101,7 +103,7 @@ def apply_rope(x, cos, sin, out, interleaved):
 
 def explain(call):
     """How `call` is computed."""
-    batch, num_heads, q_len, head_dim = call.q.shape
+    _, num_heads, q_len, head_dim = call.q.shape
     kv_len, v_head_dim = call.v.shape[2:]
     tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, kv_len)
     computed = 0
@@ -116,11 +118,11 @@ def explain(call):
         "tile_rows": tile_rows,
         "tile_keys": tile_keys,
         "splits": 1,
-        "work_items": batch * num_heads * -(-q_len // _TILE_ROWS),
+        "work_items": num_heads * sum(-(-q_length // _TILE_ROWS) for q_length in call.q_lengths.tolist()),
         "threads": 1,
         "threading": None,
         "workspace_bytes": elements * _compute_dtype(call.q.dtype).itemsize,
-        "visible_fraction": computed / max(batch * num_heads * q_len * kv_len, 1),
+        "visible_fraction": computed / max(num_heads * call.pairs, 1),
     }
 
 
@@ -130,11 +132,10 @@ def _compute_dtype(dtype):
 
 def _tiles(call):
     """Every ``(b, h, i0, i1)``: query rows i0 to i1 of one head. Tiles depend on the shape of an entry alone."""
-    batch, num_heads, q_len, _ = call.q.shape
-    for b in range(batch):
-        for h in range(num_heads):
-            for i0 in range(0, q_len, _TILE_ROWS):
-                yield b, h, i0, min(i0 + _TILE_ROWS, q_len)
+    for b, q_length in enumerate(call.q_lengths.tolist()):
+        for h in range(call.q.shape[1]):
+            for i0 in range(0, q_length, _TILE_ROWS):
+                yield b, h, i0, min(i0 + _TILE_ROWS, q_length)
 
 
 def _chosen_tiles(call, heads, rows):
@@ -152,17 +153,18 @@ def _key_range(call, b, i0, i1):
     """The keys ``low`` to ``high`` outside of which lengths, causal and window hide everything from rows i0 to i1."""
     offset = int(call.query_offset[b])
     left, right = call.window
-    low, high = 0, int(call.kv_lengths[b])
+    start, high = int(call.kv_starts[b]), int(call.kv_lengths[b])
+    low = start
     if call.causal:
         high = min(high, i1 + offset)
     if right >= 0:
         high = min(high, i1 + offset + right)
     if left >= 0:
         low = max(low, i0 + offset - left)
-    return (low, high) if low < high else (0, 0)
+    return (low, high) if low < high else (start, start)
 
 
-def _score_blocks(call, b, h, i0, i1):
+def _score_blocks(call, entry, b, h, i0, i1):
     """Yield ``(keys, scores, visible)`` for each block of keys of which some row i0 to i1 sees one.
 
     `keys` are the indices of the keys that at least one row sees; `scores` is -inf where `visible` is False.
@@ -171,11 +173,12 @@ def _score_blocks(call, b, h, i0, i1):
     left, right = call.window
     low, high = _key_range(call, b, i0, i1)
     position = np.arange(i0, i1)[:, None] + call.query_offset[b]
-    q = call.q[b, h, i0:i1].astype(dtype)
-    k = call.k[b, h // (call.q.shape[1] // call.k.shape[1])]
+    q = entry.q[h, i0:i1].astype(dtype)
+    k = entry.k[h // (call.q.shape[1] // call.k.shape[1])]
     listed = None if call.block_mask is None else call.block_mask.dense_rows(b, h, i0, i1)
 
-    for j0 in range(low - low % _TILE_KEYS, high, _TILE_KEYS):
+    start = int(call.kv_starts[b])
+    for j0 in range(low - (low - start) % _TILE_KEYS, high, _TILE_KEYS):
         keys = np.arange(max(j0, low), min(j0 + _TILE_KEYS, high))
         span = slice(keys[0], keys[-1] + 1)
         visible = np.ones((i1 - i0, keys.size), bool)
@@ -218,28 +221,28 @@ def _narrow(bias, dtype):
     return bias.astype(dtype)
 
 
-def _attend_tile(call, b, h, i0, i1):
+def _attend_tile(call, entry, b, h, i0, i1):
     """`out` and `lse` of query rows i0 to i1 of one head."""
-    out, lse = _mean_values(call, b, h, i0, i1)
+    out, lse = _mean_values(call, entry, b, h, i0, i1)
     overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
     if overflown.any():
         # The mean of finite values is no larger than the largest of them, though their sum may be: that of smaller ones is not.
-        values = np.abs(call.v[b, h // (call.q.shape[1] // call.v.shape[1])].astype(out.dtype))
+        values = np.abs(entry.v[h // (call.q.shape[1] // call.v.shape[1])].astype(out.dtype))
         largest = values.max(where=np.isfinite(values), initial=0)
         down = np.ldexp(out.dtype.type(1), np.finfo(out.dtype).minexp // 2)
-        small, _ = _mean_values(call, b, h, i0, i1, down)
+        small, _ = _mean_values(call, entry, b, h, i0, i1, down)
         mean = np.where(np.isfinite(small), np.clip(small / down, -largest, largest), small)
         out[overflown] = mean[overflown]
     return out, lse
 
 
-def _mean_values(call, b, h, i0, i1, v_scale=1):
+def _mean_values(call, entry, b, h, i0, i1, v_scale=1):
     """The same where no sum overflows, of values times `v_scale`."""
-    v = call.v[b, h // (call.q.shape[1] // call.v.shape[1])]
+    v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
     m, l = _empty_state(call, i1 - i0)
     acc = np.zeros((i1 - i0, v.shape[1]), l.dtype)
     sees = np.zeros(i1 - i0, bool)
-    for keys, scores, visible in _score_blocks(call, b, h, i0, i1):
+    for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
         m, l, p, alpha = _softmax_step(m, l, scores)
         acc = acc * alpha[:, None] + _weighted_values(p, visible, v[keys].astype(l.dtype) * l.dtype.type(v_scale))
         sees |= visible.any(axis=1)

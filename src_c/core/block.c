@@ -30,7 +30,7 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
     const fa_panel *p = &w->panel;
     fa_score_rules rules = {w->call->natural ? a->scale : 1.0f, a->softcap, NULL, NULL, NULL, NULL, NULL};
     if (a->alibi_slopes) {
-        for (int r = 0; r < p->padded; r++) p->offset_of[r] = (float)(p->query[r] + p->offset - block->first);
+        for (int r = 0; r < p->padded; r++) p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
         rules.slopes = p->slopes;
         rules.offset = p->offset_of;
     }

@@ -3,19 +3,19 @@
 #include "../cpu/fpenv.h"
 #include "../ukernel/storage.h"
 #include "ints.h"
+#include "panel.h"
 #include "state.h"
 
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
+#include <string.h>
 
-static fa_rows plan_rows(const fastattn_attention_args *a, int most) {
+static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
     fa_rows r;
-    const fastattn_block_mask *blocks = a->block_mask;
-    r.group = a->num_heads / a->num_kv_heads;
-    if (blocks && blocks->head_stride != 0) r.group = 1;
-    r.sequences = a->num_heads / r.group;
-    r.count = a->q_len * r.group;
-    r.segment = blocks ? fa_min(blocks->block_size * r.group, r.count) : r.count;
+    const fastattn_block_mask *blocks = call->args->block_mask;
+    r.count = q_len * call->group;
+    r.segment = blocks ? fa_min(blocks->block_size * call->group, r.count) : r.count;
     r.panels_a_segment = fa_ceil_div(r.segment, most);
     /* Panels of a long sequence are full; those of a block row share it evenly, or a ragged one would come with each. */
     const int64_t even = blocks ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, most);
@@ -28,13 +28,13 @@ static fa_rows plan_rows(const fastattn_attention_args *a, int most) {
 
 /* Few rows over many keys leave threads idle, so the keys are split; the parts are merged exactly. The number depends on
  * one batch entry's shape alone, never on the threads or the batch: results must not. */
-static void plan_splits(fa_call *call) {
+static void plan_splits(const fa_call *call, fa_shape *shape) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024 };
-    const int64_t of_entry = call->rows.sequences * call->rows.panels, keys = call->args->kv_len;
+    const int64_t of_entry = call->sequences * shape->rows.panels, keys = shape->kv_len;
     const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
-    call->split_keys = keys;
-    if (wanted > 1) call->split_keys = fa_round_up(fa_ceil_div(keys, wanted), call->block_keys);
-    call->splits = call->split_keys > 0 ? fa_ceil_div(keys, call->split_keys) : 1;
+    shape->split_keys = keys;
+    if (wanted > 1) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
+    shape->splits = shape->split_keys > 0 ? fa_ceil_div(keys, shape->split_keys) : 1;
 }
 
 /* Whether rows of so many numbers leave gaps, as those of heads side by side do. */
@@ -42,39 +42,110 @@ static int apart(int64_t stride, int64_t dim, int64_t size) { return stride > di
 
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
  * often such that all rows want the same few lines of a cache. */
-static int as_stored(const fa_call *call, const fa_products *products) {
-    return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && call->rows.panels > 1);
+static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
+    return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
+}
+
+static fa_shape plan_shape(const fa_call *call, int64_t q_len, int64_t kv_len) {
+    fa_shape shape = {.q_len = q_len, .kv_len = kv_len, .products = call->products, .splits = 1};
+    if (q_len == 0) return shape;
+    shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
+    if (shape.rows.panel_rows < shape.products->fewest_rows) {
+        shape.products = call->uk->products;
+        shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
+    }
+    shape.block_keys = fa_min(shape.products->block_keys, kv_len > 0 ? kv_len : 1);
+    plan_splits(call, &shape);
+    const fa_ways ways = fastattn_ways(call, &shape);
+    for (int way = 0; way < FA_WAYS; way++)
+        shape.prepared[way] = (way == FA_PREFERRED || (way == FA_EXACT && shape.products->fits)) && !as_stored(call, &shape, ways.of[way]);
+    return shape;
+}
+
+/* The shape of entry b, as far as the caller gives it. */
+static void lengths_of(const fastattn_attention_args *a, int64_t b, int64_t *q_len, int64_t *kv_len) {
+    *q_len = a->q_lengths ? a->q_lengths[b] : fastattn_q_room(a, b);
+    *kv_len = (a->kv_lengths ? a->kv_lengths[b] : fastattn_kv_room(a, b)) - (a->kv_starts ? a->kv_starts[b] : 0);
+}
+
+/* Where entry b lies: what is not its shape. */
+static void place(const fastattn_attention_args *a, int64_t b, fa_entry *entry) {
+    entry->batch = b;
+    entry->query = a->cu_seqlens_q ? a->cu_seqlens_q[b] : 0;
+    entry->q_room = fastattn_q_room(a, b);
+    entry->start = a->kv_starts ? a->kv_starts[b] : 0;
+    entry->key = (a->cu_seqlens_k ? a->cu_seqlens_k[b] : 0) + entry->start;
+    entry->offset = a->query_offset ? fa_reach(a->query_offset[b]) - entry->start : entry->shape.kv_len - entry->shape.q_len;
+}
+
+static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
+    return shape->q_len == q_len && shape->kv_len == kv_len;
+}
+
+/* What all entries come to. */
+typedef struct fa_totals {
+    double parts, work, partials; /* panels times parts of their keys, multiplications, and bytes of states */
+    fa_shape most;                /* of some things, the most that an entry has */
+    int p_apart;                  /* powers need room of their own */
+} fa_totals;
+
+/* Multiplications that a panel takes as long as, besides its own. */
+static const double work_of_panel = 5e4;
+
+static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
+    const fastattn_attention_args *a = call->args;
+    if (shape->q_len == 0) return;
+    const double parts = (double)entries * (double)(call->sequences * shape->rows.panels * shape->splits);
+    const double dims = (double)(a->head_dim + a->v_head_dim);
+    t->parts += parts;
+    t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
+    if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
+    t->most.rows.ld = t->most.rows.ld > shape->rows.ld ? t->most.rows.ld : shape->rows.ld;
+    t->most.rows.panels = fa_max(t->most.rows.panels, shape->rows.panels);
+    t->most.block_keys = fa_max(t->most.block_keys, shape->block_keys);
+    for (int way = 0; way < FA_WAYS; way++) t->most.prepared[way] |= shape->prepared[way];
+    t->p_apart |= !shape->products->in_place;
+}
+
+static fa_totals survey(fa_call *call) {
+    const fastattn_attention_args *a = call->args;
+    const int alike = !fastattn_ragged(a);
+    fa_totals t = {0};
+    fa_shape shape = {.q_len = -1};
+    int64_t entries = alike ? a->batch : 0; /* of this shape, not counted yet */
+    if (alike) shape = plan_shape(call, a->q_len, a->kv_len);
+    for (int64_t b = 0; b < a->batch && !alike; b++) {
+        int64_t q_len, kv_len;
+        lengths_of(a, b, &q_len, &kv_len);
+        if (!of_shape(&shape, q_len, kv_len)) {
+            if (entries > 0) count_shape(call, &t, &shape, entries);
+            shape = plan_shape(call, q_len, kv_len);
+            entries = 0;
+        }
+        entries++;
+    }
+    count_shape(call, &t, &shape, entries);
+    call->shape = shape;
+    return t;
 }
 
 /* What keys and values have to be turned into first is turned for several panels at a time, if there are enough for all
  * threads. Results do not depend on it. */
-static void plan_bundles(fa_call *call) {
+static void plan_bundles(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 8, MOST_ROWS = FA_MOST_BUNDLE * FA_ROW_STEP };
-    const fastattn_attention_args *a = call->args;
-    const int64_t parts = call->panels * call->splits, threads = fa_max(a->num_threads, 1);
-    const int64_t most = fa_min(parts / (threads * ITEMS_A_THREAD), MOST_ROWS / call->rows.ld);
-    call->bundle = as_stored(call, call->products) ? 1 : fa_max(1, most);
-    call->bundle = fa_min(call->bundle, call->rows.panels);
-    call->bundles = fa_ceil_div(call->rows.panels, call->bundle);
-    call->items = a->batch * call->rows.sequences * call->bundles * call->splits;
+    const double enough = (double)fa_max(call->args->num_threads, 1) * ITEMS_A_THREAD;
+    const int64_t most = fa_min(MOST_ROWS / fa_max(totals->most.rows.ld, 1), totals->most.rows.panels);
+    call->most_bundle = totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most;
+    if (call->most_bundle < 1 || !totals->most.prepared[FA_PREFERRED]) call->most_bundle = 1;
 }
 
-/* Some number of multiplications; a panel takes as long as a few more. */
-static double work_of(const fa_call *call) {
-    const double of_panel = 5e4;
-    const fastattn_attention_args *a = call->args;
-    return (double)call->items * (double)call->bundle *
-           (of_panel + (double)call->rows.ld * (double)fa_min(call->split_keys, a->kv_len) *
-                           (double)(a->head_dim + a->v_head_dim));
-}
-
-/* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` to do, some 20 microseconds. Nobody needs
- * to interrupt what ends in milliseconds. Results do not depend on either. */
+/* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` multiplications to do, some 20
+ * microseconds. Nobody needs to interrupt what ends in milliseconds. Results do not depend on either. */
 static void plan_team(fa_call *call, double work) {
     const double enough = 2e6, worth_interrupting = 1e9;
     const fastattn_attention_args *a = call->args;
-    const double threads = fmin((double)fa_min(a->num_threads, call->items), work / enough);
-    call->team.threads = threads < 2 ? 1 : (int)threads;
+    const double threads = work / enough;
+    call->team.threads = a->num_threads < 2 || threads < 2 ? 1 : threads < a->num_threads ? (int)threads : a->num_threads;
     call->team.threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading;
     call->team.interrupted = work < worth_interrupting ? NULL : a->interrupted;
     call->team.interrupted_context = a->interrupted_context;
@@ -86,45 +157,39 @@ static size_t take(size_t *bytes, int64_t count, size_t size) {
     return at;
 }
 
-static fastattn_status plan_memory(fa_call *call) {
+static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     const fastattn_attention_args *a = call->args;
-    const int64_t ld = call->rows.ld, keys = call->block_keys;
+    const int64_t ld = totals->most.rows.ld, keys = totals->most.block_keys;
     fa_scratch *m = &call->scratch;
     size_t bytes = 0;
     /* Products may pad keys and the numbers of one to whole tiles, of which there is one at least, and values by half a tile
      * more. */
     const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(fa_max(a->head_dim, 1), FA_TILE);
     const int64_t tiled_v_dim = fa_round_up(fa_max(a->v_head_dim, 1), FA_TILE);
-    const int in_place = call->products->in_place;
     m->s = take(&bytes, tiled_keys * ld, sizeof(float));
-    m->p = take(&bytes, in_place ? 0 : tiled_keys * ld, sizeof(float));
+    m->p = take(&bytes, totals->p_apart * tiled_keys * ld, sizeof(float));
     m->bias = take(&bytes, tiled_keys * ld, sizeof(float));
     m->shown = take(&bytes, tiled_keys * ld, sizeof(float));
-    const fa_ways ways = fastattn_ways(call);
     size_t panel = 0;
     for (int way = 0; way < FA_WAYS; way++) {
-        const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits);
-        const int64_t prepared = wanted && !as_stored(call, ways.of[way]);
+        const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits), prepared = totals->most.prepared[way];
         m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
         m->v[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_v_dim, sizeof(float));
-        m->prepared[way] = (int)prepared;
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
     m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
-    m->panel.rows = take(&panel, ld, 6 * sizeof(float) + 2 * sizeof(void *) + 4 * sizeof(int64_t));
+    m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
     m->panel.bytes = panel;
-    m->panels = take(&bytes, call->bundle, panel);
+    m->panels = take(&bytes, call->most_bundle, panel);
     m->bytes = bytes;
-    call->partial_bytes = call->splits > 1 ? fastattn_state_bytes(ld, a->v_head_dim) : 0;
-    const int64_t partials = call->panels * call->splits;
-    const int workers = a->num_threads > 1 ? a->num_threads : 1;
-    const size_t most = SIZE_MAX / 4;
-    if (m->bytes > most / (size_t)workers ||
-        (call->partial_bytes > 0 && (size_t)partials > most / call->partial_bytes))
+    const size_t workers = (size_t)call->workers, most = SIZE_MAX / 8;
+    if ((size_t)a->batch > most / sizeof(fa_entry) || m->bytes > most / workers || totals->partials > (double)most)
         return FASTATTN_ERROR_MEMORY;
-    call->workspace = m->bytes * (size_t)workers + call->partial_bytes * (size_t)partials;
+    call->entries_at = take(&call->workspace, a->batch, sizeof(fa_entry));
+    call->scratch_at = take(&call->workspace, call->workers, m->bytes);
+    call->partials_at = take(&call->workspace, 1, (size_t)totals->partials);
     return FASTATTN_OK;
 }
 
@@ -132,15 +197,14 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     const fastattn_attention_args *args = &call->own.attention;
     fastattn_status status = fastattn_check_args(&call->own, given);
     if (status != FASTATTN_OK) return status;
+    memset(call, 0, offsetof(fa_call, entries));
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision);
-    call->items = call->panels = 0;
-    call->workspace = 0;
-    call->splits = 1;
-    call->block_keys = 0;
+    call->workers = args->num_threads > 1 ? args->num_threads : 1;
     plan_team(call, 0);
+    take(&call->workspace, 1, sizeof *call);
     if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) return FASTATTN_OK;
 
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
@@ -151,19 +215,15 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
-    call->rows = plan_rows(args, call->products->panel_rows);
-    if (call->rows.panel_rows < call->products->fewest_rows) {
-        call->products = call->uk->products;
-        call->rows = plan_rows(args, call->products->panel_rows);
-    }
+    call->group = args->num_heads / args->num_kv_heads;
+    if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
+    call->sequences = args->num_heads / call->group;
     const int64_t size = fa_size_of(args->kv_dtype);
     call->apart = apart(args->k_strides[2], args->head_dim, size) || apart(args->v_strides[2], args->v_head_dim, size);
-    call->panels = args->batch * call->rows.sequences * call->rows.panels;
-    call->block_keys = fa_min(call->products->block_keys, args->kv_len > 0 ? args->kv_len : 1);
-    plan_splits(call);
-    plan_bundles(call);
-    plan_team(call, work_of(call));
-    return plan_memory(call);
+    const fa_totals totals = survey(call);
+    plan_bundles(call, &totals);
+    plan_team(call, totals.work);
+    return plan_memory(call, &totals);
 }
 
 /* The plan, too, is made in the default floating-point environment, so that neither do results depend on the caller's
@@ -173,4 +233,78 @@ fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_ar
     const fastattn_status status = plan(call, args);
     fa_fpenv_restore(found);
     return status;
+}
+
+/* The power of 2 that an item of so many queries and keys is about as long as. */
+static int magnitude(int64_t q_len, int64_t kv_len) {
+    int m = 0;
+    for (uint64_t pairs = (uint64_t)fa_min(q_len, FA_PANEL_ROWS) * (uint64_t)kv_len; pairs > 0; pairs >>= 1) m++;
+    return m;
+}
+
+/* Where in the table of entries those of a magnitude begin: the longest first, so that the last to finish is short. */
+static void longest_first(const fastattn_attention_args *a, int64_t begin[64]) {
+    int64_t count[64] = {0}, at = 0, q_len, kv_len;
+    for (int64_t b = 0; b < a->batch; b++) {
+        lengths_of(a, b, &q_len, &kv_len);
+        count[magnitude(q_len, kv_len)]++;
+    }
+    for (int m = 63; m >= 0; m--) {
+        begin[m] = at;
+        at += count[m];
+    }
+}
+
+static void enter_all(const fa_call *call, fa_entry *entries) {
+    const fastattn_attention_args *a = call->args;
+    const int sorted = a->batch > 1 && fastattn_ragged(a);
+    int64_t begin[64], q_len, kv_len;
+    if (sorted) longest_first(a, begin);
+    const fa_shape *shape = &call->shape;
+    for (int64_t b = 0; b < a->batch; b++) {
+        lengths_of(a, b, &q_len, &kv_len);
+        fa_entry *entry = entries + (sorted ? begin[magnitude(q_len, kv_len)]++ : b);
+        entry->shape = of_shape(shape, q_len, kv_len) ? *shape : plan_shape(call, q_len, kv_len);
+        shape = &entry->shape;
+        place(a, b, entry);
+        entry->bundle = shape->prepared[FA_PREFERRED] ? fa_max(fa_min(call->most_bundle, shape->rows.panels), 1) : 1;
+        entry->bundles = entry->bundle > 1 ? fa_ceil_div(shape->rows.panels, entry->bundle) : shape->rows.panels;
+        entry->partial_bytes = shape->splits > 1 ? fastattn_state_bytes(shape->rows.ld, a->v_head_dim) : 0;
+    }
+}
+
+fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
+    fa_call *call = workspace;
+    memcpy(call, prepared, offsetof(fa_call, entries));
+    call->entries = NULL;
+    call->paddings = 0;
+    memset(call->items, 0, sizeof call->items);
+    if (call->entries_at == 0) return call;
+    const fastattn_attention_args *a = call->args;
+    call->entries = (fa_entry *)((char *)workspace + call->entries_at);
+    enter_all(call, call->entries);
+    size_t partials = call->partials_at;
+    for (fa_entry *entry = call->entries; entry < call->entries + a->batch; entry++) {
+        const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
+        memcpy(entry->first, call->items, sizeof entry->first);
+        entry->partials = partials;
+        call->items[FA_COMPUTE] += call->sequences * entry->bundles * splits;
+        call->items[FA_MERGE] += splits > 1 ? panels : 0;
+        partials += entry->partial_bytes * (size_t)(panels * splits);
+        if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
+    }
+    call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
+    return call;
+}
+
+const fa_entry *fastattn_entry_of(const fa_call *call, int phase, int64_t item) {
+    int64_t low = 0, high = call->args->batch;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (call->entries[middle].first[phase] <= item)
+            low = middle;
+        else
+            high = middle;
+    }
+    return call->entries + low;
 }

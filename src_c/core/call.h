@@ -8,12 +8,15 @@
 
 enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
 
-/* The products of the call, those in float32 for the blocks that do not fit the others, and those for panels of few rows. */
+/* The products of an entry, those in float32 for the blocks that do not fit the others, and those for panels of few rows. */
 enum { FA_PREFERRED, FA_EXACT, FA_FEW, FA_WAYS };
 
 typedef struct fa_ways {
     const fa_products *of[FA_WAYS];
 } fa_ways;
+
+/* Items of phase 0 compute; those of phase 1 merge the parts of a panel whose keys are split. */
+enum { FA_COMPUTE, FA_MERGE, FA_PHASES };
 
 /* How the rows of one (batch entry, key/value head) become panels.
  *
@@ -22,8 +25,6 @@ typedef struct fa_ways {
  * rows that no panel crosses: all rows, or with a block mask the rows of one block row. Where a block mask differs
  * between the heads of a group, each head is packed alone (group 1, heads_alone query heads in turn). */
 typedef struct fa_rows {
-    int64_t group;            /* query heads in a packed sequence */
-    int64_t sequences;        /* packed sequences per batch entry */
     int64_t count;            /* rows of a packed sequence */
     int64_t segment;          /* rows of a segment, the last one may have fewer */
     int64_t panels_a_segment; /* each of panel_rows rows, the last one may have fewer */
@@ -32,40 +33,68 @@ typedef struct fa_rows {
     int ld;                   /* panel_rows rounded up to FA_ROW_STEP */
 } fa_rows;
 
+/* How a batch entry of so many queries and keys is computed: all that its bits depend on, and nothing about its neighbours, the
+ * threads, or what the caller's arrays hold besides. */
+typedef struct fa_shape {
+    int64_t q_len, kv_len;
+    const fa_products *products;
+    fa_rows rows;
+    int64_t block_keys;    /* keys in one step */
+    int64_t splits;        /* parts of the keys, each an item of work */
+    int64_t split_keys;    /* keys of a part, a multiple of block_keys */
+    int prepared[FA_WAYS]; /* keys and values are not used as stored */
+} fa_shape;
+
+/* A batch entry: where it lies in the caller's arrays, and what of the call's work is its own. Its queries and keys count from 0. */
+typedef struct fa_entry {
+    fa_shape shape;
+    int64_t batch;          /* of arrays that have such an axis */
+    int64_t query, q_room;  /* its first query among the rows of q, and all rows there that are its own, padding included */
+    int64_t key;            /* its first key among the rows of k and v */
+    int64_t start;          /* of its keys, those before the first, which no query sees: masks count from there */
+    int64_t offset;         /* position of its first query, where that of its first key is 0 */
+    int64_t bundle;         /* consecutive panels of an item, which share what is made of a block of keys */
+    int64_t bundles;        /* of a packed sequence */
+    int64_t first[FA_PHASES]; /* items of the entries before it */
+    size_t partials, partial_bytes; /* the states of its parts, from the first partial on, and the bytes of each */
+} fa_entry;
+
 /* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
-    int prepared[FA_WAYS]; /* there is room for keys and values, which are not used as stored */
     size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], finite_v, panels;
     size_t bytes;
     struct { size_t q[FA_WAYS], o, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
-typedef struct fa_call {
-    fa_args own;           /* what args points to: a call cannot be copied */
+/* A call in its workspace, to which it belongs: the public plan. */
+typedef struct fastattn_plan {
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
     const fa_products *products;
-    fa_rows rows;
-    int64_t panels;        /* of all batch entries */
+    int64_t group;         /* query heads in a packed sequence */
+    int64_t sequences;     /* packed sequences per batch entry */
     int apart;             /* there are gaps between the rows of keys or values */
-    int64_t block_keys;    /* keys in one step */
-    int64_t splits;        /* parts of the keys, each an item of work */
-    int64_t split_keys;    /* keys of a part, a multiple of block_keys */
-    int64_t bundle;        /* consecutive panels of an item, which share what is made of a block of keys */
-    int64_t bundles;       /* of a packed sequence */
-    int64_t items;         /* batch * sequences * bundles * splits */
-    fa_team team;          /* as many threads as pay off, at most args->num_threads */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     float sign;            /* multiplies q while packing */
     float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
     double unit;           /* scores times unit are logits */
+    fa_team team;          /* as many threads as pay off, at most args->num_threads */
+    int workers;           /* for which there is scratch */
+    int64_t most_bundle;
+    fa_shape shape;        /* that of the last entry */
     fa_scratch scratch;
-    size_t partial_bytes;  /* of the state of one part of a panel, where keys are split */
-    size_t workspace;      /* bytes in all */
+    size_t entries_at, scratch_at, partials_at, workspace; /* offsets in the workspace, and its bytes in all */
+
+    /* From here on set by fastattn_call_enter. */
+    fa_entry *entries;        /* [batch], the longest first */
+    int64_t items[FA_PHASES]; /* in all */
+    int64_t paddings;         /* items of phase 0 after these, none or one for each entry: they clear the rows beyond q_lengths */
+
+    fa_args own; /* the arguments, where args points to them */
 } fa_call;
 
-static inline fa_ways fastattn_ways(const fa_call *call) {
-    return (fa_ways){{call->products, call->uk->products, call->uk->few}};
+static inline fa_ways fastattn_ways(const fa_call *call, const fa_shape *shape) {
+    return (fa_ways){{shape->products, call->uk->products, call->uk->few}};
 }
 
 /* The way of a panel of so many rows. */
@@ -73,7 +102,15 @@ static inline int fastattn_way_of(const fa_call *call, int rows) {
     return rows <= call->uk->few->panel_rows ? FA_FEW : FA_PREFERRED;
 }
 
-/* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. */
+/* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. Without rows to compute or
+ * to clear, entries and items stay 0. */
 fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args);
+
+/* The call as it lies in a workspace of call->workspace bytes from now on, with its entries: the tables of lengths have been read for
+ * the last time. */
+fa_call *fastattn_call_enter(const fa_call *call, void *workspace);
+
+/* The entry that an item of a phase belongs to. */
+const fa_entry *fastattn_entry_of(const fa_call *call, int phase, int64_t item);
 
 #endif

@@ -50,24 +50,29 @@ static fastattn_status check_tables(const fa_table *tables, size_t count) {
 
 static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t batch = a->batch, heads = a->num_heads, kv_heads = a->num_kv_heads, rows = a->q_len, keys = a->kv_len;
+    const int64_t q_batch = a->cu_seqlens_q ? 1 : batch, kv_batch = a->cu_seqlens_k ? 1 : batch;
     const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
     const fa_table arrays[] = {
-        {a->q, a->q_strides, 3, {batch, heads, rows}, a->head_dim, q_size, 1, 0},
-        {a->k, a->k_strides, 3, {batch, kv_heads, keys}, used * a->head_dim, kv_size, 1, 0},
-        {a->v, a->v_strides, 3, {batch, kv_heads, keys}, used * a->v_head_dim, kv_size, 1, 0},
-        {a->out, a->out_strides, 3, {batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
+        {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0},
+        {a->k, a->k_strides, 3, {kv_batch, kv_heads, keys}, used * a->head_dim, kv_size, 1, 0},
+        {a->v, a->v_strides, 3, {kv_batch, kv_heads, keys}, used * a->v_head_dim, kv_size, 1, 0},
+        {a->out, a->out_strides, 3, {q_batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
     };
     const fastattn_status status = check_tables(arrays, sizeof arrays / sizeof *arrays);
     if (status != FASTATTN_OK) return status;
-    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->kv_lengths) return FASTATTN_OK;
+    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !fastattn_ragged(a)) return FASTATTN_OK;
     const fa_table options[] = {
-        {a->lse, a->lse_strides, 3, {batch, heads, rows}, 1, 4, 0, 1},
+        {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
         {a->mask, a->mask_strides, 4, {batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
         {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, used, 4, 0, 0},
         {a->sinks, NULL, 0, {0}, heads, 4, 0, 0},
         {a->query_offset, NULL, 0, {0}, batch, 8, 0, 0},
         {a->kv_lengths, NULL, 0, {0}, batch, 8, 0, 0},
+        {a->kv_starts, NULL, 0, {0}, batch, 8, 0, 0},
+        {a->q_lengths, NULL, 0, {0}, batch, 8, 0, 0},
+        {a->cu_seqlens_q, NULL, 0, {0}, batch + 1, 8, 0, 0},
+        {a->cu_seqlens_k, NULL, 0, {0}, batch + 1, 8, 0, 0},
     };
     return check_tables(options, sizeof options / sizeof *options);
 }
@@ -85,8 +90,29 @@ static fastattn_status check_numbers(const fastattn_attention_args *a) {
             if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] +
                                            h * a->alibi_strides[1])))
                 return FASTATTN_ERROR_SCALE;
-    for (int64_t b = 0; a->kv_lengths && b < a->batch; b++)
-        if (a->kv_lengths[b] < 0 || a->kv_lengths[b] > a->kv_len) return FASTATTN_ERROR_KV_LENGTHS;
+    return FASTATTN_OK;
+}
+
+static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
+    if (cu_seqlens[0] != 0 || cu_seqlens[batch] != total) return 0;
+    for (int64_t b = 0; b < batch; b++)
+        if (cu_seqlens[b + 1] < cu_seqlens[b]) return 0;
+    return 1;
+}
+
+/* The shape that each entry is said to have fits into what there is. */
+static fastattn_status check_lengths(const fastattn_attention_args *a) {
+    if ((a->cu_seqlens_q || a->cu_seqlens_k) && (a->mask || a->block_mask)) return FASTATTN_ERROR_ARGUMENT;
+    if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
+        (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
+        return FASTATTN_ERROR_SEQLENS;
+    if (!a->kv_lengths && !a->kv_starts && !a->q_lengths) return FASTATTN_OK;
+    for (int64_t b = 0; b < a->batch; b++) {
+        const int64_t q_room = fastattn_q_room(a, b), kv_room = fastattn_kv_room(a, b);
+        const int64_t length = a->kv_lengths ? a->kv_lengths[b] : kv_room, start = a->kv_starts ? a->kv_starts[b] : 0;
+        if (length < 0 || length > kv_room || start < 0 || start > length) return FASTATTN_ERROR_KV_LENGTHS;
+        if (a->q_lengths && (a->q_lengths[b] < 0 || a->q_lengths[b] > q_room)) return FASTATTN_ERROR_Q_LENGTHS;
+    }
     return FASTATTN_OK;
 }
 
@@ -173,6 +199,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     status = check_shape(a);
     if (status == FASTATTN_OK) status = check_memory(a);
     if (status == FASTATTN_OK) status = check_numbers(a);
+    if (status == FASTATTN_OK) status = check_lengths(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     return status;
 }

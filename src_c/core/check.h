@@ -16,6 +16,19 @@ typedef struct fa_args {
 /* Checks the caller's arguments and copies them, which changes nothing else: tables stay the caller's. */
 fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given);
 
+/* Whether entries have lengths of their own. */
+static inline int fastattn_ragged(const fastattn_attention_args *a) {
+    return a->kv_lengths || a->kv_starts || a->q_lengths || a->cu_seqlens_q || a->cu_seqlens_k;
+}
+
+/* The rows of q, and of k and v, that are entry b's, padding included. */
+static inline int64_t fastattn_q_room(const fastattn_attention_args *a, int64_t b) {
+    return a->cu_seqlens_q ? a->cu_seqlens_q[b + 1] - a->cu_seqlens_q[b] : a->q_len;
+}
+static inline int64_t fastattn_kv_room(const fastattn_attention_args *a, int64_t b) {
+    return a->cu_seqlens_k ? a->cu_seqlens_k[b + 1] - a->cu_seqlens_k[b] : a->kv_len;
+}
+
 /* Whether a struct of this size is that of a version which had the fields up to `first`, or of a later one up to this. */
 int fastattn_known_size(size_t size, size_t first, size_t own);
 #define FA_END_OF(type, field) (offsetof(type, field) + sizeof(((type *)NULL)->field))

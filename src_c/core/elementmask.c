@@ -40,7 +40,7 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
     for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;
     for (int64_t j = 0; j < block->keys; j++) {
         const uint8_t *bits = block->bits + j * block->bits_stride;
-        lanes[j] = lanes_of_bits(p, bits, block->bits_query, call->rows.group) & real;
+        lanes[j] = lanes_of_bits(p, bits, block->bits_query, call->group) & real;
         found |= (lanes[j] ? FA_MASK_SHOWS : 0u) | (lanes[j] != real ? FA_MASK_HIDES : 0u);
         for (int g = 0; g < groups; g++)
             if (lanes[j] >> (g * FA_ROW_STEP) & 0xffff) {

@@ -18,7 +18,9 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_SHAPE: return "a size is negative or too large, or num_heads is no multiple of num_kv_heads";
     case FASTATTN_ERROR_DTYPE: return "the dtypes of q, k, v and mask are unknown or do not go together";
     case FASTATTN_ERROR_SCALE: return "scale, softcap or an ALiBi slope is not finite, softcap is negative, or a sink is NaN or +inf";
-    case FASTATTN_ERROR_KV_LENGTHS: return "an entry of kv_lengths is negative or larger than kv_len";
+    case FASTATTN_ERROR_KV_LENGTHS: return "an entry of kv_lengths is negative or larger than kv_len, or one of kv_starts than it";
+    case FASTATTN_ERROR_SEQLENS: return "cu_seqlens do not begin with 0, decrease, or do not end at the number of rows";
+    case FASTATTN_ERROR_Q_LENGTHS: return "an entry of q_lengths is negative or larger than q_len";
     case FASTATTN_ERROR_BLOCK_MASK: return "the tables of block_mask are out of order or out of range";
     case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
     case FASTATTN_ERROR_MEMORY: return "out of memory";
@@ -44,11 +46,12 @@ const char *fastattn_isa_name(fastattn_isa isa) {
 
 int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(isa) != NULL; }
 
-/* (row, key) pairs of the blocks that the loop would visit, as told by its own iterator. */
-static double visited_pairs(const fa_call *call, char *memory) {
+/* (row, key) pairs of the blocks that the loop would visit in an entry, as told by its own iterator. */
+static double visited_pairs(const fa_call *call, const fa_entry *entry, char *memory) {
+    const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
     double pairs = 0;
-    for (int64_t n = 0; n < call->panels * call->splits; n++) {
-        const fa_panel panel = fastattn_panel_of(call, n / call->splits, n % call->splits, memory);
+    for (int64_t n = 0; n < panels * splits; n++) {
+        const fa_panel panel = fastattn_panel_of(call, entry, n / splits, n % splits, memory);
         fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
         fa_key_block block;
         if (!blocks.mask)
@@ -62,30 +65,36 @@ static double visited_pairs(const fa_call *call, char *memory) {
 fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info) {
     enum { FIRST_INFO = FA_END_OF(fastattn_plan_info, visible_fraction) };
     if (!info || !fastattn_known_size(info->size, FIRST_INFO, sizeof *info)) return FASTATTN_ERROR_ARGUMENT;
-    fa_call call;
-    const fastattn_status status = fastattn_call_prepare(&call, args);
+    fa_call prepared;
+    const fastattn_status status = fastattn_call_prepare(&prepared, args);
     if (status != FASTATTN_OK) return status;
-    double visited = 0;
-    if (call.items > 0) {
-        char *memory = malloc(call.scratch.panel.bytes - call.scratch.panel.rows);
-        if (!memory) return FASTATTN_ERROR_MEMORY;
-        visited = visited_pairs(&call, memory);
-        free(memory);
+    /* The plan, and the vectors of a panel. */
+    char *memory = malloc(prepared.entries_at ? prepared.scratch_at + prepared.scratch.panel.bytes : prepared.workspace);
+    if (!memory) return FASTATTN_ERROR_MEMORY;
+    const fa_call *call = fastattn_call_enter(&prepared, memory);
+    const fastattn_attention_args *a = call->args;
+    double visited = 0, pairs = 0;
+    const fa_products *products = call->products;
+    fastattn_plan_info found = {.size = info->size, .splits = 1};
+    for (int64_t n = 0; call->entries && n < a->batch; n++) {
+        const fa_entry *entry = call->entries + n;
+        pairs += (double)a->num_heads * (double)entry->q_room * (double)fastattn_kv_room(a, entry->batch);
+        visited += visited_pairs(call, entry, memory + call->scratch_at);
+        if (entry->shape.rows.panel_rows > found.tile_rows) {
+            found.tile_rows = entry->shape.rows.panel_rows;
+            products = entry->shape.products;
+        }
+        found.tile_keys = fa_max(found.tile_keys, entry->shape.block_keys);
+        found.splits = fa_max(found.splits, entry->shape.splits);
     }
-    const double pairs = (double)args->batch * (double)args->num_heads * (double)args->q_len * (double)args->kv_len;
-    const fastattn_plan_info found = {
-        .size = info->size,
-        .isa = call.products->isa,
-        .kernel = call.products->name,
-        .tile_rows = call.items > 0 ? call.rows.panel_rows : 0,
-        .tile_keys = call.block_keys,
-        .splits = call.splits,
-        .work_items = call.items,
-        .num_threads = call.team.threads,
-        .workspace = call.workspace,
-        .visible_fraction = pairs > 0 ? visited / pairs : 0,
-        .threading = call.team.threading,
-    };
+    found.isa = products->isa;
+    found.kernel = products->name;
+    found.work_items = call->items[FA_COMPUTE];
+    found.num_threads = call->team.threads;
+    found.threading = call->team.threading;
+    found.workspace = call->workspace;
+    found.visible_fraction = pairs > 0 ? visited / pairs : 0;
     memcpy(info, &found, info->size);
+    free(memory);
     return FASTATTN_OK;
 }

@@ -12,12 +12,13 @@ fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
     it.end = fa_min(panel->end_key, panel->end[last]);
     it.full_from = panel->begin[last];
     it.full_to = panel->end[0];
-    it.step = call->block_keys;
+    it.step = panel->entry->shape.block_keys;
     it.run_end = it.end;
     it.mask = call->args->block_mask;
     if (it.mask) {
+        it.start = panel->entry->start;
         it.block_row = panel->query[0] / it.mask->block_size;
-        const int64_t row = panel->batch * it.mask->batch_stride + panel->head * it.mask->head_stride + it.block_row;
+        const int64_t row = panel->entry->batch * it.mask->batch_stride + panel->head * it.mask->head_stride + it.block_row;
         it.entry = it.mask->indptr[row];
         it.last_entry = it.mask->indptr[row + 1];
         it.run_end = it.next;
@@ -29,20 +30,20 @@ fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
 /* Takes the next listed block with a key in reach, and whole blocks that follow it without a gap. */
 static int next_run(fa_key_blocks *it) {
     const fastattn_block_mask *m = it->mask;
-    const int64_t size = m->block_size;
-    while (it->entry < it->last_entry && (m->indices[it->entry] + 1) * size <= it->next) it->entry++;
-    if (it->entry == it->last_entry || m->indices[it->entry] * size >= it->end) return 0;
-    const int64_t block = m->indices[it->entry];
+    const int64_t size = m->block_size, start = it->start;
+    while (it->entry < it->last_entry && (m->indices[it->entry] + 1) * size - start <= it->next) it->entry++;
+    if (it->entry == it->last_entry || m->indices[it->entry] * size - start >= it->end) return 0;
+    const int64_t first = m->indices[it->entry] * size - start;
     const int32_t element_mask = m->partial ? m->partial[it->entry] : -1;
     it->entry++;
-    it->next = fa_max(it->next, block * size);
-    it->run_end = (block + 1) * size;
+    it->next = fa_max(it->next, first);
+    it->run_end = first + size;
     it->bits = NULL;
     if (element_mask >= 0) {
         it->bits = m->element_bits + element_mask * size * ((size + 7) / 8);
-        it->bits_first = block * size;
+        it->bits_first = first;
     } else
-        while (it->entry < it->last_entry && m->indices[it->entry] * size == it->run_end &&
+        while (it->entry < it->last_entry && m->indices[it->entry] * size - start == it->run_end &&
                (!m->partial || m->partial[it->entry] < 0)) {
             it->run_end += size;
             it->entry++;

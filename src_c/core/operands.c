@@ -4,23 +4,14 @@
 #include "ints.h"
 #include "nonfinite.h"
 
-/* The caller's rows of k or v from `first` on. */
-static fa_matrix stored_rows(const fa_call *call, const void *base, const int64_t strides[3], const fa_panel *panel,
-                             int64_t first) {
-    const fa_matrix m = {(const char *)base + panel->batch * strides[0] + panel->kv_head * strides[1], strides[2],
-                         call->args->kv_dtype};
-    return fa_rows_from(m, first);
-}
-
 fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
-    const fastattn_attention_args *a = call->args;
     fa_run *run = w->run;
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    run->stored_k = stored_rows(call, a->k, a->k_strides, &w->panel, run->first);
-    run->stored_v = stored_rows(call, a->v, a->v_strides, &w->panel, run->first);
+    run->stored_k = fastattn_panel_keys(call, &w->panel, run->first);
+    run->stored_v = fastattn_panel_values(call, &w->panel, run->first);
     run->finite_k = run->finite_v = -1;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;
@@ -80,7 +71,7 @@ void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *bl
  * order anyway, and products by rows look ahead themselves.) */
 void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
-    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->call->rows.panels == 1);
+    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->panel.entry->shape.rows.panels == 1);
     if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
     w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size);

@@ -2,12 +2,6 @@
 
 #include "ints.h"
 
-/* Positions and windows are cut to 2**60, so that their sums cannot overflow. */
-static int64_t reach(int64_t x) {
-    const int64_t far = (int64_t)1 << 60;
-    return fa_max(-far, fa_min(far, x));
-}
-
 static void *take(char **memory, int64_t count, size_t size) {
     void *at = *memory;
     *memory += (size_t)count * size;
@@ -18,22 +12,29 @@ static void *take(char **memory, int64_t count, size_t size) {
 static void visible_keys(const fastattn_attention_args *a, int64_t position, int64_t length, int64_t *lo, int64_t *hi) {
     int64_t begin = 0, end = length;
     if (a->causal) end = fa_min(end, position + 1);
-    if (a->window_right >= 0) end = fa_min(end, position + reach(a->window_right) + 1);
-    if (a->window_left >= 0) begin = fa_max(begin, position - reach(a->window_left));
+    if (a->window_right >= 0) end = fa_min(end, position + fa_reach(a->window_right) + 1);
+    if (a->window_left >= 0) begin = fa_max(begin, position - fa_reach(a->window_left));
     *lo = fa_min(begin, length);
     *hi = fa_max(end, 0);
 }
 
-fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, char *memory) {
+size_t fastattn_panel_bytes(int ld) {
+    return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 6 * sizeof(float));
+}
+
+fa_panel fastattn_panel_of(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory) {
     const fastattn_attention_args *a = call->args;
-    const fa_rows *rows = &call->rows;
+    const fa_shape *shape = &entry->shape;
+    const fa_rows *rows = &shape->rows;
+    const int ld = rows->ld;
     fa_panel p;
 
     const int64_t sequence = panel / rows->panels;
     panel %= rows->panels;
     if (a->causal) panel = rows->panels - 1 - panel; /* the longest first: the last to finish is then short */
-    p.batch = sequence / rows->sequences;
-    p.head = sequence % rows->sequences * rows->group;
+    p.entry = entry;
+    p.ld = ld;
+    p.head = sequence * call->group;
     p.kv_head = p.head / (a->num_heads / a->num_kv_heads);
 
     const int64_t segment = panel / rows->panels_a_segment;
@@ -42,12 +43,9 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, cha
     p.rows = (int)fa_min(rows->panel_rows, segment_end - p.first_row);
     p.padded = (int)fa_round_up(p.rows, FA_ROW_STEP);
 
-    const int64_t length = a->kv_lengths ? a->kv_lengths[p.batch] : a->kv_len;
-    p.offset = a->query_offset ? reach(a->query_offset[p.batch]) : length - a->q_len;
-    p.first_key = part * call->split_keys;
-    p.end_key = fa_min(p.first_key + call->split_keys, length);
+    p.first_key = part * shape->split_keys;
+    p.end_key = fa_min(p.first_key + shape->split_keys, shape->kv_len);
 
-    const int64_t ld = rows->ld;
     p.query = take(&memory, ld, sizeof *p.query);
     p.head_of = take(&memory, ld, sizeof *p.head_of);
     p.begin = take(&memory, ld, sizeof *p.begin);
@@ -61,31 +59,57 @@ fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, cha
     p.alpha = take(&memory, ld, sizeof(float));
     p.fade = take(&memory, ld, sizeof(float));
 
-    int64_t i = p.first_row / rows->group, h = p.head + p.first_row % rows->group;
-    for (int r = 0; r < p.padded; r++) {
+    char *out = (char *)a->out + entry->batch * a->out_strides[0] + entry->query * a->out_strides[2];
+    int64_t i = p.first_row / call->group, h = p.head + p.first_row % call->group;
+    for (int r = 0; r < p.rows; r++) {
         p.query[r] = i;
         p.head_of[r] = h;
-        visible_keys(a, i + p.offset, length, &p.begin[r], &p.end[r]);
-        p.outputs[r] = (char *)a->out + p.batch * a->out_strides[0] + h * a->out_strides[1] + i * a->out_strides[2];
+        visible_keys(a, i + entry->offset, shape->kv_len, &p.begin[r], &p.end[r]);
+        p.outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
         if (a->alibi_slopes)
-            p.slopes[r] = *(const float *)((const char *)a->alibi_slopes + p.batch * a->alibi_strides[0] +
+            p.slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
-        if (r + 1 < p.rows && ++h == p.head + rows->group) h = p.head, i++;
+        if (++h == p.head + call->group) h = p.head, i++;
+    }
+    for (int r = p.rows, last = p.rows - 1; r < p.padded; r++) {
+        p.query[r] = p.query[last];
+        p.head_of[r] = p.head_of[last];
+        p.begin[r] = p.begin[last];
+        p.end[r] = p.end[last];
+        p.outputs[r] = p.outputs[last];
+        if (a->alibi_slopes) p.slopes[r] = p.slopes[last];
     }
     return p;
 }
 
+/* rows_of becomes pointers to rows at these strides. */
+static void point_at(fa_panel *p, const char *base, int64_t head_stride, int64_t row_stride) {
+    for (int r = 0; r < p->rows; r++) p->rows_of[r] = base + p->head_of[r] * head_stride + p->query[r] * row_stride;
+    for (int r = p->rows; r < p->padded; r++) p->rows_of[r] = p->rows_of[p->rows - 1];
+}
+
 void fastattn_panel_queries(const fa_call *call, fa_panel *p) {
     const fastattn_attention_args *a = call->args;
-    for (int r = 0; r < p->padded; r++)
-        p->rows_of[r] = (const char *)a->q + p->batch * a->q_strides[0] +
-                        p->head_of[r] * a->q_strides[1] + p->query[r] * a->q_strides[2];
+    const char *q = (const char *)a->q + p->entry->batch * a->q_strides[0] + p->entry->query * a->q_strides[2];
+    point_at(p, q, a->q_strides[1], a->q_strides[2]);
 }
 
 void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     const fastattn_attention_args *a = call->args;
-    for (int r = 0; r < p->padded; r++)
-        p->rows_of[r] = (const char *)a->mask + p->batch * a->mask_strides[0] +
-                        p->head_of[r] * a->mask_strides[1] + p->query[r] * a->mask_strides[2] +
-                        key * a->mask_strides[3];
+    const char *mask = (const char *)a->mask + p->entry->batch * a->mask_strides[0] + (p->entry->start + key) * a->mask_strides[3];
+    point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
+}
+
+static fa_matrix stored_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key) {
+    const char *head = (const char *)base + p->entry->batch * strides[0] + p->kv_head * strides[1];
+    const fa_matrix rows = {head + (p->entry->key + key) * strides[2], strides[2], call->args->kv_dtype};
+    return rows;
+}
+
+fa_matrix fastattn_panel_keys(const fa_call *call, const fa_panel *p, int64_t key) {
+    return stored_rows(call, p, call->args->k, call->args->k_strides, key);
+}
+
+fa_matrix fastattn_panel_values(const fa_call *call, const fa_panel *p, int64_t key) {
+    return stored_rows(call, p, call->args->v, call->args->v_strides, key);
 }

@@ -5,11 +5,12 @@
 #include "call.h"
 
 typedef struct fa_panel {
-    int64_t batch, kv_head;
+    const fa_entry *entry;  /* from whose first query and key everything counts */
+    int64_t kv_head;
     int64_t head;           /* query head of the packed sequence's first */
     int64_t first_row;      /* of the panel, in its packed sequence */
-    int64_t offset;         /* query_offset of the batch entry */
     int64_t first_key, end_key; /* keys of this part */
+    int ld;                 /* of the entry's panels */
     int rows;               /* real rows */
     int padded;             /* rows rounded up to FA_ROW_STEP: columns that the slots work on */
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
@@ -23,12 +24,19 @@ typedef struct fa_panel {
     void **outputs;         /* [padded] row pointers of out */
 } fa_panel;
 
-/* Part `part` of the keys for panel `panel` of all (of a sequence, of all sequences of all batch entries); its vectors live in
- * `memory`, the rows part of a panel's scratch. */
-fa_panel fastattn_panel_of(const fa_call *call, int64_t panel, int64_t part, char *memory);
+/* The bytes of a panel's vectors. */
+size_t fastattn_panel_bytes(int ld);
+
+/* Part `part` of the keys for panel `panel` of all of an entry (of a sequence, of all sequences); its vectors live in `memory`, of
+ * fastattn_panel_bytes. */
+fa_panel fastattn_panel_of(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory);
 
 /* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
 void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
+
+/* The caller's rows of keys, or of values, from `key` on. */
+fa_matrix fastattn_panel_keys(const fa_call *call, const fa_panel *panel, int64_t key);
+fa_matrix fastattn_panel_values(const fa_call *call, const fa_panel *panel, int64_t key);
 
 #endif

@@ -18,12 +18,13 @@
  *     lse[b,h,i]   = natural logarithm of the denominator; beyond the rounding of the scores its error is at most
  *                    2**-22 * max(1, |lse|)
  *
- * Key j is visible when j < kv_lengths[b], the mask does not hide it (false, or a float of exactly -inf),
+ * Key j is visible when kv_starts[b] <= j < kv_lengths[b], the mask does not hide it (false, or a float of exactly -inf),
  * causal implies j <= p, the window implies p - window_left <= j <= p + window_right, and the block mask, if there is
  * one, lists it. Invisible keys and values are never used, whatever they hold. A row that sees no key is 0 with
  * lse = -inf (with a sink: lse = sink).
  *
- * Results are bitwise the same for any number of threads, and for a batch entry alone or among others.
+ * Results are bitwise the same for any number of threads, and for a batch entry alone or among others. The shape of an entry is
+ * its own: lengths below q_len and kv_len give what arrays of just these rows and keys give, bitwise, and take their time.
  */
 #ifndef FASTATTN_H
 #define FASTATTN_H
@@ -60,14 +61,16 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_DTYPE = 3,        /* an unknown dtype, or a combination that is not supported */
     FASTATTN_ERROR_SCALE = 4,        /* scale, softcap or an ALiBi slope that is not finite, a negative softcap, or a
                                         sink that is NaN or +inf */
-    FASTATTN_ERROR_KV_LENGTHS = 5,   /* a length below 0 or above kv_len */
+    FASTATTN_ERROR_KV_LENGTHS = 5,   /* a length below 0 or above kv_len, or a start below 0 or above the length */
     FASTATTN_ERROR_BLOCK_MASK = 6,   /* indptr, indices or bit tables out of order or out of range */
     FASTATTN_ERROR_WORKSPACE = 7,    /* the workspace is too small, or not aligned to 64 bytes */
     FASTATTN_ERROR_MEMORY = 8,       /* the library had to allocate and could not */
     FASTATTN_ERROR_ISA = 9,          /* the instruction set asked for is unknown or not available here */
     FASTATTN_ERROR_SLOT = 10,        /* a slot below -1, or beyond the pages */
     FASTATTN_ERROR_INTERRUPTED = 11, /* the caller's `interrupted` said so; outputs hold anything */
-    FASTATTN_ERROR_THREADING = 12    /* the way of threading asked for is unknown, or this library was built without it */
+    FASTATTN_ERROR_THREADING = 12,   /* the way of threading asked for is unknown, or this library was built without it */
+    FASTATTN_ERROR_Q_LENGTHS = 13,   /* a length below 0 or above q_len */
+    FASTATTN_ERROR_SEQLENS = 14      /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -194,7 +197,7 @@ typedef struct fastattn_attention_args {
     int causal;                      /* non-zero: j <= i + query_offset */
     int64_t window_left;             /* -1: unbounded */
     int64_t window_right;            /* -1: unbounded */
-    const int64_t *query_offset;     /* (batch), or null: kv_length - q_len; cut to +-2**60, as the window is */
+    const int64_t *query_offset;     /* (batch), or null: kv_length - q_length; cut to +-2**60, as the window is */
     const int64_t *kv_lengths;       /* (batch), or null: kv_len */
 
     const void *mask;                /* (batch, num_heads, q_len, kv_len), or null */
@@ -213,6 +216,15 @@ typedef struct fastattn_attention_args {
                                         call that takes longer: non-zero ends it with FASTATTN_ERROR_INTERRUPTED, as soon as
                                         every thread has finished its item */
     void *interrupted_context;       /* what it is given */
+
+    const int64_t *kv_starts;        /* (batch), or null: 0; keys before them are padding */
+    const int64_t *q_lengths;        /* (batch), or null: q_len; rows from there on are padding: out 0, lse -inf, sink or not */
+
+    const int64_t *cu_seqlens_q;     /* (batch + 1), or null. Packed sequences: q, out and lse have no batch axis (their first stride is
+                                        not used), q_len is the number of all their rows, and those of entry b are
+                                        cu_seqlens_q[b] to cu_seqlens_q[b + 1]; from 0, never decreasing, to q_len. Its q_len, for
+                                        q_lengths and query_offset, is the difference. No mask then, and no block mask */
+    const int64_t *cu_seqlens_k;     /* (batch + 1), or null; the same for k, v and kv_len */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -225,7 +237,7 @@ typedef struct fastattn_attention_args {
         sizeof(fastattn_attention_args), 0, 0, 0, 0, 0, 0, 0, FASTATTN_FLOAT32, FASTATTN_FLOAT32, NULL, NULL, NULL, \
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
-            NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL                                \
+            NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL        \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */
@@ -246,18 +258,18 @@ FASTATTN_API fastattn_status fastattn_attention_args_init(fastattn_attention_arg
 FASTATTN_API fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace,
                                                 size_t workspace_size);
 
-/* The bytes of workspace that a call with these arguments needs: num_threads times a few tiles, plus, where the keys
- * are split, the partial states of the splits. 0 when the arguments are invalid or the result is empty. */
+/* The bytes of workspace that a call with these arguments needs: the plan, num_threads times a few tiles, and, where the
+ * keys are split, the partial states of the splits. 0 when the arguments are invalid. */
 FASTATTN_API size_t fastattn_workspace_size(const fastattn_attention_args *args);
 
-/* What a call would do, for inspection. */
+/* What a call would do, for inspection; where entries differ, what is done to that with the most query rows. */
 typedef struct fastattn_plan_info {
     size_t size;                     /* sizeof(fastattn_plan_info), set by the caller */
     fastattn_isa isa;                /* the instruction set whose kernels run */
     const char *kernel;              /* the name of the micro-kernel table, e.g. "float32_avx512" */
     int64_t tile_rows;               /* query rows (of one group of heads) in a work item, at most */
     int64_t tile_keys;               /* keys in one step of the loop, at most */
-    int64_t splits;                  /* parts into which the keys of one work item are split */
+    int64_t splits;                  /* parts into which the keys of a batch entry are split, at most */
     int64_t work_items;
     int num_threads;                 /* threads that will share the items */
     size_t workspace;                /* bytes */
@@ -268,13 +280,20 @@ typedef struct fastattn_plan_info {
 
 FASTATTN_API fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info);
 
-/* The same call in parts, for callers with threads of their own. Phase 0 computes, phase 1 merges the splits (it may
- * have no items). Run every item of phase 0, in any order and on any threads, then every item of phase 1. worker tells the
- * scratch memory apart: items that run at the same time must have different numbers below args->num_threads.
- * workspace must not be null. */
-FASTATTN_API int64_t fastattn_attention_items(const fastattn_attention_args *args, int phase);
-FASTATTN_API fastattn_status fastattn_attention_run(const fastattn_attention_args *args, int phase, int64_t item,
-                                                    int worker, void *workspace, size_t workspace_size);
+/* The same call in parts, for callers with threads of their own, planned once and run item by item.
+ *
+ * fastattn_attention_plan checks the arguments and lays out their plan in the workspace, where it stays: workspace must not be null,
+ * and belongs to the plan until its last item has run. The arguments, the struct of the block mask and the tables of lengths are
+ * copied; everything else that they point to must stay as it is.
+ *
+ * Phase 0 computes, phase 1 merges the splits (it may have no items). Run every item of phase 0, in any order and on any
+ * threads, then every item of phase 1; those that come first take the longest. worker tells the scratch memory apart: items that run
+ * at the same time must have different numbers below num_threads. A plan may be run again, with new contents of the arrays. */
+typedef struct fastattn_plan fastattn_plan;
+FASTATTN_API fastattn_status fastattn_attention_plan(const fastattn_attention_args *args, void *workspace,
+                                                     size_t workspace_size, const fastattn_plan **plan);
+FASTATTN_API int64_t fastattn_plan_items(const fastattn_plan *plan, int phase);
+FASTATTN_API fastattn_status fastattn_plan_run(const fastattn_plan *plan, int phase, int64_t item, int worker);
 
 /* Exact combination of attention over disjoint sets of keys (softmax is associative in its log-sum-exp):
  *

@@ -147,7 +147,8 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
                 struct oracle_row *result) {
     const int64_t h_kv = h / (a->num_heads / a->num_kv_heads);
     const int64_t length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
-    const int64_t offset = a->query_offset ? a->query_offset[b] : length - a->q_len;
+    const int64_t start = a->kv_starts ? a->kv_starts[b] : 0, queries = a->q_lengths ? a->q_lengths[b] : a->q_len;
+    const int64_t offset = a->query_offset ? a->query_offset[b] : length - queries;
     const __int128 p = (__int128)i + offset;
     double *s = malloc((size_t)(length + 1) * sizeof *s);         /* scores; the last is the sink */
     double *terms = malloc((size_t)(length + 1) * sizeof *terms); /* the sum of the magnitudes a score is made of */
@@ -156,7 +157,7 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
     CHECK(s && terms && visible, "out of memory");
 
     result->visible = 0;
-    for (int64_t j = 0; j < length; j++) {
+    for (int64_t j = i < queries ? start : length; j < length; j++) {
         double bias = 0;
         if (a->mask) {
             bias = load(a->mask_dtype, (const char *)a->mask + b * a->mask_strides[0] + h * a->mask_strides[1] +
@@ -210,7 +211,7 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
     for (int64_t d = 0; d < a->v_head_dim; d++)
         result->out[d] = result->out_tolerance[d] = 0;
     if (result->visible == 0) {
-        result->lse = a->sinks ? s[length] : -(double)INFINITY;
+        result->lse = a->sinks && i < queries ? s[length] : -(double)INFINITY;
         result->lse_tolerance = 0;
     } else {
         const double accumulation = FLT_EPSILON / 2 * (8 + sqrt((double)length)); /* of sums over the keys */

@@ -108,6 +108,40 @@ static void build_blocks(struct problem *problem, const struct spec *spec, struc
     problem->args.block_mask = m;
 }
 
+/* NaN or infinity in the rows of an array that no one may look at; arrays that repeat rows keep them. */
+static void spoil(void *array, const int64_t strides[3], fastattn_dtype dtype, int64_t dim, int64_t heads, int64_t b,
+                  int64_t first, int64_t end, double value) {
+    if (strides[2] == 0 || strides[0] == 0)
+        return;
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t j = first; j < end; j++)
+            for (int64_t d = 0; d < dim; d++)
+                store(dtype, element(array, strides, dtype, b, h, j, d), value);
+}
+
+static void build_lengths(struct problem *problem, const struct spec *spec, struct rng *rng, enum guard_side side) {
+    fastattn_attention_args *a = &problem->args;
+    const size_t bytes = (size_t)a->batch * 8;
+    a->kv_lengths = problem->kv_lengths = guard_input("kv_lengths", bytes, 8, side);
+    if (spec->lengths == LENGTHS_RAGGED) {
+        a->kv_starts = problem->kv_starts = guard_input("kv_starts", bytes, 8, side);
+        a->q_lengths = problem->q_lengths = guard_input("q_lengths", bytes, 8, side);
+    }
+    for (int64_t b = 0; b < a->batch; b++) {
+        const int64_t length = random_between(rng, 0, 9) ? random_between(rng, 0, a->kv_len) : 0;
+        problem->kv_lengths[b] = length;
+        spoil(problem->k, a->k_strides, a->kv_dtype, a->head_dim, a->num_kv_heads, b, length, a->kv_len, NAN);
+        spoil(problem->v, a->v_strides, a->kv_dtype, a->v_head_dim, a->num_kv_heads, b, length, a->kv_len, INFINITY);
+        if (spec->lengths != LENGTHS_RAGGED)
+            continue;
+        problem->kv_starts[b] = random_between(rng, 0, 3) ? random_between(rng, 0, length / 2) : length;
+        problem->q_lengths[b] = random_between(rng, 0, 5) ? random_between(rng, 0, a->q_len) : 0;
+        spoil(problem->k, a->k_strides, a->kv_dtype, a->head_dim, a->num_kv_heads, b, 0, problem->kv_starts[b], NAN);
+        spoil(problem->v, a->v_strides, a->kv_dtype, a->v_head_dim, a->num_kv_heads, b, 0, problem->kv_starts[b], NAN);
+        spoil(problem->q, a->q_strides, a->q_dtype, a->head_dim, a->num_heads, b, problem->q_lengths[b], a->q_len, NAN);
+    }
+}
+
 void problem_build(struct problem *problem, const struct spec *spec, uint64_t seed, enum guard_side side) {
     struct rng rng = {seed};
     int64_t strides[4];
@@ -165,21 +199,8 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
             problem->query_offset[b] =
                 spec->offset == OFFSET_ZERO ? 0 : random_between(&rng, -a->q_len / 2 - 1, a->kv_len);
     }
-    if (spec->lengths == LENGTHS_RANDOM) {
-        a->kv_lengths = problem->kv_lengths = guard_input("kv_lengths", (size_t)a->batch * 8, 8, side);
-        for (int64_t b = 0; b < a->batch; b++) {
-            problem->kv_lengths[b] = random_between(&rng, 0, 9) ? random_between(&rng, 0, a->kv_len) : 0;
-            for (int64_t h = 0; h < a->num_kv_heads; h++)
-                for (int64_t j = problem->kv_lengths[b]; j < a->kv_len; j++) {
-                    if (a->k_strides[2] != 0 && a->k_strides[0] != 0)
-                        for (int64_t d = 0; d < a->head_dim; d++)
-                            store(a->kv_dtype, element(problem->k, a->k_strides, a->kv_dtype, b, h, j, d), NAN);
-                    if (a->v_strides[2] != 0 && a->v_strides[0] != 0)
-                        for (int64_t d = 0; d < a->v_head_dim; d++)
-                            store(a->kv_dtype, element(problem->v, a->v_strides, a->kv_dtype, b, h, j, d), INFINITY);
-                }
-        }
-    }
+    if (spec->lengths != LENGTHS_FULL)
+        build_lengths(problem, spec, &rng, side);
     if (spec->mask != MASK_NONE)
         build_mask(problem, spec, &rng, side);
     if (spec->alibi != ALIBI_NONE) {
@@ -358,7 +379,7 @@ struct spec spec_random(struct rng *rng) {
     s.window_left = random_between(rng, -1, 40);
     s.window_right = random_between(rng, -1, 20);
     s.offset = random_between(rng, 0, 2);
-    s.lengths = ONE_IN(3);
+    s.lengths = ONE_IN(3) ? random_between(rng, 1, LENGTHS_RAGGED) : LENGTHS_FULL;
     s.mask = ONE_IN(2) ? random_between(rng, 1, MASK_FLOAT64) : MASK_NONE;
     s.mask_layout = (enum layout)random_between(rng, 0, LAST_LAYOUT);
     s.hidden = ONE_IN(3) ? 0.95 : 0.3;

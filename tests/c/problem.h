@@ -37,7 +37,7 @@ struct spec {
     int causal, windowed;
     int64_t window_left, window_right; /* when windowed */
     enum { OFFSET_DEFAULT, OFFSET_ZERO, OFFSET_RANDOM } offset;
-    enum { LENGTHS_FULL, LENGTHS_RANDOM } lengths;
+    enum { LENGTHS_FULL, LENGTHS_RANDOM, LENGTHS_RAGGED } lengths; /* of keys; of keys and queries, from starts on */
     enum { MASK_NONE, MASK_BOOL, MASK_FLOAT16, MASK_BFLOAT16, MASK_FLOAT32, MASK_FLOAT64 } mask;
     enum layout mask_layout;
     double hidden; /* the fraction of the mask's elements that hide */
@@ -63,7 +63,7 @@ struct problem {
     /* writable views of the inputs, for tests that plant values before the run */
     void *q, *k, *v, *mask;
     float *alibi_slopes, *sinks;
-    int64_t *query_offset, *kv_lengths, *indptr;
+    int64_t *query_offset, *kv_lengths, *kv_starts, *q_lengths, *indptr;
     int32_t *indices, *partial;
     uint8_t *element_bits;
 };

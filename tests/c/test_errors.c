@@ -37,11 +37,8 @@ static void check_refused(int expected) {
         CHECK(expected == ANY_ERROR ? results[n] != FASTATTN_OK : results[n] == expected,
               "%s returned %d, should be %d", n ? "fastattn_attention" : "fastattn_explain", results[n], expected);
     CHECK(fastattn_workspace_size(&p.args) == 0, "invalid arguments have a workspace");
-    for (int phase = 0; phase < 2; phase++) {
-        CHECK(fastattn_attention_items(&p.args, phase) <= 0, "invalid arguments have items");
-        CHECK(fastattn_attention_run(&p.args, phase, 0, 0, p.workspace, p.workspace_size) != FASTATTN_OK,
-              "an item ran");
-    }
+    const fastattn_plan *plan = NULL;
+    CHECK(fastattn_attention_plan(&p.args, p.workspace, p.workspace_size, &plan) != FASTATTN_OK && !plan, "invalid arguments have a plan");
     problem_untouched(&p);
     guard_check();
     guard_release();
@@ -87,12 +84,15 @@ TEST(errors_arguments) {
     fastattn_plan_info info = {.size = sizeof info};
     build_valid();
     CHECK_STATUS(fastattn_attention(NULL, p.workspace, p.workspace_size), FASTATTN_ERROR_ARGUMENT);
-    CHECK_STATUS(fastattn_attention_run(NULL, 0, 0, 0, p.workspace, p.workspace_size), FASTATTN_ERROR_ARGUMENT);
+    const fastattn_plan *plan = NULL;
+    CHECK_STATUS(fastattn_attention_plan(NULL, p.workspace, p.workspace_size, &plan), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_attention_plan(&p.args, p.workspace, p.workspace_size, NULL), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_plan_run(NULL, 0, 0, 0), FASTATTN_ERROR_ARGUMENT);
     CHECK_STATUS(fastattn_explain(NULL, &info), FASTATTN_ERROR_ARGUMENT);
     CHECK_STATUS(fastattn_explain(&p.args, NULL), FASTATTN_ERROR_ARGUMENT);
     info.size = 8;
     CHECK_STATUS(fastattn_explain(&p.args, &info), FASTATTN_ERROR_ARGUMENT);
-    CHECK(fastattn_workspace_size(NULL) == 0 && fastattn_attention_items(NULL, 0) <= 0, "null arguments");
+    CHECK(fastattn_workspace_size(NULL) == 0 && fastattn_plan_items(NULL, 0) == 0, "null arguments");
     problem_untouched(&p);
 }
 
@@ -196,6 +196,66 @@ TEST(errors_block_masks) {
     REFUSED(FASTATTN_ERROR_BLOCK_MASK, p.blocks.num_element_masks = -1);
 }
 
+static const struct spec ragged = {.name = "ragged", .batch = 2, .heads = 2, .kv_heads = 2, .q_len = 20, .kv_len = 50, .head_dim = 16,
+                                   .lengths = LENGTHS_RAGGED};
+
+static void build_ragged(void) {
+    problem_build(&p, &ragged, 7, GUARD_BEHIND);
+    p.workspace_size = fastattn_workspace_size(&p.args);
+    p.workspace = guard_output("workspace", p.workspace_size, 64, GUARD_BEHIND);
+}
+
+/* The same entries, packed: all that the batch axis was for is now in the tables. */
+static int64_t *cu_seqlens;
+
+static void build_packed(void) {
+    static const struct spec packed = {.name = "packed", .q_len = 20, .kv_len = 20, .heads = 2, .kv_heads = 2, .head_dim = 16};
+    problem_build(&p, &packed, 7, GUARD_BEHIND);
+    cu_seqlens = guard_input("cu_seqlens", 4 * 8, 8, GUARD_BEHIND);
+    const int64_t table[4] = {0, 7, 7, 20};
+    memcpy(cu_seqlens, table, sizeof table);
+    p.args.batch = 3;
+    p.args.cu_seqlens_q = p.args.cu_seqlens_k = cu_seqlens;
+    p.workspace_size = fastattn_workspace_size(&p.args);
+    p.workspace = guard_output("workspace", p.workspace_size, 64, GUARD_BEHIND);
+}
+
+TEST(errors_packed) {
+    static const uint8_t mask = 1;
+#define PACKED_REFUSED(expected, spoil) (context("%s", #spoil), build_packed(), (void)(spoil), check_refused(expected))
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[0] = 1);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[0] = -1);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[1] = -1);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[1] = 8);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[2] = INT64_MAX);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[2] = INT64_MIN);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[3] = 21);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, cu_seqlens[3] = 19);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, p.args.q_len = 19);
+    PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, p.args.kv_len = 21);
+    PACKED_REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.cu_seqlens_q = (const int64_t *)(const void *)((const char *)cu_seqlens + 4));
+    PACKED_REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.mask = &mask, p.args.mask_dtype = FASTATTN_BOOL));
+    static const int64_t too_long[3] = {7, 1, 0}, fits[3] = {7, 0, 13}, beyond[3] = {0, 0, 14};
+    PACKED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.args.kv_lengths = too_long);
+    PACKED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.args.kv_starts = beyond);
+    PACKED_REFUSED(FASTATTN_ERROR_Q_LENGTHS, (p.args.kv_lengths = fits, p.args.q_lengths = too_long));
+#undef PACKED_REFUSED
+}
+
+TEST(errors_ragged) {
+#define RAGGED_REFUSED(expected, spoil) (context("%s", #spoil), build_ragged(), (void)(spoil), check_refused(expected))
+    RAGGED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_starts[1] = -1);
+    RAGGED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_starts[0] = INT64_MIN);
+    RAGGED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.kv_starts[1] = p.kv_lengths[1] + 1);
+    RAGGED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, (p.args.kv_lengths = NULL, p.kv_starts[1] = 51));
+    RAGGED_REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.kv_starts = (const int64_t *)(const void *)((const char *)p.args.kv_starts + 4));
+    RAGGED_REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.q_lengths = (const int64_t *)(const void *)((const char *)p.args.q_lengths + 1));
+    RAGGED_REFUSED(FASTATTN_ERROR_Q_LENGTHS, p.q_lengths[0] = -1);
+    RAGGED_REFUSED(FASTATTN_ERROR_Q_LENGTHS, p.q_lengths[1] = 21);
+    RAGGED_REFUSED(FASTATTN_ERROR_Q_LENGTHS, p.q_lengths[1] = INT64_MAX);
+#undef RAGGED_REFUSED
+}
+
 TEST(errors_isas_and_ways_of_threading) {
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)6);
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)-1);
@@ -210,7 +270,9 @@ TEST(errors_isas_and_ways_of_threading) {
 
 static void check_workspace_refused(void *workspace, size_t size) {
     CHECK_STATUS(fastattn_attention(&p.args, workspace, size), FASTATTN_ERROR_WORKSPACE);
-    CHECK_STATUS(fastattn_attention_run(&p.args, 0, 0, 0, workspace, size), FASTATTN_ERROR_WORKSPACE);
+    const fastattn_plan *plan = NULL;
+    CHECK_STATUS(fastattn_attention_plan(&p.args, workspace, size, &plan), FASTATTN_ERROR_WORKSPACE);
+    CHECK(!plan, "a plan in spite of its workspace");
     problem_untouched(&p);
 }
 
@@ -224,9 +286,10 @@ TEST(errors_workspaces) {
     context("not aligned");
     check_workspace_refused((char *)p.workspace - 32, p.workspace_size + 32);
     check_workspace_refused((char *)p.workspace + 1, p.workspace_size);
-    context("null for an item");
-    CHECK(fastattn_attention_run(&p.args, 0, 0, 0, NULL, 0) != FASTATTN_OK, "an item ran without a workspace");
-    CHECK(fastattn_attention_run(&p.args, 0, 0, 0, NULL, SIZE_MAX) != FASTATTN_OK, "an item ran without a workspace");
+    context("null for a plan");
+    const fastattn_plan *plan = NULL;
+    CHECK_STATUS(fastattn_attention_plan(&p.args, NULL, 0, &plan), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_attention_plan(&p.args, NULL, SIZE_MAX, &plan), FASTATTN_ERROR_ARGUMENT);
     problem_untouched(&p);
     guard_check();
 }
@@ -234,7 +297,9 @@ TEST(errors_workspaces) {
 TEST(errors_items) {
     build_valid();
     guard_seal();
-    const int64_t items = fastattn_attention_items(&p.args, 0), merges = fastattn_attention_items(&p.args, 1);
+    const fastattn_plan *plan;
+    CHECK_STATUS(fastattn_attention_plan(&p.args, p.workspace, p.workspace_size, &plan), FASTATTN_OK);
+    const int64_t items = fastattn_plan_items(plan, 0), merges = fastattn_plan_items(plan, 1);
     const struct {
         int phase;
         int64_t item;
@@ -243,11 +308,9 @@ TEST(errors_items) {
                  {2, 0, 0},  {-1, 0, 0},    {0, 0, -1},        {0, 0, 2},         {0, 0, INT32_MAX}, {0, 0, INT32_MIN}};
     for (size_t n = 0; n < COUNT(wrong); n++) {
         context("phase %d item %lld worker %d", wrong[n].phase, (long long)wrong[n].item, wrong[n].worker);
-        CHECK(fastattn_attention_run(&p.args, wrong[n].phase, wrong[n].item, wrong[n].worker, p.workspace,
-                                     p.workspace_size) != FASTATTN_OK,
-              "it ran");
+        CHECK(fastattn_plan_run(plan, wrong[n].phase, wrong[n].item, wrong[n].worker) != FASTATTN_OK, "it ran");
     }
-    CHECK(fastattn_attention_items(&p.args, 2) <= 0 && fastattn_attention_items(&p.args, -1) <= 0, "a phase too many");
+    CHECK(fastattn_plan_items(plan, 2) == 0 && fastattn_plan_items(plan, -1) == 0, "a phase too many");
     problem_untouched(&p);
     guard_check();
 }
@@ -309,7 +372,7 @@ TEST(errors_none_of_older_callers) {
     guard_seal();
     CHECK_STATUS(fastattn_attention(args, p.workspace, p.workspace_size), FASTATTN_OK);
     CHECK(problem_equals(&p, bits), "an older caller gets another result");
-    CHECK(fastattn_workspace_size(args) == p.workspace_size && fastattn_attention_items(args, 0) > 0, "another plan");
+    CHECK(fastattn_workspace_size(args) == p.workspace_size, "another plan");
     info->size = FIRST_PLAN_INFO;
     CHECK_STATUS(fastattn_explain(args, info), FASTATTN_OK);
     CHECK(info->size == FIRST_PLAN_INFO && info->workspace == p.workspace_size, "another plan is explained");
@@ -397,14 +460,11 @@ TEST(errors_overflows) {
                     *axes[axis] = huge[n];
             guard_seal();
             const size_t needed = fastattn_workspace_size(&p.args);
-            const int64_t items = fastattn_attention_items(&p.args, 0);
             const fastattn_status status =
                 fastattn_attention(&p.args, p.workspace, needed > p.workspace_size ? p.workspace_size : 0);
             CHECK(status == (needed ? FASTATTN_ERROR_WORKSPACE : FASTATTN_ERROR_SHAPE) ||
                       (!needed && status == FASTATTN_ERROR_MEMORY),
                   "status %d, workspace %zu", (int)status, needed);
-            CHECK(needed ? items > 0 && items <= INT64_MAX / 2 : items <= 0, "%lld items, workspace %zu",
-                  (long long)items, needed);
             if (*axes[0] == huge[n] || *axes[1] == huge[n]) /* one row exceeds any memory */
                 CHECK(needed == 0 || needed > (size_t)huge[n], "%zu bytes of workspace", needed);
             problem_untouched(&p);

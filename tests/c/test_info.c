@@ -39,14 +39,16 @@ TEST_EACH_ISA(info_describes_the_call) {
         fastattn_plan_info info = {.size = sizeof info};
         context("%s", calls[n].spec.name);
         problem_build(&problem, &calls[n].spec, n, GUARD_BEHIND);
-        guard_seal();
+        problem_seal(&problem, GUARD_BEHIND);
+        const fastattn_plan *plan;
+        CHECK_STATUS(fastattn_attention_plan(&problem.args, problem.workspace, problem.workspace_size, &plan), FASTATTN_OK);
         CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_OK);
         CHECK(fastattn_isa_available(info.isa) && (info.isa == test_isa || info.isa < test_isa), "isa %d",
               (int)info.isa);
         CHECK(info.kernel && strlen(info.kernel) > 0, "no name of a kernel");
         CHECK(info.tile_rows > 0 && info.tile_keys > 0 && info.splits > 0, "tile %lld x %lld, %lld splits",
               (long long)info.tile_rows, (long long)info.tile_keys, (long long)info.splits);
-        CHECK(info.work_items == fastattn_attention_items(&problem.args, 0), "%lld work items",
+        CHECK(info.work_items == fastattn_plan_items(plan, 0), "%lld work items",
               (long long)info.work_items);
         CHECK(info.num_threads >= 1 && info.num_threads <= 3, "%d threads", info.num_threads);
         CHECK(info.workspace == fastattn_workspace_size(&problem.args), "workspace of %zu", info.workspace);
@@ -57,7 +59,7 @@ TEST_EACH_ISA(info_describes_the_call) {
     }
 }
 
-/* The workspace is tiles, not keys: it does not grow with the square of the length, nor with the batch. */
+/* The workspace is tiles, not keys: it does not grow with the square of the length. */
 TEST_EACH_ISA(info_workspace_is_small) {
     struct problem problem;
     const struct spec spec = {.name = "long", .heads = 8, .kv_heads = 8, .q_len = 2, .kv_len = 3, .head_dim = 128};

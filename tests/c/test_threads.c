@@ -24,6 +24,7 @@ static const struct spec specs[] = {
      .kv_dtype = FASTATTN_BFLOAT16},
     {.name = "blocks", .batch = 2, .heads = 2, .q_len = 300, .kv_len = 300, .head_dim = 8, .block_size = 32,
      .blocks_partial = 1, .blocks_by_head = 1, .blocks_density = 0.4},
+    {.name = "ragged", .batch = 7, .heads = 2, .q_len = 70, .kv_len = 3000, .head_dim = 8, .lengths = LENGTHS_RAGGED, .causal = 1},
 };
 
 /* The outputs of a call by the calling thread alone. */
@@ -66,7 +67,7 @@ TEST_EACH_ISA(threads_do_not_change_results) {
 
 /* A list of items in random order, from which threads take one after another. */
 struct queue {
-    const struct problem *problem;
+    const fastattn_plan *plan;
     int phase;
     int64_t count, next;
     const int64_t *order;
@@ -81,16 +82,16 @@ static void *work(void *argument) {
     const struct worker *worker = argument;
     struct queue *q = worker->queue;
     for (int64_t n; (n = __atomic_fetch_add(&q->next, 1, __ATOMIC_RELAXED)) < q->count;)
-        CHECK_STATUS(fastattn_attention_run(&q->problem->args, q->phase, q->order[n], worker->number,
-                                            q->problem->workspace, q->problem->workspace_size),
-                     FASTATTN_OK);
+        CHECK_STATUS(fastattn_plan_run(q->plan, q->phase, q->order[n], worker->number), FASTATTN_OK);
     return NULL;
 }
 
 static void run_items(const struct problem *problem, struct rng *rng) {
     struct worker workers[8];
+    const fastattn_plan *plan;
+    CHECK_STATUS(fastattn_attention_plan(&problem->args, problem->workspace, problem->workspace_size, &plan), FASTATTN_OK);
     for (int phase = 0; phase < 2; phase++) {
-        const int64_t count = fastattn_attention_items(&problem->args, phase);
+        const int64_t count = fastattn_plan_items(plan, phase);
         int64_t *order = malloc((size_t)(count + 1) * sizeof *order);
         CHECK(order && count >= 0 && (phase || count > 0), "%lld items in phase %d", (long long)count, phase);
         for (int64_t n = 0; n < count; n++) {
@@ -98,7 +99,7 @@ static void run_items(const struct problem *problem, struct rng *rng) {
             order[n] = order[other];
             order[other] = n;
         }
-        struct queue queue = {problem, phase, count, 0, order};
+        struct queue queue = {plan, phase, count, 0, order};
         for (int t = 0; t < problem->args.num_threads; t++) {
             workers[t] = (struct worker){.queue = &queue, .number = t};
             CHECK(pthread_create(&workers[t].thread, NULL, work, &workers[t]) == 0, "pthread_create");
@@ -346,45 +347,106 @@ TEST_EACH_ISA(threads_are_interrupted) {
     free(out);
 }
 
-/* Entry b of a batch, called as a batch of one. */
+/* Entry b of a batch, called as a batch of one whose arrays hold its own rows and keys and nothing else. */
 TEST_EACH_ISA(batch_entry_alone) {
     static const struct spec batches[] = {
         {.name = "plain", .batch = 4, .heads = 2, .kv_heads = 2, .q_len = 40, .kv_len = 90, .head_dim = 16},
         {.name = "lengths", .batch = 4, .heads = 4, .kv_heads = 2, .q_len = 5, .kv_len = 300, .head_dim = 16,
          .causal = 1, .lengths = LENGTHS_RANDOM, .offset = OFFSET_RANDOM, .alibi = ALIBI_ALL, .mask = MASK_FLOAT16,
          .hidden = 0.2},
-        {.name = "decode", .batch = 5, .heads = 4, .kv_heads = 1, .q_len = 1, .kv_len = 4000, .head_dim = 8,
+        {.name = "decode", .batch = 5, .heads = 4, .kv_heads = 1, .q_len = 1, .kv_len = 9000, .head_dim = 8,
          .lengths = LENGTHS_RANDOM},
         {.name = "decode, short", .batch = 32, .heads = 2, .q_len = 1, .kv_len = 2000, .head_dim = 8},
+        {.name = "ragged", .batch = 9, .heads = 4, .kv_heads = 2, .q_len = 150, .kv_len = 500, .head_dim = 16, .causal = 1,
+         .lengths = LENGTHS_RAGGED, .alibi = ALIBI_ALL, .mask = MASK_BOOL, .hidden = 0.2},
+        {.name = "ragged, bfloat16", .batch = 9, .heads = 2, .kv_heads = 1, .q_len = 150, .kv_len = 500, .head_dim = 16,
+         .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16, .lengths = LENGTHS_RAGGED, .windowed = 1,
+         .window_left = 100, .window_right = 100},
+        {.name = "ragged, split", .batch = 7, .heads = 2, .kv_heads = 1, .q_len = 70, .kv_len = 9000, .head_dim = 8,
+         .lengths = LENGTHS_RAGGED},
     };
     for (size_t n = 0; n < COUNT(batches); n++) {
         struct problem problem;
         problem_build(&problem, &batches[n], n, GUARD_BEHIND);
         uint8_t *bits = reference(&problem);
         const fastattn_attention_args *whole = &problem.args;
+        problem.args.num_threads = 3;
+        CHECK_STATUS(fastattn_attention(&problem.args, NULL, 0), FASTATTN_OK);
         for (int64_t b = 0; b < whole->batch; b++) {
             fastattn_attention_args one = *whole;
             context("%s, entry %lld", batches[n].name, (long long)b);
+            const int64_t start = whole->kv_starts ? whole->kv_starts[b] : 0;
+            const int64_t length = whole->kv_lengths ? whole->kv_lengths[b] : whole->kv_len;
+            const int64_t offset = whole->query_offset ? whole->query_offset[b] - start : 0;
             one.batch = 1;
+            one.q_len = whole->q_lengths ? whole->q_lengths[b] : whole->q_len;
+            one.kv_len = length - start;
+            one.kv_lengths = one.kv_starts = one.q_lengths = NULL;
             one.q = element(whole->q, whole->q_strides, whole->q_dtype, b, 0, 0, 0);
-            one.k = element(whole->k, whole->k_strides, whole->kv_dtype, b, 0, 0, 0);
-            one.v = element(whole->v, whole->v_strides, whole->kv_dtype, b, 0, 0, 0);
+            one.k = element(whole->k, whole->k_strides, whole->kv_dtype, b, 0, start, 0);
+            one.v = element(whole->v, whole->v_strides, whole->kv_dtype, b, 0, start, 0);
             one.out = element(whole->out, whole->out_strides, whole->q_dtype, b, 0, 0, 0);
             one.lse = element(whole->lse, whole->lse_strides, FASTATTN_FLOAT32, b, 0, 0, 0);
             if (whole->mask)
-                one.mask = mask_element(&problem, b, 0, 0, 0);
+                one.mask = mask_element(&problem, b, 0, 0, start);
             if (whole->alibi_slopes)
                 one.alibi_slopes = whole->alibi_slopes + b * whole->alibi_strides[0] / 4;
-            if (whole->kv_lengths)
-                one.kv_lengths = whole->kv_lengths + b;
             if (whole->query_offset)
-                one.query_offset = whole->query_offset + b;
+                one.query_offset = &offset;
+            for (int64_t h = 0; h < whole->num_heads; h++) /* so that it is seen to be written */
+                for (int64_t i = 0; i < one.q_len; i++)
+                    store(FASTATTN_FLOAT32, element(whole->lse, whole->lse_strides, FASTATTN_FLOAT32, b, h, i, 0), -1e9);
             CHECK_STATUS(fastattn_attention(&one, NULL, 0), FASTATTN_OK);
         }
         CHECK(problem_equals(&problem, bits), "other bits alone than among others");
         guard_release();
         free(bits);
     }
+}
+
+/* Sequences packed one after the other between guard pages, by this many threads, and each of them alone. */
+TEST_EACH_ISA(packed_sequences_alone) {
+    static const int64_t tables[2][6] = {{0, 1, 1, 140, 156, 300}, {0, 70, 75, 75, 375, 2900}};
+    for (int side = 0; side < 2; side++)
+        for (int dtype = FASTATTN_FLOAT32; dtype <= FASTATTN_BFLOAT16; dtype++) {
+            const struct spec spec = {.name = "packed", .heads = 4, .kv_heads = 2, .q_len = 300, .kv_len = 2900, .head_dim = 16,
+                                      .q_dtype = dtype, .kv_dtype = dtype, .causal = 1, .q_layout = SWAPPED, .k_layout = SWAPPED,
+                                      .out_layout = SWAPPED};
+            struct problem problem;
+            context("dtype %d, side %d", dtype, side);
+            problem_build(&problem, &spec, 3, side ? GUARD_BEFORE : GUARD_BEHIND);
+            int64_t *queries = guard_input("cu_seqlens_q", sizeof tables[0], 8, GUARD_BEHIND);
+            int64_t *keys = guard_input("cu_seqlens_k", sizeof tables[1], 8, GUARD_BEHIND);
+            memcpy(queries, tables[0], sizeof tables[0]);
+            memcpy(keys, tables[1], sizeof tables[1]);
+            const fastattn_attention_args whole = problem.args;
+            problem.args.batch = 5;
+            problem.args.cu_seqlens_q = queries;
+            problem.args.cu_seqlens_k = keys;
+            problem.args.q_strides[0] = problem.args.out_strides[0] = 1; /* which nobody looks at */
+            problem.args.num_threads = 3;
+            problem_seal(&problem, GUARD_BEHIND);
+            CHECK_STATUS(fastattn_attention(&problem.args, problem.workspace, problem.workspace_size), FASTATTN_OK);
+            uint8_t *bits = problem_snapshot(&problem);
+            for (int b = 0; b < 5; b++) {
+                fastattn_attention_args one = whole;
+                one.q_len = queries[b + 1] - queries[b];
+                one.kv_len = keys[b + 1] - keys[b];
+                one.q = element(whole.q, whole.q_strides, whole.q_dtype, 0, 0, queries[b], 0);
+                one.k = element(whole.k, whole.k_strides, whole.kv_dtype, 0, 0, keys[b], 0);
+                one.v = element(whole.v, whole.v_strides, whole.kv_dtype, 0, 0, keys[b], 0);
+                one.out = element(whole.out, whole.out_strides, whole.q_dtype, 0, 0, queries[b], 0);
+                one.lse = element(whole.lse, whole.lse_strides, FASTATTN_FLOAT32, 0, 0, queries[b], 0);
+                for (int64_t h = 0; h < whole.num_heads; h++)
+                    for (int64_t i = 0; i < one.q_len; i++)
+                        store(FASTATTN_FLOAT32, element(one.lse, one.lse_strides, FASTATTN_FLOAT32, 0, h, i, 0), -1e9);
+                CHECK_STATUS(fastattn_attention(&one, NULL, 0), FASTATTN_OK);
+            }
+            CHECK(problem_equals(&problem, bits), "other bits alone than packed");
+            guard_check();
+            guard_release();
+            free(bits);
+        }
 }
 
 TEST_EACH_ISA(workspace_is_all_the_memory) {

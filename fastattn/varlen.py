@@ -1,0 +1,84 @@
+"""Attention over packed sequences: rows of all of them one after the other, nothing padded."""
+
+from . import runtime
+from ._check import Call
+
+
+def attention_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    *,
+    causal=False,
+    window=None,
+    query_offset=None,
+    kv_starts=None,
+    q_lengths=None,
+    scale=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    precision="highest",
+    return_lse=False,
+    out=None,
+):
+    """:func:`attention` of each of a batch of packed sequences.
+
+    Sequence ``b`` has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys ``cu_seqlens_k[b]`` to
+    ``cu_seqlens_k[b + 1]``; either may be none. What it gives is bitwise what :func:`attention` gives of its rows alone, and its
+    positions count from its own first key: with ``causal=True`` its last query sees its last key, unless `query_offset` says
+    otherwise. Long sequences are shared among the threads, and begun first.
+
+    Parameters
+    ----------
+    q : array_like, (total_q, Hq, Dk)
+        Queries of all sequences: float32, float16 or bfloat16, of any strides, as in :func:`attention`.
+    k : array_like, (total_k, Hkv, Dk)
+        Keys. `Hq` must be a multiple of `Hkv`.
+    v : array_like, (total_k, Hkv, Dv)
+        Values.
+    cu_seqlens_q : array_like of int, (B + 1,)
+        Cumulative lengths (int32 or int64): from 0, never decreasing, ending at `total_q`.
+    cu_seqlens_k : array_like of int, (B + 1,)
+        The same for keys and values, ending at `total_k`.
+    causal, window, scale, softcap, alibi_slopes, sinks, precision
+        As in :func:`attention`; `alibi_slopes` is ``(Hq,)`` or ``(B, Hq)``.
+    query_offset : int or array_like of int, (B,), optional
+        The position of a sequence's first query. Default: its number of keys less its number of queries.
+    kv_starts, q_lengths : int or array_like of int, (B,), optional
+        Padding within a sequence, as in :func:`attention`.
+    return_lse : bool
+        Return also the natural logarithm of the softmax denominator.
+    out : array, (total_q, Hq, Dv), optional
+        Where to write the result.
+
+    Returns
+    -------
+    out : ndarray, (total_q, Hq, Dv)
+        Of the dtype of `q`; the caller's object if `out` was given.
+    lse : ndarray, (Hq, total_q)
+        float32, only with ``return_lse=True``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the tables begin, decrease or end otherwise, and as :func:`attention` does. Nothing is written then.
+
+    Examples
+    --------
+    Three sentences of 4, 0 and 7 tokens, each attending to itself:
+
+    >>> tokens = np.random.default_rng(0).standard_normal((11, 8, 64), np.float32)
+    >>> fastattn.attention_varlen(tokens, tokens, tokens, [0, 4, 4, 11], [0, 4, 4, 11]).shape
+    (11, 8, 64)
+    """
+    backend = runtime.backend()
+    call = Call(
+        backend, q, k, v, packed=(cu_seqlens_q, cu_seqlens_k), causal=causal, window=window, query_offset=query_offset,
+        kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        precision=precision, return_lse=return_lse, out=out,
+    )  # fmt: skip
+    backend.attention(call)
+    return call.result()
