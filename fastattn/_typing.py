@@ -33,6 +33,8 @@ class Rules(TypedDict, total=False):
     window: Window | None
     query_offset: Ints | None
     kv_lengths: Ints | None
+    kv_starts: Ints | None
+    q_lengths: Ints | None
     scale: float | None
     softcap: float | None
     alibi_slopes: Array | None

@@ -1,29 +1,36 @@
 """Attention over packed sequences: rows of all of them one after the other, nothing padded."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from . import runtime
 from ._check import Call
 
+if TYPE_CHECKING:
+    from ._typing import Array, Ints, Precision, Window
+
 
 def attention_varlen(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Ints,
+    cu_seqlens_k: Ints,
     *,
-    causal=False,
-    window=None,
-    query_offset=None,
-    kv_starts=None,
-    q_lengths=None,
-    scale=None,
-    softcap=None,
-    alibi_slopes=None,
-    sinks=None,
-    precision="highest",
-    return_lse=False,
-    out=None,
-):
+    causal: bool = False,
+    window: Window | None = None,
+    query_offset: Ints | None = None,
+    kv_starts: Ints | None = None,
+    q_lengths: Ints | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    precision: Precision = "highest",
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
     """:func:`attention` of each of a batch of packed sequences.
 
     Sequence ``b`` has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys ``cu_seqlens_k[b]`` to
