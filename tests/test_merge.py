@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from inputs import DTYPES, random_qkv
+from inputs import DTYPES, dtype_of, random_qkv
 from oracle import assert_close, ulp
 
 import fastattn
@@ -65,6 +65,21 @@ def test_many_parts_of_equal_weight():
     out, lse = fastattn.merge_states(outs, lses)
     np.testing.assert_allclose(out, np.mean(outs, axis=0, dtype=np.float64), atol=1e-6)
     np.testing.assert_allclose(lse, np.float32(77.7) + np.log(500), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_parts_near_the_largest_number(count, dtype):
+    """A weighted mean is no larger than the largest part."""
+    rng = np.random.default_rng(0)
+    largest = np.float32(3.3895314e38 if dtype == "bfloat16" else 3.4028235e38)
+    outs = [np.full((20, 9), largest).astype(dtype_of(dtype)) for _ in range(count)]
+    for out in outs:
+        out[:, 1:5] = rng.choice([-3e38, 3e38], (20, 4)).astype(np.float32)
+    lses = list(rng.standard_normal((count, 20)).astype(np.float32))
+    out, _ = fastattn.merge_states(outs, lses)
+    expected, _ = by_definition(outs, lses, np.float64)
+    np.testing.assert_allclose(out.astype(np.float64), expected, rtol=0, atol=4 * ulp(dtype) * float(largest))
 
 
 def test_an_empty_part_contributes_nothing_whatever_it_holds():

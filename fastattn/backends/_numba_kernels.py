@@ -23,8 +23,8 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, types, uint8, uint16
 
 from ._numba_numbers import (
-    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, inline, jit, magnitude_of, narrow, narrow_row, replace_row, tanh, widen,
-    widen_row,
+    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, float_of, inline, jit, magnitude_of, narrow, narrow_row,
+    replace_row, tanh, widen, widen_row,
 )  # fmt: skip
 from ._numba_products import Rows, careful_values, pack, scores, transpose_all, unpack, values
 from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
@@ -538,7 +538,8 @@ def build_merge(stamp, rows_of_item):
 
     def merge(parts, n_parts, n_rows, v_head_dim, code, out, lse, scratch, counter):
         stamp  # noqa: B018
-        total = elements(scratch, float32)
+        total = elements(scratch, float64)  # which no number of parts overflows
+        largest = float64(float_of(np.uint32(0x7F7F0000 if code == BFLOAT16 else 0x7F7FFFFF)))
         while True:
             first = count(counter) * rows_of_item
             if first >= n_rows:
@@ -558,10 +559,11 @@ def build_merge(stamp, rows_of_item):
                     l += weight
                     source = parts[part] + r * v_head_dim * (4 if code == FLOAT32 else 2)
                     for d in range(v_head_dim):
-                        total[d] += np.float32(weight) * widen(source, d, code)
+                        total[d] += weight * widen(source, d, code)
                 elements(lse, float32)[r] = m + np.log(l)
                 for d in range(v_head_dim):
-                    x = total[d] / np.float32(l) if l != 0.0 else np.float32(0.0)
+                    mean = total[d] / l if l != 0.0 else 0.0
+                    x = np.float32(min(max(mean, -largest), largest) if np.isfinite(mean) else mean)
                     if code == FLOAT32:
                         elements(out, float32)[r * v_head_dim + d] = x
                     else:

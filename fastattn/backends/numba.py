@@ -107,7 +107,7 @@ def merge_states(outs, lses, out, lse):
     parts = np.array([_address(array) for array in (*outs, *lses)], np.int64)
 
     def run(counter):
-        scratch = _scratch(4 * width)
+        scratch = _scratch(8 * width)
         code = _CODES[out.dtype.name]
         kernel(parts, len(outs), n_rows, width, code, _address(out), _address(lse), _address(scratch), counter)
 

@@ -71,14 +71,15 @@ def merge_states(outs, lses, out, lse):
     dtype = _compute_dtype(out.dtype)
     with np.errstate(all="ignore"):
         m = np.max(lses, axis=0, initial=-np.inf)
-        l = np.zeros(lse.shape, dtype)
-        acc = np.zeros(out.shape, dtype)
-        for part, part_lse in zip(outs, lses):
-            weight = np.exp(part_lse - _shift(m), dtype=dtype)
-            l += weight
-            acc += np.where((part_lse == -np.inf)[:, None], 0, weight[:, None] * part.astype(dtype))
+        weights = [np.exp(part_lse - _shift(m), dtype=dtype) for part_lse in lses]
+        l = sum(weights, np.zeros(lse.shape, dtype))
+        acc, largest = np.zeros(out.shape, dtype), np.zeros(out.shape, dtype)
+        for part, part_lse, weight in zip(outs, lses, weights):
+            part = np.where((part_lse == -np.inf)[:, None], 0, part.astype(dtype))
+            acc += (weight / np.where(l == 0, 1, l))[:, None] * part
+            largest = np.maximum(largest, np.abs(part))
         lse[...] = m + np.log(l)
-        out[...] = np.where((m == -np.inf)[:, None], 0, acc / l[:, None])
+        out[...] = np.where(np.isfinite(largest), np.clip(acc, -largest, largest), acc)  # a mean; rounding could overflow
 
 
 def store(rows, cache, slots):

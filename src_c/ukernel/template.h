@@ -26,6 +26,7 @@
 #include "scores.h"
 #include "tile.h"
 #include "rows.h"
+#include "merge.h"
 #include "rotate.h"
 
 /* What is around the products of panels whose lanes are rows, whatever they multiply. */
@@ -45,4 +46,5 @@ enum { MOST_ROWS = 16 };
         .keys = as_stored, .values = as_stored, .qk = rows_qk, .softmax = rows_softmax, .pv = rows_pv,                   \
         .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack};                           \
     const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .widen = widen,  \
-                                                  .fetch = fetch, .narrow = narrow, .finite = all_finite, .rotate = rotate};
+                                                  .fetch = fetch, .narrow = narrow, .finite = all_finite, .rotate = rotate,  \
+                                                  .weigh = weigh, .mix = mix};

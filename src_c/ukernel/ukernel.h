@@ -195,6 +195,15 @@ typedef struct fa_ukernel {
     /* to[d] = from[d] * factor, rounded to dtype. Returns 1 when all are finite. */
     int (*narrow)(void *to, const float *from, float factor, int64_t count, fastattn_dtype dtype);
 
+    /* weights[n][r] = exp(lses[n][first + r] - lse[r]) for FA_ROW_STEP rows, of which `rows` are there, where lse[r], the logarithm of
+     * the sum, is top[r] + log(total[r]). Where all are -inf, total and the weights are 0. */
+    void (*weigh)(float *weights, float *top, float *total, const float *const *lses, int64_t parts, int64_t first,
+                  int64_t rows);
+
+    /* out = sum of weights[n] * rows_of[n] in float32, rounded to dtype, which is that of the rows too. Returns 1 when all of it
+     * is finite. */
+    int (*mix)(void *out, const float *weights, const void *const *rows_of, int64_t parts, int64_t dim, fastattn_dtype dtype);
+
     /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
     void (*rotate)(const fa_rotation *rotation);
 } fa_ukernel;
