@@ -22,6 +22,9 @@ splitting, caching and distributing all rest on that.
 
 What a query looks at is said by :func:`attention_weights`, :func:`attention_mass` and others beside them; ``fastattn.plot`` draws it.
 
+Beside it stands the linear family (:func:`linear_attention`, :func:`gated_linear_attention`, :func:`gated_delta_rule`), whose state
+of a fixed size takes the place of the keys.
+
 For programs of other makers there are ``fastattn.torch`` and more, modules that are imported when they are first named.
 
 Where tokens stand is data as well: :func:`rope_table` and :func:`apply_rope` turn queries and keys by their positions,
@@ -41,6 +44,7 @@ from .attention import (
 )
 from .inspect import attention_entropy, attention_mass, attention_scores, attention_span, attention_weights, rollout
 from .kvcache import CacheFullError, KVCache
+from .linear import causal_conv, gated_delta_rule, gated_linear_attention, linear_attention
 from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
 from .rope import apply_rope
 from .runtime import (
@@ -73,9 +77,13 @@ __all__ = [
     "attention_span",
     "attention_varlen",
     "attention_weights",
+    "causal_conv",
     "cpu_info",
     "explain",
+    "gated_delta_rule",
+    "gated_linear_attention",
     "get_num_threads",
+    "linear_attention",
     "merge_states",
     "plot",
     "rollout",

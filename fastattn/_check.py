@@ -174,22 +174,22 @@ def check_dtype(name, array, backend):
         raise TypeError(f"{name} must be {', '.join(sorted(backend.dtypes))}; got {array.dtype}{hint}")
 
 
-def check_out(out, shape, dtype, inputs, q="q"):
+def check_out(out, shape, dtype, inputs, q="q", argument="out"):
     """The caller's `out` as an ndarray: writable, of this shape, the dtype of `q`, apart from each of the named `inputs`."""
     if not (isinstance(out, np.ndarray) or hasattr(out, "__array_interface__") or hasattr(out, "__dlpack__")):
-        raise TypeError(f"out must be an array; got {type(out).__name__}")
-    array = as_array("out", out)
+        raise TypeError(f"{argument} must be an array; got {type(out).__name__}")
+    array = as_array(argument, out)
     if array.dtype != dtype:
-        raise TypeError(f"out must be {dtype}, the dtype of {q}; got {array.dtype}")
+        raise TypeError(f"{argument} must be {dtype}, the dtype of {q}; got {array.dtype}")
     if array.shape != shape:
-        raise ValueError(f"out must have shape {shape}; got {array.shape}")
+        raise ValueError(f"{argument} must have shape {shape}; got {array.shape}")
     if not array.flags.writeable:
-        raise ValueError("out must be writable; got a read-only array")
+        raise ValueError(f"{argument} must be writable; got a read-only array")
     if array.size and any(n > 1 and stride == 0 for n, stride in zip(array.shape, array.strides)):
-        raise ValueError(f"out must not overlap itself; got strides {array.strides}")
+        raise ValueError(f"{argument} must not overlap itself; got strides {array.strides}")
     for name, other in inputs:
         if _overlap(array, other):
-            raise ValueError(f"out must not overlap an input; it overlaps {name}")
+            raise ValueError(f"{argument} must not overlap an input; it overlaps {name}")
     return array
 
 

@@ -41,6 +41,7 @@ cdef extern from "fastattn.h" nogil:
         FASTATTN_OK
         FASTATTN_ERROR_MEMORY
         FASTATTN_ERROR_INTERRUPTED
+        FASTATTN_ERROR_DECAY
 
     ctypedef enum fastattn_dtype:
         FASTATTN_FLOAT32
@@ -147,6 +148,41 @@ cdef extern from "fastattn.h" nogil:
         int num_threads
         fastattn_threading threading
 
+    ctypedef enum fastattn_feature_map:
+        FASTATTN_FEATURE_IDENTITY
+
+    ctypedef struct fastattn_linear_args:
+        size_t size
+        int64_t batch, num_q_heads, num_k_heads, num_v_heads, q_len, kv_len, head_dim, v_head_dim
+        fastattn_dtype q_dtype, kv_dtype
+        const void *q
+        const void *k
+        const void *v
+        void *out
+        int64_t q_strides[3]
+        int64_t k_strides[3]
+        int64_t v_strides[3]
+        int64_t out_strides[3]
+        const void *decay
+        fastattn_dtype decay_dtype
+        int decay_rows, decay_log
+        int64_t decay_strides[3]
+        const void *beta
+        fastattn_dtype beta_dtype
+        int64_t beta_strides[3]
+        const float *state
+        float *new_state
+        int64_t state_strides[3]
+        int64_t new_state_strides[3]
+        float scale
+        fastattn_feature_map feature_map
+        int normalize, causal
+        const int64_t *kv_lengths
+        const int64_t *cu_seqlens
+        fastattn_isa isa
+        int num_threads
+        fastattn_threading threading
+
     const char *fastattn_status_string(fastattn_status status)
     const char *fastattn_isa_name(fastattn_isa isa)
     int fastattn_isa_available(fastattn_isa isa)
@@ -160,10 +196,13 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
                                           int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse)
     fastattn_status fastattn_rope(const fastattn_rope_args *args)
+    fastattn_status fastattn_linear_args_init(fastattn_linear_args *args, size_t size)
+    fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace, size_t workspace_size)
 
 
 OK = FASTATTN_OK
 ERROR_MEMORY = FASTATTN_ERROR_MEMORY
+ERROR_DECAY = FASTATTN_ERROR_DECAY
 
 cdef str HIGHEST = "highest"
 cdef dict PRECISIONS = {
@@ -759,4 +798,52 @@ def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, int
     args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     with nogil:
         status = fastattn_rope(&args)
+    return <int>status
+
+
+def linear_attention(call):
+    """Fill ``call.out`` and ``call.new_state`` of a ``LinearCall``; the status."""
+    cdef fastattn_linear_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    cdef np.ndarray q = call.q, k = call.k, v = call.v, array
+    fastattn_linear_args_init(&args, sizeof(args))
+    array = call.lengths
+    args.batch, args.kv_lengths = array.shape[0], <const int64_t *>np.PyArray_DATA(array)
+    args.num_q_heads, args.q_len, args.head_dim = q.shape[1], q.shape[2], q.shape[3]
+    args.num_k_heads, args.num_v_heads, args.kv_len, args.v_head_dim = k.shape[1], v.shape[1], v.shape[2], v.shape[3]
+    args.q_dtype, args.kv_dtype = dtype_code(q), dtype_code(k)
+    args.q, args.k, args.v = np.PyArray_DATA(q), np.PyArray_DATA(k), np.PyArray_DATA(v)
+    copy_strides(args.q_strides, q, 3)
+    copy_strides(args.k_strides, k, 3)
+    copy_strides(args.v_strides, v, 3)
+    array = call.out
+    args.out = np.PyArray_DATA(array)
+    copy_strides(args.out_strides, array, 3)
+    if call.decay is not None:
+        array = call.decay
+        args.decay, args.decay_dtype = np.PyArray_DATA(array), dtype_code(array)
+        args.decay_rows, args.decay_log = array.ndim == 4, call.decay_log
+        copy_strides(args.decay_strides, array, 3)
+    if call.beta is not None:
+        array = call.beta
+        args.beta, args.beta_dtype = np.PyArray_DATA(array), dtype_code(array)
+        copy_strides(args.beta_strides, array, 3)
+    if call.state is not None:
+        array = call.state
+        args.state = <const float *>np.PyArray_DATA(array)
+        copy_strides(args.state_strides, array, 3)
+    if call.new_state is not None:
+        array = call.new_state
+        args.new_state = <float *>np.PyArray_DATA(array)
+        copy_strides(args.new_state_strides, array, 3)
+    args.scale, args.normalize, args.causal = call.scale, call.normalize, call.causal
+    args.feature_map = <fastattn_feature_map><int>call.feature_map
+    if call.cu_seqlens is not None:
+        array = call.cu_seqlens
+        args.cu_seqlens = <const int64_t *>np.PyArray_DATA(array)
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    with nogil:
+        status = fastattn_linear_attention(&args, NULL, 0)
     return <int>status

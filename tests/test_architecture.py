@@ -31,6 +31,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
+    "linear": {"_arrays", "_check", "runtime"},
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "rope", "torch"},
     "transformers": {"attention", "torch"},

@@ -11,6 +11,9 @@ Every backend is a module with these names and no others:
     `slots`, ``(B, L)`` int64, has for it; -1 leaves it out.
 ``apply_rope(x, cos, sin, out, interleaved)``
     Turn the pairs of `x` ``(B, H, L, D)`` by the angles of the tables ``(B, H, L, pairs)`` into `out`, which may be `x`.
+``linear_attention(call)``
+    Fill ``call.out`` and, unless it is None, ``call.new_state``; `call` is a :class:`fastattn.linear.LinearCall`. Decays outside of
+    their range are an error, before anything is written.
 ``explain(call)``
     A dict that says how `call` would be computed.
 ``dtypes``

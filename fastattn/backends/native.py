@@ -38,6 +38,14 @@ def apply_rope(x, cos, sin, out, interleaved):
     _raise_unless_ok(_native.apply_rope(x, cos, sin, out, interleaved))
 
 
+def linear_attention(call):
+    """Fill ``call.out`` and ``call.new_state``."""
+    status = _native.linear_attention(call)
+    if status == _native.ERROR_DECAY:
+        call.check_decay()  # finds what the library has found, and says so
+    _raise_unless_ok(status)
+
+
 def explain(call):
     """How `call` is computed."""
     status, plan = _native.explain(call)

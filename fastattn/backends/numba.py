@@ -21,7 +21,7 @@ import numpy as np
 from numba import config, njit
 
 from .. import _settings
-from . import _numba_kernels, _numba_numbers, _numba_products, _numba_simd
+from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd
 from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
 from .numpy import store as store  # a cast and a scatter, which NumPy does as well
 
@@ -56,6 +56,7 @@ _WIDTH, _FEW, _TILE = {
     "portable": (4, 2, (4, 3)),
 }[_numba_simd.ISA]
 _ONE_ROW = (1, 8)
+_STRIP = 4  # registers of a strip of the linear family's state
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 
@@ -126,6 +127,48 @@ def apply_rope(x, cos, sin, out, interleaved):
         kernel(at, strides, num_heads, length, n_rows, head_dim, cos.shape[-1], counter)
 
     _share(run, _useful_threads(-(-n_rows // _ROPE_ROWS), n_rows * head_dim))
+
+
+def linear_attention(call):
+    """Fill ``call.out`` and ``call.new_state``."""
+    call.check_decay()
+    head_dim, v_head_dim = call.k.shape[3], call.v.shape[3]
+    lanes = _STRIP * _WIDTH
+    strips = max(1, -(-v_head_dim // lanes))
+    in_place = call.normalize and call.state is not None and call.new_state is not None and np.may_share_memory(call.state, call.new_state)
+    state = call.state.copy() if in_place else call.state  # the sums of the keys are read by all strips
+    pitch = -(-head_dim // _WIDTH) * _WIDTH
+    starts = np.zeros(call.lengths.size + 1, np.int64) if call.cu_seqlens is None else call.cu_seqlens
+    fields = {
+        **_place("q", call.q, "q_batch", "q_head", "q_row"),
+        **_place("k", call.k, "k_batch", "k_head", "k_row"),
+        **_place("v", call.v, "v_batch", "v_head", "v_row"),
+        **_place("out", call.out, "out_batch", "out_head", "out_row"),
+        **_place("decay", call.decay, "decay_batch", "decay_head", "decay_row"),
+        **_place("beta", call.beta, "beta_batch", "beta_head", "beta_row"),
+        **_place("state", state, "state_batch", "state_head", "state_row"),
+        **_place("new_state", call.new_state, "new_state_batch", "new_state_head", "new_state_row"),
+        **_place("starts", starts),
+        **_place("lengths", call.lengths),
+        "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[call.k.dtype.name],
+        "decay_code": 0 if call.decay is None else _CODES[call.decay.dtype.name],
+        "beta_code": 0 if call.beta is None else _CODES[call.beta.dtype.name],
+        "decay_rows": call.decay is not None and call.decay.ndim == 4, "decay_log": call.decay_log,
+        "q_len": call.q.shape[2], "kv_len": call.k.shape[2], "head_dim": head_dim, "v_head_dim": v_head_dim,
+        "q_heads": call.q.shape[1], "k_heads": call.k.shape[1], "v_heads": call.v.shape[1], "states": call.states, "heads": call.heads,
+        "strips": strips, "items": call.lengths.size * call.states * strips, "packed": call.cu_seqlens is not None,
+        "causal": call.causal, "normalize": call.normalize, "feature_map": call.feature_map, "pitch": pitch, "scale": call.scale,
+    }  # fmt: skip
+    plan = np.zeros(1, _numba_linear.PLAN)
+    plan[0] = tuple([fields.get(name, 0) for name in _numba_linear.PLAN.names])
+    kernel = _kernel(_numba_linear.build_linear, _STRIP, _WIDTH)
+
+    def run(counter):
+        scratch = _scratch(4 * (4 * pitch + (1 + head_dim) * lanes))
+        kernel(plan, _address(scratch), counter)
+
+    tokens = int(call.lengths.sum()) * (call.states + call.heads)
+    _share(run, _useful_threads(fields["items"], tokens * head_dim * v_head_dim))
 
 
 def explain(call):
@@ -341,7 +384,7 @@ def _compile(build, shape):
 @cache
 def _stamp():
     """A number for the source of the kernels: Numba itself would notice changes of one of the files only."""
-    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_numbers, _numba_products, _numba_kernels))).encode())
+    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_numbers, _numba_products, _numba_kernels, _numba_linear))).encode())
 
 
 def _useful_threads(items, work):

@@ -102,6 +102,50 @@ def apply_rope(x, cos, sin, out, interleaved):
         out[..., 2 * pairs :] = x[..., 2 * pairs :]
 
 
+def linear_attention(call):
+    """Fill ``call.out`` and ``call.new_state``: the recurrence as it is defined, token by token, all heads at once."""
+    call.check_decay()
+    group, columns = call.heads // max(call.states, 1), call.v.shape[3]
+    features = (lambda x: x, lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), x + 1), lambda x: np.where(x < 0, 0, x))[call.feature_map]
+
+    def heads(array, b, n):
+        """Entry b as ``(L, n, ...)`` in the dtype of the state, heads repeated where there are fewer."""
+        return np.repeat(array[b].astype(call.dtype).swapaxes(0, 1), n // max(array.shape[1], 1), axis=1)
+
+    def answer(y, total):
+        found = np.einsum("hgd,hde->hge", y.reshape(call.states, group, y.shape[1]), total).reshape(call.heads, total.shape[2])
+        if not call.normalize:
+            return found
+        return np.where(found[:, -1:] == 0, 0, found[:, :-1] / found[:, -1:])
+
+    with np.errstate(all="ignore"):
+        for n, b, first, rows, real in call.sequences():
+            q = features(heads(call.q, b, call.heads)) * call.dtype.type(call.scale)
+            k, v = features(heads(call.k, b, call.states)), heads(call.v, b, call.states)
+            if call.normalize:  # the sum of the keys is one more column of the state, whose values are 1
+                v = np.concatenate([v, np.ones((*v.shape[:2], 1), call.dtype)], axis=-1)
+            decay, beta = (None if x is None else heads(x, b, call.states) for x in (call.decay, call.beta))
+            if call.decay_log:
+                decay = np.exp(decay)
+            total = np.zeros((call.states, k.shape[2], columns + call.normalize), call.dtype)
+            if call.state is not None:
+                total += call.state[n]
+            if call.causal:
+                call.out[b, :, first : first + rows] = 0
+            for t in range(first, first + real):
+                if decay is not None:
+                    total *= decay[t, :, None, None] if decay.ndim == 2 else decay[t, :, :, None]
+                added = v[t] if beta is None else beta[t, :, None] * (v[t] - np.einsum("hd,hde->he", k[t], total))
+                total += k[t, :, :, None] * added[:, None]
+                if call.causal:
+                    call.out[b, :, t] = answer(q[t], total)
+            queries = range(first, first + rows) if call.cu_seqlens is not None else range(call.q.shape[2])
+            for t in () if call.causal else queries:
+                call.out[b, :, t] = answer(q[t], total)
+            if call.new_state is not None:
+                call.new_state[n] = total
+
+
 def explain(call):
     """How `call` is computed."""
     _, num_heads, q_len, head_dim = call.q.shape

@@ -163,8 +163,7 @@ enum {
     FIRST_BLOCK_MASK = FA_END_OF(fastattn_block_mask, num_element_masks)
 };
 
-/* Copies a struct that begins with its size, and completes it from `rest`. */
-static fastattn_status take(void *to, const void *from, size_t first, const void *rest, size_t own) {
+fastattn_status fastattn_take_struct(void *to, const void *from, size_t first, const void *rest, size_t own) {
     size_t size;
     memcpy(&size, from, sizeof size);
     if (!fastattn_known_size(size, first, own)) return FASTATTN_ERROR_ARGUMENT;
@@ -184,10 +183,10 @@ fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size
 fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given) {
     fastattn_attention_args *a = &args->attention;
     if (!given) return FASTATTN_ERROR_ARGUMENT;
-    fastattn_status status = take(a, given, FIRST_ARGS, &absent, sizeof absent);
+    fastattn_status status = fastattn_take_struct(a, given, FIRST_ARGS, &absent, sizeof absent);
     if (status != FASTATTN_OK) return status;
     if (a->block_mask) {
-        status = take(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, &absent_from_mask, sizeof absent_from_mask);
+        status = fastattn_take_struct(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, &absent_from_mask, sizeof absent_from_mask);
         if (status != FASTATTN_OK) return status;
         a->block_mask = &args->block_mask;
     }

@@ -31,6 +31,8 @@ static inline int64_t fastattn_kv_room(const fastattn_attention_args *a, int64_t
 
 /* Whether a struct of this size is that of a version which had the fields up to `first`, or of a later one up to this. */
 int fastattn_known_size(size_t size, size_t first, size_t own);
+/* Copies a struct that begins with such a size, and completes it from `rest`. */
+fastattn_status fastattn_take_struct(void *to, const void *from, size_t first, const void *rest, size_t own);
 #define FA_END_OF(type, field) (offsetof(type, field) + sizeof(((type *)NULL)->field))
 
 /* Whether a pointer is no multiple of size, a power of two. */

@@ -70,7 +70,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_INTERRUPTED = 11, /* the caller's `interrupted` said so; outputs hold anything */
     FASTATTN_ERROR_THREADING = 12,   /* the way of threading asked for is unknown, or this library was built without it */
     FASTATTN_ERROR_Q_LENGTHS = 13,   /* a length below 0 or above q_len */
-    FASTATTN_ERROR_SEQLENS = 14      /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
+    FASTATTN_ERROR_SEQLENS = 14,     /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
+    FASTATTN_ERROR_DECAY = 15        /* a decay outside of [0, 1], or above 0 as a logarithm */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -361,6 +362,101 @@ typedef struct fastattn_rope_args {
 } fastattn_rope_args;
 
 FASTATTN_API fastattn_status fastattn_rope(const fastattn_rope_args *args);
+
+/* Linear attention and its kin: the softmax gives way to a state S of (head_dim, v_head_dim) numbers, which each token of the
+ * sequence decays and adds to, so that work grows with the length and not with its square. For token t of one head, with
+ * x = map(k[t]) and y = scale * map(q[t]):
+ *
+ *     S   = a[t] S                                  a[t] = decay: one factor, or one for each row of S; 1 without
+ *     u   = v[t], or with beta  beta[t] (v[t] - S' x)     (S' is S transposed: what S already answers for this key)
+ *     S   = S + x u'
+ *     out[t] = S' y,  with normalize divided by z' y, where z = a[t] z + x is the sum of all keys; 0 where that is 0
+ *
+ * That is linear attention (Katharopoulos et al., 2020), with decay RetNet (Sun et al., 2023), GLA (Yang et al., 2023) and
+ * Mamba-2 (Dao and Gu, 2024), with beta DeltaNet (Yang et al., 2024), and with both Gated DeltaNet (Yang et al., 2024) and Kimi
+ * Delta Attention (2025). Without causal the state of the whole sequence answers every query.
+ *
+ * Tokens are taken in chunks: what lies before a chunk by products with its state, what lies within by products of the chunk
+ * with itself. A decay from one token to another is a product of the factors between them, never a quotient and never the
+ * difference of two logarithms, so that factors may be small, or 0, at any length. State, products and sums are float32. A number
+ * that is not finite reaches its own and later tokens, and never earlier ones.
+ *
+ * Heads are shared as in attention: a head count of q, k or v divides the largest of the three, which is that of out; there
+ * is a state for each head of k or v, of whichever has more, and decay and beta have those heads. */
+typedef enum fastattn_feature_map {
+    FASTATTN_FEATURE_IDENTITY = 0,
+    FASTATTN_FEATURE_ELU = 1,        /* elu(x) + 1: x + 1 above 0, else e**x */
+    FASTATTN_FEATURE_RELU = 2        /* max(x, 0) */
+} fastattn_feature_map;
+
+/* The arguments of one call. Begin with FASTATTN_LINEAR_ARGS_INIT. Strides and alignment as in fastattn_attention_args. */
+typedef struct fastattn_linear_args {
+    size_t size;                     /* sizeof(fastattn_linear_args) */
+
+    int64_t batch;                   /* of sequences */
+    int64_t num_q_heads, num_k_heads, num_v_heads;
+    int64_t q_len, kv_len;           /* equal if causal, or with cu_seqlens: then the tokens of all sequences */
+    int64_t head_dim, v_head_dim;
+    fastattn_dtype q_dtype;          /* also the dtype of out */
+    fastattn_dtype kv_dtype;         /* k and v; q_dtype may be wider */
+
+    const void *q;                   /* (batch, num_q_heads, q_len, head_dim) */
+    const void *k;                   /* (batch, num_k_heads, kv_len, head_dim) */
+    const void *v;                   /* (batch, num_v_heads, kv_len, v_head_dim) */
+    void *out;                       /* (batch, heads, q_len, v_head_dim) */
+    int64_t q_strides[3];            /* batch, head, row */
+    int64_t k_strides[3];
+    int64_t v_strides[3];
+    int64_t out_strides[3];
+
+    const void *decay;               /* (batch, states, kv_len), or null: 1 */
+    fastattn_dtype decay_dtype;      /* float32, float16 or bfloat16 */
+    int decay_rows;                  /* non-zero: (batch, states, kv_len, head_dim), the last axis contiguous */
+    int decay_log;                   /* non-zero: logarithms, at most 0 (-inf is a factor of 0), and not factors from 0 to 1 */
+    int64_t decay_strides[3];
+    const void *beta;                /* (batch, states, kv_len), or null: no delta rule */
+    fastattn_dtype beta_dtype;
+    int64_t beta_strides[3];
+
+    const float *state;              /* (batch, states, head_dim, v_head_dim), or null: 0. With normalize there is one more
+                                        column, which is z */
+    float *new_state;                /* of the same shape, or null; may be state, with the same strides */
+    int64_t state_strides[3];        /* batch, head, row; the last axis is contiguous */
+    int64_t new_state_strides[3];
+
+    float scale;                     /* any finite value; there is no default */
+    fastattn_feature_map feature_map;
+    int normalize;                   /* non-zero, without beta: divide by the sum of the keys */
+    int causal;                      /* zero, without decay and beta: every query is answered by the whole sequence */
+    const int64_t *kv_lengths;       /* (batch), or null: tokens from there on are neither read nor, if causal, answered: 0 */
+    const int64_t *cu_seqlens;       /* (batch + 1), from 0 to kv_len, or null. Then the sequences follow each other along the
+                                        axis of rows, and batch strides, but those of states, are not used */
+
+    fastattn_isa isa;                /* the highest instruction set to use; FASTATTN_ISA_BEST for no limit */
+    int num_threads;                 /* at most so many; 0 or 1: the calling thread alone */
+    fastattn_threading threading;    /* how they are had */
+    int (*interrupted)(void *context); /* as for attention, between sequences and heads */
+    void *interrupted_context;
+} fastattn_linear_args;
+
+/* As for attention: size is set, causal too, everything optional is absent, and scale is a NaN, which is refused. */
+#define FASTATTN_LINEAR_ARGS_INIT                                                                                         \
+    {                                                                                                                     \
+        sizeof(fastattn_linear_args), 0, 0, 0, 0, 0, 0, 0, 0, FASTATTN_FLOAT32, FASTATTN_FLOAT32, NULL, NULL, NULL, NULL, \
+            {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, NULL, FASTATTN_FLOAT32, 0, 0, {0, 0, 0}, NULL, FASTATTN_FLOAT32,  \
+            {0, 0, 0}, NULL, NULL, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, FASTATTN_FEATURE_IDENTITY, 0, 1, NULL, NULL,       \
+            FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL                                                  \
+    }
+FASTATTN_API fastattn_status fastattn_linear_args_init(fastattn_linear_args *args, size_t size);
+
+/* Linear attention as defined above. workspace as for fastattn_attention: at least fastattn_linear_workspace_size(args) bytes,
+ * aligned to 64, or null. Decays are looked through before anything is written. */
+FASTATTN_API fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace,
+                                                       size_t workspace_size);
+
+/* The bytes of workspace that a call with these arguments needs: num_threads times a state and a few chunks. 0 when the
+ * arguments are invalid or there is nothing to do. */
+FASTATTN_API size_t fastattn_linear_workspace_size(const fastattn_linear_args *args);
 
 #ifdef __cplusplus
 }

@@ -28,6 +28,7 @@
 #include "rows.h"
 #include "merge.h"
 #include "rotate.h"
+#include "dense.h"
 
 /* What is around the products of panels whose lanes are rows, whatever they multiply. */
 #define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
@@ -45,6 +46,9 @@ enum { MOST_ROWS = 16 };
         .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack,            \
         .keys = as_stored, .values = as_stored, .qk = rows_qk, .softmax = rows_softmax, .pv = rows_pv,                   \
         .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack};                           \
-    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .widen = widen,  \
-                                                  .fetch = fetch, .narrow = narrow, .finite = all_finite, .rotate = rotate,  \
-                                                  .weigh = weigh, .mix = mix};
+    static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,            \
+                                            .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
+                                            .features = dense_features, .outside = dense_outside};                         \
+    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .dense = &suffix##_dense, \
+                                                  .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
+                                                  .rotate = rotate, .weigh = weigh, .mix = mix};

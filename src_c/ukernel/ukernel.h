@@ -178,8 +178,41 @@ static inline int64_t fa_row_of_numbers(const fa_products *by, int64_t dim) {
 }
 static inline int64_t fa_number_of_numbers(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
 
+/* Algebra on dense matrices, row-major in float32, for what is not attention's loop. Lanes are columns: n is a multiple of
+ * FA_ROW_STEP, and so many columns are read and written. Leading dimensions (ld) and steps are in floats, and nothing need be
+ * aligned but to its elements. */
+typedef struct fa_dense {
+    /* c[i][j] = alpha[j] * c[i][j] + sum over t of a[i * across + t * along] * b[t][j], for i below m, j below n and t below k;
+     * where alpha is null the sum alone. along or across is 1, and b does not overlap c. */
+    void (*product)(float *c, int64_t ldc, const float *alpha, const float *a, int64_t across, int64_t along, const float *b,
+                    int64_t ldb, int64_t m, int64_t n, int64_t k);
+
+    /* to[i] = sum over j of x[i][j] * z[j]; rows is a multiple of FA_ROW_STEP. */
+    void (*dots)(float *to, const float *x, int64_t ld, int64_t rows, const float *z, int64_t n);
+
+    /* x[i][j] *= f[i * f_row + j * f_column], f_column being 0 or 1. In this slot and the next two what would be subnormal is 0. */
+    void (*scale)(float *x, int64_t ld, int64_t rows, int64_t n, const float *f, int64_t f_row, int f_column);
+
+    /* Running products down the columns: to[i] = a[0] * ... * a[i], or backward to[i] = a[i + 1] * ... * a[rows - 1]. */
+    void (*running)(float *to, const float *a, int64_t ld, int64_t rows, int64_t n, int backward);
+
+    /* to[i][j] = f[i * f_step] * from[i][j] + a[i] * b[j]; to may be from. */
+    void (*rank_one)(float *to, int64_t ld_to, const float *from, int64_t ld_from, const float *f, int64_t f_step, const float *a,
+                     const float *b, int64_t rows, int64_t n);
+
+    /* x = e**x for x <= 0, to an ulp; 0 below -87. */
+    void (*exps)(float *x, int64_t n);
+
+    /* x = map(x) */
+    void (*features)(float *x, int64_t n, fastattn_feature_map map);
+
+    /* 1 when a number of these rows, of any storage type and length, is less than low or greater than high; a NaN is neither. */
+    int (*outside)(fa_matrix x, int64_t rows, int64_t n, float low, float high);
+} fa_dense;
+
 /* What is done in float32 lanes whatever the products. */
 typedef struct fa_ukernel {
+    const fa_dense *dense;
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for at most its panel_rows */
 
