@@ -1,7 +1,9 @@
 """Block masks: each constructor against its plain definition, and the algebra against dense algebra."""
 
 import copy
+import inspect
 import pickle
+import re
 import tracemalloc
 
 import hypothesis.strategies as st
@@ -572,3 +574,11 @@ def test_validation(arguments, error, message):
 def test_constructors_refuse_nonsense(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", [name for name, _ in inspect.getmembers(BlockMask, inspect.ismethod) if name[0] != "_"])
+def test_constructors_describe_every_argument(name):
+    constructor = getattr(BlockMask, name)
+    parameters = inspect.getdoc(constructor).partition("Parameters\n---")[2].partition("Returns\n---")[0]
+    described = [word for names in re.findall(r"^(\w[\w, ]*) : ", parameters, re.MULTILINE) for word in names.split(", ")]
+    assert sorted(described) == sorted(inspect.signature(constructor).parameters)

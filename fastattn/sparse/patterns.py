@@ -14,8 +14,9 @@ stands at the last key.
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -38,7 +39,41 @@ if TYPE_CHECKING:
     from .._typing import Window
     from .mask import BlockMask
 
+_Constructor = TypeVar("_Constructor")
 
+_BLOCK_SIZE = """\
+block_size : int
+    Rows and columns of a block."""
+
+# What several docstrings say.
+_PARAGRAPHS = {
+    "block_size": _BLOCK_SIZE,
+    "line": f"""\
+q_len, k_len : int
+    Rows and keys; ``k_len`` is ``q_len`` by default.
+{_BLOCK_SIZE}
+query_offset : int, optional
+    The position of row 0; by default ``k_len - q_len``, so that the last row sees the last key.""",
+    "stride": """\
+stride : int, optional
+    By default the rounded square root of ``k_len``. A multiple of ``block_size`` makes the fewest blocks.""",
+    "returns": """\
+Returns
+-------
+BlockMask""",
+    "beltagy": 'Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150',
+    "child": 'Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers", 2019, arXiv:1904.10509',
+}
+
+
+def _documented(constructor: _Constructor) -> _Constructor:
+    """The same function, its docstring with the paragraphs that it names in braces."""
+    if constructor.__doc__:  # python -OO leaves none
+        constructor.__doc__ = inspect.cleandoc(constructor.__doc__).format(**_PARAGRAPHS)
+    return constructor
+
+
+@_documented
 def from_dense(cls: type[BlockMask], mask: ArrayLike, block_size: int = 64) -> BlockMask:
     """The blocks of a dense mask.
 
@@ -46,11 +81,9 @@ def from_dense(cls: type[BlockMask], mask: ArrayLike, block_size: int = 64) -> B
     ----------
     mask : array of bool, shape (B, H, q_len, k_len), (H, q_len, k_len) or (q_len, k_len)
         True where the key is visible.
-    block_size : int
+    {block_size}
 
-    Returns
-    -------
-    BlockMask
+    {returns}
     """
     mask = np.asarray(mask)
     if mask.dtype != bool:
@@ -68,6 +101,7 @@ def from_dense(cls: type[BlockMask], mask: ArrayLike, block_size: int = 64) -> B
     return cls._from_blocks(grid, blocks, *examine(grid, blocks, lambda p, i, j: patterns[p][i, j]))
 
 
+@_documented
 def from_function(
     cls: type[BlockMask],
     mask_mod: Callable[[int, int, NDArray[np.int64], NDArray[np.int64]], Any],
@@ -90,14 +124,12 @@ def from_function(
     q_len, k_len : int
     batch, heads : int
         How many patterns; 1 is shared by all.
-    block_size : int
+    {block_size}
     within : BlockMask, optional
         Look only into its blocks; the result is its intersection with the function. Without it every one of the
         ``q_len * k_len`` elements of each pattern is evaluated.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
@@ -122,6 +154,7 @@ def from_function(
     return found if within is None else found & within
 
 
+@_documented
 def causal(
     cls: type[BlockMask], q_len: int, *, k_len: int | None = None, block_size: int = 64, query_offset: int | None = None
 ) -> BlockMask:
@@ -129,14 +162,9 @@ def causal(
 
     Parameters
     ----------
-    q_len, k_len : int
-    block_size : int
-    query_offset : int, optional
-        The position of row 0; by default the last row sees the last key.
+    {line}
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
@@ -146,6 +174,7 @@ def causal(
     return _bands(cls, grid, np.zeros_like(position), position + 1)
 
 
+@_documented
 def sliding_window(
     cls: type[BlockMask],
     q_len: int,
@@ -160,22 +189,17 @@ def sliding_window(
 
     Parameters
     ----------
-    q_len, k_len : int
+    {line}
     window : int or (int or None, int or None)
         ``(left, right)``, inclusive, None for no bound on that side; an int stands for both sides.
-    block_size : int
     causal : bool
         Also require ``j <= p``.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
-    Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150;
+    {beltagy};
     Jiang et al., "Mistral 7B", 2023, arXiv:2310.06825
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
@@ -185,6 +209,7 @@ def sliding_window(
     return _bands(cls, grid, lo, hi)
 
 
+@_documented
 def dilated(
     cls: type[BlockMask],
     q_len: int,
@@ -200,25 +225,20 @@ def dilated(
 
     Parameters
     ----------
-    q_len, k_len : int
+    {line}
     window : int or (int or None, int or None)
         ``(left, right)`` in steps of ``dilation``, inclusive, None for no bound on that side; an int stands for both
         sides.
     dilation : int
         1 is `sliding_window`.
-    block_size : int
     causal : bool
         Also require ``j <= p``.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
-    Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150, section 3.1
+    {beltagy}, section 3.1
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
     dilation = check_int("dilation", dilation, 1)
@@ -232,6 +252,7 @@ def dilated(
     return _template(cls, grid, position, distance, visible)
 
 
+@_documented
 def strided(
     cls: type[BlockMask],
     q_len: int,
@@ -249,22 +270,16 @@ def strided(
 
     Parameters
     ----------
-    q_len, k_len : int
-    stride : int, optional
-        By default the rounded square root of ``k_len``. A multiple of ``block_size`` makes the fewest blocks.
-    block_size : int
+    {line}
+    {stride}
     causal : bool
         False mirrors the pattern to later keys.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
-    Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers", 2019, arXiv:1904.10509
+    {child}
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
     stride = _stride(stride, grid)
@@ -275,6 +290,7 @@ def strided(
     return _template(cls, grid, position, distance, visible)
 
 
+@_documented
 def fixed(
     cls: type[BlockMask],
     q_len: int,
@@ -294,24 +310,18 @@ def fixed(
 
     Parameters
     ----------
-    q_len, k_len : int
-    stride : int, optional
-        By default the rounded square root of ``k_len``. A multiple of ``block_size`` makes the fewest blocks.
+    {line}
+    {stride}
     summary : int, optional
         The paper's ``c``; by default 8, or ``stride`` if that is less.
-    block_size : int
     causal : bool
         False leaves out ``j <= p``.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
-    Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers", 2019, arXiv:1904.10509
+    {child}
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
     stride = _stride(stride, grid)
@@ -324,6 +334,7 @@ def fixed(
     return own | _cross(cls, grid, np.ones(grid.shape[2], bool), ends, before=start if causal else None)
 
 
+@_documented
 def longformer(
     cls: type[BlockMask],
     q_len: int,
@@ -339,24 +350,19 @@ def longformer(
 
     Parameters
     ----------
-    q_len, k_len : int
+    {line}
     window : int or (int or None, int or None)
         As in `sliding_window`: ``(left, right)``, or both sides. The paper's window of ``w`` is ``w // 2`` here.
     global_tokens : int or array of int
         The first so many positions, or their list.
-    block_size : int
     causal : bool
         Require ``j <= p`` of everything.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
-    Beltagy, Peters, Cohan, "Longformer: The Long-Document Transformer", 2020, arXiv:2004.05150
+    {beltagy}
     """
     grid, position = _line(q_len, k_len, block_size, query_offset)
     near = sliding_window(cls, q_len, k_len=k_len, window=window, block_size=block_size, query_offset=query_offset)
@@ -368,6 +374,7 @@ def longformer(
     return mask & _bands(cls, grid, np.zeros_like(position), position + 1) if causal else mask
 
 
+@_documented
 def bigbird(
     cls: type[BlockMask],
     q_len: int,
@@ -390,7 +397,7 @@ def bigbird(
 
     Parameters
     ----------
-    q_len, k_len : int
+    {line}
     window_blocks : int
         Odd: ``c`` and as many on both sides.
     global_blocks : int
@@ -402,15 +409,10 @@ def bigbird(
         How many patterns, with random blocks of their own; 1 is shared by all heads.
     seed : int or numpy.random.Generator
         Of the random blocks: the same seed, the same mask.
-    block_size : int
     causal : bool
         Require ``j <= p`` of everything.
-    query_offset : int, optional
-        The position of row 0; by default ``k_len - q_len``.
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
@@ -444,6 +446,7 @@ def bigbird(
     return cls._from_blocks(grid, blocks, *(cut_causal(grid, position, blocks) if causal else ()))
 
 
+@_documented
 def neighborhood(
     cls: type[BlockMask],
     shape: int | tuple[int, ...],
@@ -469,11 +472,9 @@ def neighborhood(
     causal : bool
         Along the first axis, see no later cell: the window ends at the cell, and is cut at the edge. For time in a
         video.
-    block_size : int
+    {block_size}
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
@@ -505,6 +506,7 @@ def neighborhood(
     return _template(cls, grid, first, np.arange(len(visible)), visible)
 
 
+@_documented
 def document(
     cls: type[BlockMask],
     cu_seqlens: ArrayLike | None = None,
@@ -523,11 +525,9 @@ def document(
         In place of ``cu_seqlens``: the document of each token; each document is one run of tokens.
     causal : bool
         Also require ``j <= i``.
-    block_size : int
+    {block_size}
 
-    Returns
-    -------
-    BlockMask
+    {returns}
 
     References
     ----------
