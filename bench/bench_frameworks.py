@@ -100,7 +100,7 @@ def bridge(args):
                 "tensors": lambda: fastattn.torch.scaled_dot_product_attention(q, k, v),  # noqa: B023
                 "torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),  # noqa: B023
             }
-            best = {name: np.inf for name in calls}
+            best = dict.fromkeys(calls, np.inf)
             for _ in range(20 * args.rounds):
                 for name, call in calls.items():
                     best[name] = min(best[name], timeit.timeit(call, number=200) / 200 * 1e6)

@@ -12,6 +12,7 @@ whole blocks must not take much more than its density's share of the dense call,
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import statistics
@@ -112,7 +113,7 @@ def built_in_trials(dtype, head_dim):
         build = BlockMask.causal if name == "causal" else BlockMask.sliding_window
         for block_size in (64, 128):
             mask = build(LENGTH, block_size=block_size, **({} if name == "causal" else options))
-            built_in = lambda options=options: fastattn.attention(*arrays, **options)
+            built_in = functools.partial(fastattn.attention, *arrays, **options)
             yield Trial(name, dtype, head_dim, mask, sparse(arrays, mask), "argument", built_in, 1.05)
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-import fastattn
 from fastattn import _bench
 from fastattn._bench import Side
 

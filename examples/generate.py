@@ -199,7 +199,7 @@ def compare(model, prompt, answer, rounds=3, steps=24):
         alternate(prompts, read_prompt)
     model.prefill(answer, cache, fastattn.attention)
     first = max(0, len(answer) - steps)
-    for position, token in enumerate(answer[first:], len(prompt) + first):
+    for position, token in enumerate(answer[first:], len(prompt) + first):  # noqa: B007 - add_token reads them
         alternate(decodes, add_token)
 
     lines = ["             prompt  attention     decode  attention", "           tokens/s         ms   tokens/s   ms/token"]

@@ -49,6 +49,7 @@ from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
 from .rope import apply_rope
 from .runtime import (
     BackendWarning,
+    _initialize,
     cpu_info,
     explain,
     get_num_threads,
@@ -57,7 +58,6 @@ from .runtime import (
     threads,
     use_backend,
 )
-from .runtime import _initialize
 from .sparse import BlockMask
 from .varlen import attention_varlen
 

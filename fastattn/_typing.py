@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,9 +19,9 @@ class SupportsDLPack(Protocol):
     def __dlpack_device__(self) -> tuple[Any, Any]: ...
 
 
-Array = Union[ArrayLike, SupportsDLPack]
-Ints = Union[int, Sequence[int], NDArray[np.integer[Any]], SupportsDLPack]
-Window = Union[tuple[Union[int, None], Union[int, None]], Sequence[Union[int, None]]]
+Array = ArrayLike | SupportsDLPack
+Ints = int | Sequence[int] | NDArray[np.integer[Any]] | SupportsDLPack
+Window = tuple[int | None, int | None] | Sequence[int | None]
 Precision = Literal["highest", "high", "medium"]
 
 

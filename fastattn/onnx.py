@@ -11,8 +11,7 @@ defines them, without quantised caches.
 
 import numpy as np
 import onnx
-from onnx.backend.base import Backend as _Backend
-from onnx.backend.base import BackendRep as _BackendRep
+from onnx.backend.base import Backend as _Backend, BackendRep as _BackendRep
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -257,7 +256,9 @@ def multi_head_attention(
     if key_padding_mask is not None:
         if key_padding_mask.ndim == 1:
             if key_padding_mask.shape[0] != q.shape[0]:
-                raise NotImplementedError(f"key_padding_mask of shape {key_padding_mask.shape} is not served: (B,), (B, total), (B, L, total)")
+                raise NotImplementedError(
+                    f"key_padding_mask of shape {key_padding_mask.shape} is not served: (B,), (B, total), (B, L, total)"
+                )
             keywords["kv_lengths"] = key_padding_mask
         else:
             seen = key_padding_mask.reshape(q.shape[0], 1, -1, total) != 0

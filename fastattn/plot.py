@@ -1,7 +1,7 @@
 """Pictures of attention, in one style that reads in print and without colours, and a page to look around in.
 
-Darker is always more. What has to be told apart differs in brightness and hatching as well as in hue (Okabe and Ito's colours). matplotlib is
-imported when something is drawn; the page of :func:`html` needs nothing but a browser.
+Darker is always more. What has to be told apart differs in brightness and hatching as well as in hue (Okabe and Ito's colours).
+matplotlib is imported when something is drawn; the page of :func:`html` needs nothing but a browser.
 """
 
 import base64
@@ -117,9 +117,9 @@ def segments(mass, *, names=None, queries=None, ax=None):
 def html(tokens, weights, path, *, keys=None, title="Attention"):
     """Write a page on which tokens are coloured by the attention that the token under the pointer pays, or is paid.
 
-    The page is one file without references to others: it opens from a disk, without a server or a network, and forbids itself to load
-    anything. Tokens are text to it, whatever they look like. Hover, or move with Tab, to choose a token; click to keep it; choose a head, or
-    the mean of all; and turn the direction round. ``#head=2&query=5`` behind its address opens it so.
+    The page is one file without references to others: it opens from a disk, without a server or a network, and forbids itself
+    to load anything. Tokens are text to it, whatever they look like. Hover, or move with Tab, to choose a token; click to keep
+    it; choose a head, or the mean of all; and turn the direction round. ``#head=2&query=5`` behind its address opens it so.
 
     Parameters
     ----------

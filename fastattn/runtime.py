@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from ._typing import Array
-    from ._typing import Call as CallKeywords
+    from ._typing import Array, Call as CallKeywords
 
 BACKENDS = ("native", "numba", "numpy")
 ISAS = ("portable", "avx2", "avx512", "amx", "neon")

@@ -8,9 +8,9 @@ read instead: causal, sliding window, chunks, packed sequences and padding becom
 matrix is made. What models hand from layer to layer is a :class:`Visibility`, a tensor of booleans that takes no memory and becomes that
 matrix only where somebody computes with it.
 
-Made for transformers 5.4 to 5.24. What is not served goes to torch's own attention (to the model's eager one where torch's would leave something out), with one
-:class:`fastattn.torch.FallbackWarning` for each reason: gradients, dropout, attention weights as outputs, tensors elsewhere, masks
-of other makers.
+Made for transformers 5.4 to 5.24. What is not served goes to torch's own attention (to the model's eager one where torch's would
+leave something out), with one :class:`fastattn.torch.FallbackWarning` for each reason: gradients, dropout, attention weights as
+outputs, tensors elsewhere, masks of other makers.
 """
 
 import functools

@@ -39,7 +39,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},
 }
-FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}  # a module for a framework, and the packages that are there when it is imported
+# A module for a framework, and the packages that are there when it is imported.
+FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}
 OPTIONAL = {"numba", "onnx", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
 
 

@@ -1,6 +1,7 @@
 """The figures of ``bench`` are computed right. A clock that is ours stands in for the real one: nothing is timed."""
 
 import argparse
+import functools
 import importlib
 import json
 import math
@@ -121,13 +122,13 @@ def tiny(monkeypatch, clock):
     """Two small cases, and sides that take a known time."""
     cases = (Case("one", (1, 2, 1, 5, 7, 8)), Case("two", (1, 2, 2, 6, 6, 8), causal=True))
     monkeypatch.setattr(_bench, "CASES", cases)
+
+    def slowed(side, seconds, *args):
+        inner = side(*args)
+        return Side(inner.name, lambda: clock.advance(seconds) or inner.call())
+
     for name, seconds in (("fastattn_side", 1.0), ("numpy_side", 2.5)):
-
-        def slowed(*args, side=getattr(_bench, name), seconds=seconds):
-            inner = side(*args)
-            return Side(inner.name, lambda: clock.advance(seconds) or inner.call())
-
-        monkeypatch.setattr(_bench, name, slowed)
+        monkeypatch.setattr(_bench, name, functools.partial(slowed, getattr(_bench, name), seconds))
 
 
 def test_command_prints_a_table(tiny, capsys):

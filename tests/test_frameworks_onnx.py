@@ -9,6 +9,7 @@ import fastattn
 
 onnx = pytest.importorskip("onnx", minversion="1.19")
 import fastattn.onnx  # noqa: E402
+
 pytestmark = pytest.mark.torch
 
 

@@ -252,7 +252,11 @@ def test_masks_of_other_makers_are_made_and_obeyed():
 
     def call(model):
         mask = transformers.masking_utils.create_causal_mask(
-            config=model.config, inputs_embeds=torch.zeros(3, 9, 32), attention_mask=LEFT, past_key_values=None, and_mask_function=every_third
+            config=model.config,
+            inputs_embeds=torch.zeros(3, 9, 32),
+            attention_mask=LEFT,
+            past_key_values=None,
+            and_mask_function=every_third,
         )
         return model(tokens(), attention_mask=mask).logits
 

@@ -69,7 +69,8 @@ def test_stages_of_scores():
     capped = 0.5 * np.tanh(raw / 0.5)
     np.testing.assert_allclose(fastattn.attention_scores(q, k, "softcap", **options), capped, atol=1e-5)
     seen = np.arange(90) <= np.arange(30)[:, None] + 60
-    np.testing.assert_allclose(fastattn.attention_scores(q, k, "bias", **options), np.where(seen, capped + options["mask"], -np.inf), atol=1e-5)
+    biased = np.where(seen, capped + options["mask"], -np.inf)
+    np.testing.assert_allclose(fastattn.attention_scores(q, k, "bias", **options), biased, atol=1e-5)
     with pytest.raises(ValueError, match="stage must be one of .*got 'softmax'"):
         fastattn.attention_scores(q, k, "softmax")
 
@@ -103,7 +104,9 @@ def test_rank_is_that_of_q():
 
 
 @pytest.mark.parametrize("name", ["heads", "rows"])
-@pytest.mark.parametrize("chosen, error", [(99, ValueError), ([0, -99], ValueError), (1.5, TypeError), ([[0]], TypeError), ("all", TypeError)])
+@pytest.mark.parametrize(
+    "chosen, error", [(99, ValueError), ([0, -99], ValueError), (1.5, TypeError), ([[0]], TypeError), ("all", TypeError)]
+)
 def test_what_cannot_be_chosen(name, chosen, error):
     with pytest.raises(error, match=f"{name} must"):
         fastattn.attention_weights(*arrays(), **{name: chosen})
@@ -138,8 +141,10 @@ def test_mass_of_many_segments(segments, options, dtype):
     mass = fastattn.attention_mass(q, k, segments, num_segments=90, **options)
     weights = fastattn.attention_weights(q, k, **options).astype(np.float64)
     assert mass.dtype == np.float32 and mass.shape == (2, 4, 30, 90)
-    np.testing.assert_allclose(mass, summed(weights, segments, 90), atol=2e-6)
-    np.testing.assert_allclose(mass.sum(axis=-1), np.where(segments >= 0, weights, 0).sum(axis=-1) if segments.ndim == 1 else summed(weights, segments, 90).sum(axis=-1), atol=1e-6)
+    expected = summed(weights, segments, 90)
+    np.testing.assert_allclose(mass, expected, atol=2e-6)
+    counted = np.where(segments >= 0, weights, 0) if segments.ndim == 1 else expected
+    np.testing.assert_allclose(mass.sum(axis=-1), counted.sum(axis=-1), atol=1e-6)
 
 
 def test_mass_of_many_segments_through_a_block_mask():

@@ -34,7 +34,10 @@ def rows(shape, dtype="float32", seed=0):
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim, rotary_dim", [(2, 2), (6, 6), (14, 14), (30, 30), (32, 32), (34, 34), (80, 80), (128, 128), (130, 62), (7, 4), (5, 0)])
+@pytest.mark.parametrize(
+    "dim, rotary_dim",
+    [(2, 2), (6, 6), (14, 14), (30, 30), (32, 32), (34, 34), (80, 80), (128, 128), (130, 62), (7, 4), (5, 0)],
+)
 def test_rope_is_its_definition(engine, dim, rotary_dim, dtype, interleaved):
     x = rows((2, 6, 5, dim), dtype)
     cos, sin = fastattn.rope_table(5, rotary_dim)
@@ -45,7 +48,13 @@ def test_rope_is_its_definition(engine, dim, rotary_dim, dtype, interleaved):
     np.testing.assert_array_equal(x, out)
 
 
-@pytest.mark.parametrize("shape", [(9, 16), (3, 9, 16), (1, 1, 1, 16), (2, 3, 700, 16), (2, 5, 1, 16), (0, 3, 4, 16), (2, 0, 4, 16), (2, 3, 0, 16), (2, 3, 4, 0)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(9, 16), (3, 9, 16), (1, 1, 1, 16), (2, 3, 700, 16), (2, 5, 1, 16)],
+        *[(0, 3, 4, 16), (2, 0, 4, 16), (2, 3, 0, 16), (2, 3, 4, 0)],
+    ],
+)
 def test_rope_of_any_shape(engine, shape):
     x = rows(shape)
     cos, sin = fastattn.rope_table(shape[-2], shape[-1])
@@ -150,7 +159,7 @@ MISTAKES = [
     (lambda: fastattn.apply_rope(X, T, T[:3]), ValueError, r"sin must have shape \(4,\) or \(2, 4\).*got \(3, 4\)"),
     (lambda: fastattn.apply_rope(X, T, T[:, :3]), ValueError, r"sin must have the last axis of cos, 4; got shape \(4, 3\)"),
     (lambda: fastattn.apply_rope(X, T.astype(complex), T), TypeError, "cos must hold real numbers; got complex"),
-    (lambda: fastattn.apply_rope(X, np.zeros((4, 5)), np.zeros((4, 5))), ValueError, "cos must have a last axis of at most half the head size, 4"),
+    (lambda: fastattn.apply_rope(X, np.zeros((4, 5)), np.zeros((4, 5))), ValueError, "cos must .* at most half the head size, 4"),
     (lambda: fastattn.apply_rope(X, T, T, rotary_dim=4), ValueError, "rotary_dim must be twice the last axis of cos, 8; got 4"),
     (lambda: fastattn.apply_rope(X, T, T, interleaved=1), TypeError, "interleaved must be True or False; got 1"),
     (lambda: fastattn.apply_rope(X, T, T, out=np.zeros_like(X, "f2")), TypeError, "out must be float32, the dtype of x"),
@@ -169,7 +178,7 @@ MISTAKES = [
     (lambda: fastattn.rope_table(4, 8, scaling={"factor": 2.0}), ValueError, "must be one of default, linear.*got None"),
     (lambda: fastattn.rope_table(4, 8, scaling={"type": "magic"}), ValueError, "must be one of default, linear.*got 'magic'"),
     (lambda: fastattn.rope_table(4, 8, scaling={"type": "linear"}), ValueError, "scaling must have a factor for 'linear'"),
-    (lambda: fastattn.rope_table(4, 8, scaling={"type": "linear", "factor": -1}), ValueError, r'scaling\["factor"\] must be finite and more than 0'),
+    (lambda: fastattn.rope_table(4, 8, scaling={"type": "linear", "factor": -1}), ValueError, "must be finite and more than 0"),
     (lambda: fastattn.rope_table(4, 8, scaling={"type": "linear", "factor": 2, "beta": 1}), ValueError, r"got also \['beta'\]"),
     (lambda: fastattn.rope_table(4, 8, scaling={"type": "linear", "factor": 2, "rope_theta": 5.0}), ValueError, "must be base, 10000"),
     (lambda: fastattn.sinusoidal_positions(4, -1), ValueError, "dim must be at least 0"),

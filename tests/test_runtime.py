@@ -108,7 +108,7 @@ def test_without_the_extension_the_warning_says_what_to_do():
 def test_blocks_that_overlap_in_time(backend):
     """Threads that enter and leave blocks in any order see their own settings, and leave the process as it was."""
     before = fastattn.show_config("dicts")
-    others = [name for name in ("numpy", backend.backend)]
+    others = ["numpy", backend.backend]
 
     def job(n):
         wanted, count = others[n % 2], n % 5 + 1

@@ -51,7 +51,7 @@ def test_patterns_of_a_line(name, block_size):
         for offset in OFFSETS:
             mask = build(q_len, k_len=k_len, **options, block_size=block_size, query_offset=offset)
             assert mask.shape == (1, 1, q_len, k_len) and mask.block_size == block_size
-            assert_is(mask, dense_where(lambda p, j: definition(p, j, k_len), q_len, k_len, offset))
+            assert_is(mask, dense_where(lambda p, j, n=k_len: definition(p, j, n), q_len, k_len, offset))
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -73,15 +73,18 @@ def test_the_second_length_defaults_to_the_first():
 def test_documents(block_size, causal):
     bounds = np.array([0, 5, 5, 150, 151, 300, 333])
     ids = np.repeat([7, 2, 5, 1, -3, 4], np.diff(bounds))
-    definition = lambda p, j: (ids[p] == ids[j]) & ((j <= p) | (not causal))
-    expected = dense_where(definition, 333, 333)
+
+    def dense(ids):
+        return dense_where(lambda p, j: (ids[p] == ids[j]) & ((j <= p) | (not causal)), 333, 333)
+
+    expected = dense(ids)
     assert_is(BlockMask.document(bounds, causal=causal, block_size=block_size), expected)
     assert_is(BlockMask.document(ids=ids, causal=causal, block_size=block_size), expected)
     batch = np.stack([ids, np.zeros(333, int), np.arange(333)])
     mask = BlockMask.document(ids=batch, causal=causal, block_size=block_size)
     assert mask.shape == (3, 1, 333, 333)
     for b, ids in enumerate(batch):
-        np.testing.assert_array_equal(mask.to_dense()[b, 0], dense_where(definition, 333, 333))
+        np.testing.assert_array_equal(mask.to_dense()[b, 0], dense(ids))
 
 
 def neighbours(coordinate, size, window, dilation, causal):

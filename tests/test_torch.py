@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 from inputs import random_qkv
-from oracle import attention as exact_attention
-from oracle import ulp
+from oracle import attention as exact_attention, ulp
 
 import fastattn
 
