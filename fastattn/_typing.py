@@ -25,14 +25,12 @@ Window = tuple[int | None, int | None] | Sequence[int | None]
 Precision = Literal["highest", "high", "medium"]
 
 
-class Rules(TypedDict, total=False):
-    """The keywords of `fastattn.attention` that say which keys are seen, and how they are scored."""
+class PackedRules(TypedDict, total=False):
+    """The keywords of `fastattn.attention_varlen` that say which keys are seen, and how they are scored."""
 
-    mask: Array | BlockMask | None
     causal: bool
     window: Window | None
     query_offset: Ints | None
-    kv_lengths: Ints | None
     kv_starts: Ints | None
     q_lengths: Ints | None
     scale: float | None
@@ -40,6 +38,13 @@ class Rules(TypedDict, total=False):
     alibi_slopes: Array | None
     sinks: Array | None
     precision: Precision
+
+
+class Rules(PackedRules, total=False):
+    """Those of `fastattn.attention`."""
+
+    mask: Array | BlockMask | None
+    kv_lengths: Ints | None
 
 
 class Call(Rules, total=False):

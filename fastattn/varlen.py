@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import runtime
 from ._check import Call
 
 if TYPE_CHECKING:
-    from ._typing import Array, Ints, Precision, Window
+    import numpy as np
+    from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from ._typing import Array, Ints, PackedRules, Precision, Window
 
 
+@overload
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Ints,
+    cu_seqlens_k: Ints,
+    *,
+    return_lse: Literal[False] = False,
+    out: Array | None = None,
+    **rules: Unpack[PackedRules],
+) -> NDArray[Any]: ...
+@overload
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Ints,
+    cu_seqlens_k: Ints,
+    *,
+    return_lse: Literal[True],
+    out: Array | None = None,
+    **rules: Unpack[PackedRules],
+) -> tuple[NDArray[Any], NDArray[np.float32]]: ...
+@overload
+def attention_varlen(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Ints,
+    cu_seqlens_k: Ints,
+    *,
+    return_lse: bool,
+    out: Array | None = None,
+    **rules: Unpack[PackedRules],
+) -> Any: ...
 def attention_varlen(
     q: Array,
     k: Array,

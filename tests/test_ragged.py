@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from inputs import DTYPES, random_qkv
 from oracle import assert_matches, attention as oracle_attention
 

@@ -54,9 +54,15 @@ def around() -> NDArray[np.float32]:
     return fastattn.attention_weights(q, q, sinks=np.zeros(8))
 
 
+def ragged() -> Floats:
+    fastattn.attention(q, q, q, kv_starts=lengths, q_lengths=[12])
+    return fastattn.attention_varlen(q[0], q[0], q[0], [0, 8], lengths, causal=True, q_lengths=4)
+
+
 fastattn.attention(q, q, q, precision="low")  # error: arg-type, call-overload
 fastattn.attention(q, q, q, casual=True)  # error: call-arg, call-overload
 fastattn.attention_weights(q, q, causal="yes")  # error: arg-type
 BlockMask.causal(64, 16)  # error: call-arg
 fastattn.set_num_threads("2")  # error: arg-type
+fastattn.attention_varlen(q[0], q[0], q[0], [0, 8], [0, 8], mask=None)  # error: call-arg, call-overload
 number: int = fastattn.attention(q, q, q)  # error: assignment
