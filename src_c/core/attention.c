@@ -43,7 +43,7 @@ static int ld_by(const fa_products *products, const fa_shape *shape) {
 }
 
 static const fa_products *products_of(const fa_call *call, const fa_panel *panel) {
-    return fastattn_ways(call, &panel->entry->shape).of[fastattn_way_of(call, panel->rows)];
+    return fastattn_ways(call, &panel->entry->shape).of[fastattn_way_of(&panel->entry->shape, panel->rows)];
 }
 
 static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, int64_t head, int64_t query) {
@@ -100,7 +100,7 @@ static fa_work start(const fa_call *call, const fa_entry *entry, int64_t panel, 
                  .shown = (float *)(scratch + at->shown),
                  .finite_v = scratch + at->finite_v};
     for (int way = 0; way < FA_WAYS; way++) w.q[way] = (float *)(own + at->panel.q[way]);
-    w.way = fastattn_way_of(call, w.panel.rows);
+    w.way = fastattn_way_of(&w.panel.entry->shape, w.panel.rows);
     w.products = run->ways[w.way].products;
     w.rows = rows_by(w.products, &w.panel);
     w.ld = ld_by(w.products, &entry->shape);

@@ -97,9 +97,11 @@ static inline fa_ways fastattn_ways(const fa_call *call, const fa_shape *shape) 
     return (fa_ways){{shape->products, call->uk->products, call->uk->few}};
 }
 
-/* The way of a panel of so many rows. */
-static inline int fastattn_way_of(const fa_call *call, int rows) {
-    return rows <= call->uk->few->panel_rows ? FA_FEW : FA_PREFERRED;
+/* The way of a panel of so many rows of an entry. */
+static inline int fastattn_way_of(const fa_shape *shape, int rows) {
+    const fa_products *products = shape->products;
+    const int many = shape->kv_len >= FA_MANY_KEYS;
+    return rows < (many ? products->fewest_rows_over_many : products->fewest_rows) ? FA_FEW : FA_PREFERRED;
 }
 
 /* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. Without rows to compute or

@@ -38,6 +38,10 @@ static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
 }
 static inline simd_f simd_from_f16(simd_h a) { return _mm256_cvtph_ps(a); }
 static inline simd_f simd_from_bf16(simd_h a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+static inline simd_f simd_first_bf16(simd_f a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
+static inline simd_f simd_second_bf16(simd_f a) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32((int)0xffff0000u)));
+}
 static inline simd_h simd_to_f16(simd_f a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline simd_h simd_to_bf16(simd_f a) {
     __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -32,6 +32,10 @@ static inline simd_f simd_from_bf16(simd_h a) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_slli_epi32(lanes, 16), halves));
 }
+static inline simd_f simd_first_bf16(simd_f a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
+static inline simd_f simd_second_bf16(simd_f a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)0xffff0000u)));
+}
 static inline simd_h simd_to_f16(simd_f a) { /* all lanes; gcc's name for that converts a sign where it does not optimise */
     return _mm512_maskz_cvtps_ph(0xffff, a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -39,6 +39,10 @@ static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
 }
 static inline simd_f simd_from_f16(simd_h a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
 static inline simd_f simd_from_bf16(simd_h a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
+static inline simd_f simd_first_bf16(simd_f a) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 16)); }
+static inline simd_f simd_second_bf16(simd_f a) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(0xffff0000u)));
+}
 static inline simd_h simd_to_f16(simd_f a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }
 static inline simd_h simd_to_bf16(simd_f a) {
     uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

@@ -31,6 +31,9 @@ static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { simd_h r =
 static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
 static inline simd_f simd_from_f16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(a.lane[i]); return r; }
 static inline simd_f simd_from_bf16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(a.lane[i]); return r; }
+/* Of lanes that are pairs of bfloat16, the first numbers, which are the lower halves, and the second. */
+static inline simd_f simd_first_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) << 16); return a; }
+static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) & 0xffff0000u); return a; }
 static inline simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
 static inline simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
 static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }

@@ -307,11 +307,12 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
         amx_pv(planes, pv_products, o, alpha, p, ld, rows, v, from, keys, v_head_dim);                               \
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
-        .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = MOST_ROWS + 1, .panel_rows = 2 * AMX_ROWS,        \
+        .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FEWEST_LANES,                       \
+        .fewest_rows_over_many = FEWEST_LANES, .panel_rows = 2 * AMX_ROWS,                                           \
         .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                     \
         .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = suffix##_pack,  \
         .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax,            \
-        .softmax_beside = suffix##_softmax_beside, .pv = suffix##_pv, .power = suffix##_power,       \
+        .softmax_beside = suffix##_softmax_beside, .pv = suffix##_pv, .power = suffix##_power,               \
         FA_LANES_SLOTS};
 
 AMX_TABLE(bfloat16_amx, 1, 1, 1, 256, 64)

@@ -48,7 +48,8 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 PAIRS_SLOTS(dot, 1)
 
 const fa_products fastattn_products_bfloat16_avx512 = {
-    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = MOST_ROWS + 1, .panel_rows = FA_PANEL_ROWS,
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES,
+    .fewest_rows_over_many = FEWEST_LANES_OVER_MANY, .panel_rows = FA_PANEL_ROWS,
     .block_keys = 64, .score_keys = 64, .pair_rows = 1, .sums = 1,
     .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
     .power = dot_power, FA_LANES_SLOTS};

@@ -3,7 +3,7 @@
  * brings is read once, front to back, in its storage type, and widened in registers.
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
- * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either.
+ * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, but for the scores of up to four rows.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
@@ -15,21 +15,78 @@ FA_INLINE int rows_vectors(int rows) { return rows <= SIMD_TILE_WIDTH(SIMD_TILE_
 
 enum { TURNED_NUMBERS = 64 }; /* of head_dim, at a time: no run of tile_run() is longer */
 
+/* n numbers from d on of SIMD_LANES keys, to as many vectors of keys. */
+FA_INLINE void turn_square(float *turned, int ld, const char *const *key, int64_t d, int64_t n, uintptr_t ahead,
+                           fastattn_dtype dtype) {
+    const int64_t at = d * fa_size_of(dtype);
+    simd_f square[SIMD_LANES];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+        if (at % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[i] + at) + ahead));
+        square[i] = load_as(key[i] + at, n, dtype);
+    }
+    simd_transpose(square);
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * ld, square[i]);
+}
+
 /* turned[d][key] in float32 for `count` keys, the last of which fills up the vectors, and `numbers` numbers from k on. */
 FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, int64_t count, int64_t numbers, uintptr_t ahead,
                          fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
-    for (int64_t j = 0; j < count; j += SIMD_LANES)
-        for (int64_t d = 0; d < numbers; d += SIMD_LANES) {
-            simd_f square[SIMD_LANES];
-            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                const char *at = k + (j + i < count ? j + i : count - 1) * stride + d * size;
-                if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)at + ahead));
-                square[i] = load_as(at, numbers - d, dtype);
+    for (int64_t j = 0; j < count; j += SIMD_LANES, turned += SIMD_LANES) {
+        const char *key[SIMD_LANES];
+        int64_t d = 0;
+        for (int i = 0; i < SIMD_LANES; i++) key[i] = k + (j + i < count ? j + i : count - 1) * stride;
+        if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
+            for (; d + 2 * SIMD_LANES <= numbers; d += 2 * SIMD_LANES) {
+                simd_f square[SIMD_LANES];
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+                    if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[i] + d * size) + ahead));
+                    square[i] = load_full(key[i] + d * size, FASTATTN_FLOAT32);
+                }
+                simd_transpose(square);
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+                    simd_store(turned + (d + 2 * i) * ld, simd_first_bf16(square[i]));
+                    simd_store(turned + (d + 2 * i + 1) * ld, simd_second_bf16(square[i]));
+                }
             }
-            simd_transpose(square);
-            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * ld + j, square[i]);
-        }
+        for (; d + SIMD_LANES <= numbers; d += SIMD_LANES) turn_square(turned, ld, key, d, SIMD_LANES, ahead, dtype);
+        if (d < numbers) turn_square(turned, ld, key, d, numbers - d, ahead, dtype);
+    }
+}
+
+/* Up to four rows (a constant) are not worth turning keys for: lanes are the numbers of a key, whose products are summed across
+ * lanes, for as many keys at a time as there are lanes for their sums. This is the one place where a row's bits depend on how many
+ * there are. */
+FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
+                            int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
+    const int64_t size = fa_size_of(dtype);
+    const uintptr_t ahead = (uintptr_t)stride * (uintptr_t)keys;
+    const int tile_keys = SUMS / rows;
+    for (int64_t first = 0; first < keys; first += tile_keys) {
+        const char *key[SUMS];
+        simd_f sum[SUMS];
+        float dots[SUMS];
+        FA_UNROLL for (int j = 0; j < tile_keys; j++) key[j] = k + (first + j < keys ? first + j : keys - 1) * stride;
+        FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
+        int64_t d = 0;
+        for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
+            FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+                if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[j] + d * size) + ahead));
+                const simd_f x = load_full(key[j] + d * size, dtype);
+                FA_UNROLL for (int r = 0; r < rows; r++)
+                    sum[r * tile_keys + j] = simd_fma(x, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
+            }
+        if (d < head_dim)
+            FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+                const simd_f x = load_as(key[j] + d * size, head_dim - d, dtype);
+                FA_UNROLL for (int r = 0; r < rows; r++)
+                    sum[r * tile_keys + j] = simd_fma(x, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
+            }
+        FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
+        FA_UNROLL for (int r = 0; r < rows; r++)
+            memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
+    }
 }
 
 /* A strip of so many vectors, one, two or the most. */
@@ -47,6 +104,12 @@ FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_op
 FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, const char *k, int64_t stride, int64_t keys,
                           int64_t head_dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim), size = fa_size_of(dtype);
+    if (rows <= 4) {
+        if (rows == 4) short_scores(4, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
+        if (rows & 2) short_scores(2, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
+        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, stride, keys, head_dim, dtype);
+        return;
+    }
     for (int64_t j = 0, n; j < keys; j += n) {
         int vectors = rows_vectors(rows);
         while (fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;

@@ -33,12 +33,15 @@
 /* What is around the products of panels whose lanes are rows, whatever they multiply. */
 #define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
 
-/* Float32 products by rows hold these at most: beyond, lanes of rows are full enough. */
-enum { MOST_ROWS = 16 };
+/* Where lanes of rows pay off: over keys that come from memory later, for by rows these are read front to back. */
+enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 33, MOST_ROWS = 32 };
+
+_Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, "any number of rows has products");
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
-        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = 1, .panel_rows = FA_PANEL_ROWS,                  \
+        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = FEWEST_LANES,                          \
+        .fewest_rows_over_many = FEWEST_LANES_OVER_MANY, .panel_rows = FA_PANEL_ROWS,                                    \
         .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,                 \
         .keys = widened, .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS};     \
     static const fa_products suffix##_few = {                                                                            \

@@ -17,7 +17,7 @@
  * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they lie
  * are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it says itself
  * (by_rows); the loop, which only moves pointers, asks for the strides below. Sums are formed in the same order either way, so that
- * float32 tables give a row the same bits.
+ * float32 tables give a row the same bits, if there are five or more.
  *
  *                   lanes are rows                  by rows
  *     q             [head_dim][ld]                  [rows][head_dim, whole vectors]
@@ -41,6 +41,7 @@ enum {
     FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
     FA_ROTATED_HEADS = 4,     /* heads whose rows are turned together, by angles that are loaded once */
+    FA_MANY_KEYS = 2048,      /* which no near cache holds: reading them decides */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
@@ -88,7 +89,8 @@ typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
     int by_rows;     /* panels lie row by row: see above */
-    int fewest_rows; /* of a panel, for which what has to be prepared pays off; fewer are for the float32 products */
+    int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
+    int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
@@ -214,7 +216,7 @@ typedef struct fa_dense {
 typedef struct fa_ukernel {
     const fa_dense *dense;
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
-    const fa_products *few;      /* the same by rows, for at most its panel_rows */
+    const fa_products *few;      /* the same by rows, for fewer than any products want */
 
     /* to[key][head_dim] = from[key][d] in float32. */
     void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t head_dim);

@@ -189,7 +189,7 @@ struct few {
     fa_matrix stored;
 };
 
-enum { FEW_ROWS = 19, FEW_CASES = (int)COUNT(edges) * 2 * FEW_ROWS };
+enum { FEW_ROWS = 32, FEW_CASES = (int)COUNT(edges) * 2 * FEW_ROWS };
 
 static struct few few_case(const char *slot, size_t e) {
     const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
