@@ -124,7 +124,7 @@ def test_generated_tokens(name, cache):
     options = {name: x for name, x in options.items() if x is not None}
     for mask in (None, LEFT):
         given = tokens() if mask is None else tokens() * mask
-        call = lambda model: model.generate(given, attention_mask=torch.ones_like(given) if mask is None else mask, **options)  # noqa: B023, E731
+        call = lambda model: model.generate(given, attention_mask=torch.ones_like(given) if mask is None else mask, **options)  # noqa: E731
         np.testing.assert_array_equal(outputs(model, "fastattn", call).numpy(), outputs(model, "eager", call).numpy())
 
 

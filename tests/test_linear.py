@@ -6,8 +6,7 @@ import zlib
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import fastattn
 from fastattn import runtime
@@ -138,7 +137,7 @@ def assert_right(out, state, q, k, v, keywords):
     """At most twice the error of the recurrence in float32, and a few roundings where that is right by luck."""
     exact, exact_state = expected(q, k, v, keywords, np.float64)
     plain, plain_state = expected(q, k, v, keywords, np.float32, q.dtype.type)
-    largest = max((float(np.abs(x[np.isfinite(x)]).max(initial=0)) for x in (exact, exact_state)))
+    largest = max(float(np.abs(x[np.isfinite(x)]).max(initial=0)) for x in (exact, exact_state))
     assert out.dtype == q.dtype
     few = 4 * oracle.ulp(np.float32)
     oracle.assert_close(out, exact, plain, (oracle.ulp(q.dtype) + few) * float(np.abs(exact[np.isfinite(exact)]).max(initial=0)))
@@ -218,7 +217,8 @@ def test_packed_sequences_are_sequences(engine, kind):
     def packed(x):
         return x[0].swapaxes(0, 1) if isinstance(x, np.ndarray) else x
 
-    out, new = compute(*map(packed, (q, k, v)), {n: packed(x) for n, x in keywords.items()}, cu_seqlens=ends, state=state, return_state=True)
+    packed_keywords = {n: packed(x) for n, x in keywords.items()}
+    out, new = compute(*map(packed, (q, k, v)), packed_keywords, cu_seqlens=ends, state=state, return_state=True)
     assert out.shape == (ends[-1], 4, 16) and new.shape == state.shape
     for n, (start, end) in enumerate(zip(ends, ends[1:])):
         part = {name: x[:, :, start:end] if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
@@ -472,7 +472,7 @@ GATE = np.ones((2, 4, 5), np.float32)
         ({"decay": GATE[0]}, ValueError, "decay must have shape"),
         ({"decay": np.ones((2, 4, 5, 7))}, ValueError, "decay must have shape"),
         ({"decay": GATE.astype(complex)}, TypeError, "decay must hold real numbers"),
-        ({"decay": GATE, "k": np.zeros((2, 4, 6, 8), np.float32), "v": np.zeros((2, 4, 6, 8), np.float32)}, ValueError, "k must have the length"),
+        ({"decay": GATE, **dict.fromkeys("kv", np.zeros((2, 4, 6, 8), np.float32))}, ValueError, "k must have the length"),
         ({"decay": GATE, "k": np.zeros((2, 3, 5, 8), np.float32)}, ValueError, "k must have a number of heads that divides 4; got 3"),
         ({"decay": GATE, "q": np.zeros((2, 3, 5, 8), np.float32)}, ValueError, "q must have a number of heads"),
         ({"decay": GATE, "v": np.zeros((2, 4, 4, 8), np.float32)}, ValueError, "v must have the batch size"),
@@ -482,7 +482,7 @@ GATE = np.ones((2, 4, 5), np.float32)
         ({"decay": GATE, "q": np.zeros((2, 4, 5, 8), int)}, TypeError, "q must be"),
         ({"decay": GATE, "q": np.zeros(8, np.float32)}, ValueError, "q must have shape"),
         ({"decay": GATE, "scale": np.inf}, ValueError, "scale must be finite"),
-        ({"decay": GATE, "state": np.zeros((2, 4, 8, 9), np.float32)}, ValueError, r"state must have shape \(2, 4, 8, 8\); got \(2, 4, 8, 9\)"),
+        ({"decay": GATE, "state": np.zeros((2, 4, 8, 9), np.float32)}, ValueError, r"state must have shape \(2, 4, 8, 8\); got"),
         ({"decay": GATE, "state": np.zeros((2, 4, 8, 8), bool)}, TypeError, "state must hold real"),
         ({"decay": GATE, "state_out": np.zeros((2, 4, 8, 8))}, TypeError, "state_out must be float32"),
         ({"decay": GATE, "state_out": np.zeros((2, 4, 8, 9), np.float32)}, ValueError, "state_out must have shape"),

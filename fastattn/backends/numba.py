@@ -384,7 +384,8 @@ def _compile(build, shape):
 @cache
 def _stamp():
     """A number for the source of the kernels: Numba itself would notice changes of one of the files only."""
-    return zlib.crc32("".join(map(inspect.getsource, (_numba_simd, _numba_numbers, _numba_products, _numba_kernels, _numba_linear))).encode())
+    modules = _numba_simd, _numba_numbers, _numba_products, _numba_kernels, _numba_linear
+    return zlib.crc32("".join(map(inspect.getsource, modules)).encode())
 
 
 def _useful_threads(items, work):
