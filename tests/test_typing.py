@@ -16,9 +16,9 @@ PROGRAM = Path(__file__).with_name("typed_program.py")
 def test_a_users_program(tmp_path):
     pytest.importorskip("mypy", reason="mypy is not installed")
     arguments = ["--strict", "--cache-dir", str(tmp_path), "--follow-imports=silent", "--no-error-summary", str(PROGRAM)]
-    run = subprocess.run(
-        [sys.executable, "-m", "mypy", *arguments], capture_output=True, text=True, cwd=Path(fastattn.__file__).parents[1]
-    )
+    beside = Path(fastattn.__file__).parents[1]  # an editable installation, which mypy does not follow, is found from there
+    folder = tmp_path if beside.name == "site-packages" else beside
+    run = subprocess.run([sys.executable, "-m", "mypy", *arguments], capture_output=True, text=True, cwd=folder)
     assert not run.stderr, run.stderr
     found = {int(line): kind for line, kind in re.findall(r":(\d+): error: .*\[([\w-]+)\]", run.stdout)}
     lines = PROGRAM.read_text().splitlines()

@@ -3,7 +3,7 @@
  * brings is read once, front to back, in its storage type, and widened in registers.
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
- * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, but for the scores of up to four rows.
+ * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, but for the scores of up to SHORT_ROWS rows.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
@@ -13,7 +13,10 @@
 /* Vectors of a strip: many, while one tile holds all rows, and else as few as let many rows share what is read. */
 FA_INLINE int rows_vectors(int rows) { return rows <= SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) ? SIMD_TILE_VECTORS : 2; }
 
-enum { TURNED_NUMBERS = 64 }; /* of head_dim, at a time: no run of tile_run() is longer */
+enum {
+    TURNED_NUMBERS = 64, /* of head_dim, at a time: no run of tile_run() is longer */
+    SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
+};
 
 /* n numbers from d on of SIMD_LANES keys, to as many vectors of keys. */
 FA_INLINE void turn_square(float *turned, int ld, const char *const *key, int64_t d, int64_t n, uintptr_t ahead,
@@ -54,9 +57,8 @@ FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, i
     }
 }
 
-/* Up to four rows (a constant) are not worth turning keys for: lanes are the numbers of a key, whose products are summed across
- * lanes, for as many keys at a time as there are lanes for their sums. This is the one place where a row's bits depend on how many
- * there are. */
+/* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
+ * as many keys at a time as there are lanes for their sums. This is the one place where a row's bits depend on how many there are. */
 FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
                             int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
@@ -104,8 +106,8 @@ FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_op
 FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, const char *k, int64_t stride, int64_t keys,
                           int64_t head_dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim), size = fa_size_of(dtype);
-    if (rows <= 4) {
-        if (rows == 4) short_scores(4, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
+    if (rows <= SHORT_ROWS) {
+        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
         if (rows & 2) short_scores(2, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
         if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, stride, keys, head_dim, dtype);
         return;
