@@ -113,7 +113,8 @@ FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
     case FASTATTN_FLOAT64: {
         /* A finite bias beyond float32 stays finite: only exact -inf hides. */
         const double x = *(const double *)at;
-        return x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x > FLT_MAX && x <= DBL_MAX ? FLT_MAX : (float)x;
+        const double low = x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x;
+        return (float)(low > FLT_MAX && low <= DBL_MAX ? FLT_MAX : low);
     }
     default: return fa_get(at, dtype);
     }
@@ -131,33 +132,78 @@ FA_INLINE void mask_store(float *to, simd_f bias, mask_census *seen) {
     simd_store(to, bias);
 }
 
+/* A vector of a mask's elements, which lie apart: room for them in their own type, so that they are moved and then loaded as one, or
+ * as floats if they are of a type that is not loaded. */
+typedef union mask_line {
+    float floats[SIMD_LANES];
+    uint16_t halves[SIMD_LANES];
+    uint8_t bytes[SIMD_LANES];
+} mask_line;
+
+/* `keys` elements of a row, at most SIMD_LANES; what is beyond them repeats the last. */
+FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
+    for (int j = 0; j < SIMD_LANES; j++) {
+        const char *at = from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride;
+        switch (dtype) {
+        case FASTATTN_BOOL: line->bytes[j] = *(const uint8_t *)at; break;
+        case FASTATTN_FLOAT16:
+        case FASTATTN_BFLOAT16: line->halves[j] = *(const uint16_t *)(const void *)at; break;
+        default: line->floats[j] = mask_element(at, dtype);
+        }
+    }
+}
+
+FA_INLINE simd_f mask_load(const mask_line *line, fastattn_dtype dtype) {
+    return dtype == FASTATTN_FLOAT64 ? simd_load(line->floats) : load_full(line, dtype);
+}
+
+/* How the elements that a vector of rows has for one key lie: as one, one behind the other, or anyhow. */
+typedef enum mask_lanes { MASK_ONE, MASK_NEIGHBOURS, MASK_APART } mask_lanes;
+
+FA_INLINE mask_lanes mask_lanes_of(const void *const *from, int64_t itemsize) {
+    int one = 1, neighbours = 1;
+    for (int i = 1; i < SIMD_LANES; i++) {
+        one &= from[i] == from[0];
+        neighbours &= (const char *)from[i] == (const char *)from[0] + i * itemsize;
+    }
+    return one ? MASK_ONE : neighbours ? MASK_NEIGHBOURS : MASK_APART;
+}
+
+/* Elements come in vectors, of keys or of rows, where they lie so; else a square of them is collected, all of it before the first is
+ * read again, and turned. */
 FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
                            fastattn_dtype dtype) {
     const int64_t itemsize = fa_size_of(dtype);
+    const int loads = dtype != FASTATTN_FLOAT64, ahead = loads && key_stride == itemsize;
     const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
     mask_census seen = {none, none};
     for (int row = 0; row < rows; row += SIMD_LANES) {
         const void *const *from = rows_of + row;
-        int shared = 1;
-        for (int i = 1; i < SIMD_LANES; i++) shared &= from[i] == from[0];
-        int64_t j = 0;
-        if (shared) /* as the heads of one query may */
-            for (; j < keys; j++)
+        const mask_lanes lanes = mask_lanes_of(from, itemsize);
+        if (lanes == MASK_ONE) { /* as the heads of one query may be */
+            for (int64_t j = 0; j < keys; j++)
                 mask_store(tile + j * ld + row, simd_set1(mask_element((const char *)from[0] + j * key_stride, dtype)), &seen);
-        else if (key_stride == itemsize && dtype != FASTATTN_FLOAT64)
-            for (; j + SIMD_LANES <= keys; j += SIMD_LANES) {
-                simd_f square[SIMD_LANES];
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-                    square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
-                simd_transpose(square);
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-                    mask_store(tile + (j + i) * ld + row, square[i], &seen);
+            continue;
+        }
+        if (loads && lanes == MASK_NEIGHBOURS) { /* as those of a transposed mask are */
+            for (int64_t j = 0; j < keys; j++)
+                mask_store(tile + j * ld + row, load_full((const char *)from[0] + j * key_stride, dtype), &seen);
+            continue;
+        }
+        for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+            const int64_t n = keys - j < SIMD_LANES ? keys - j : SIMD_LANES;
+            simd_f square[SIMD_LANES];
+            if (ahead && n == SIMD_LANES)
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
+            else {
+                mask_line lines[SIMD_LANES];
+                for (int i = 0; i < SIMD_LANES; i++)
+                    mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, dtype);
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = mask_load(&lines[i], dtype);
             }
-        for (; j < keys; j++) {
-            float lanes[SIMD_LANES];
-            for (int i = 0; i < SIMD_LANES; i++)
-                lanes[i] = mask_element((const char *)from[i] + j * key_stride, dtype);
-            mask_store(tile + j * ld + row, simd_load(lanes), &seen);
+            simd_transpose(square);
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+                if (i < n) mask_store(tile + (j + i) * ld + row, square[i], &seen);
         }
     }
     return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
@@ -179,9 +225,9 @@ FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of,
         if (key_stride == itemsize && dtype != FASTATTN_FLOAT64)
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
         for (; j < keys; j += SIMD_LANES) {
-            float lanes[SIMD_LANES];
-            for (int i = 0; i < SIMD_LANES; i++) lanes[i] = mask_element(from + (j + i < keys ? j + i : keys - 1) * key_stride, dtype);
-            mask_store(bias + j, simd_load(lanes), &seen);
+            mask_line line;
+            mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, dtype);
+            mask_store(bias + j, mask_load(&line, dtype), &seen);
         }
     }
     return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
