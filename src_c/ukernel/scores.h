@@ -142,6 +142,10 @@ typedef union mask_line {
 
 /* `keys` elements of a row, at most SIMD_LANES; what is beyond them repeats the last. */
 FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
+    if (dtype == FASTATTN_FLOAT64 && key_stride == (int64_t)sizeof(double) && keys == SIMD_LANES) { /* which compilers turn into vectors */
+        for (int j = 0; j < SIMD_LANES; j++) line->floats[j] = mask_element(from + j * (int64_t)sizeof(double), dtype);
+        return;
+    }
     for (int j = 0; j < SIMD_LANES; j++) {
         const char *at = from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride;
         switch (dtype) {

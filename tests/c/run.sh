@@ -84,6 +84,7 @@ $cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm -lpthread -
 
 # A huge request is an error to report, not a reason to end the program.
 export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS-}"
+case $run in qemu-*) export TEST_UNDER_QEMU=1 ;; esac
 $run "$build/test" "$effort" "$only" "$isa" | tee "$build/log" | sed '$d'
 
 # ---------------------------------------------------------------------------------------------- the objects themselves

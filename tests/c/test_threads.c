@@ -289,6 +289,7 @@ static void compute_in_a_child(void) {
 }
 
 static void skip_if_forks_may_not_thread(void) {
+    if (getenv("TEST_UNDER_QEMU")) skip("qemu-user ends with an assertion when a forked child starts threads");
 #if defined(__SANITIZE_THREAD__)
     skip("the thread sanitizer knows no threads after a fork");
 #elif defined(__has_feature)
