@@ -78,3 +78,14 @@ def test_mass_of_one_table_of_segments(rank):
     weights = fastattn.attention_weights(q, k)
     np.testing.assert_allclose(mass, np.stack([weights[..., :15].sum(-1), weights[..., 15:].sum(-1)], axis=-1), atol=1e-6)
     assert fastattn.attention_mass(q, k, np.full(20, -1)).shape == (*q.shape[:-1], 0)
+
+
+def test_padding_on_either_side():
+    """The weights are the attention to values of one key each, and nothing in a row that is padding."""
+    q, k, _ = random_qkv(2, 4, 5, 9, 8, kv_heads=2)
+    one_each = np.broadcast_to(np.eye(9, dtype=np.float32), (2, 2, 9, 9))
+    options = {"kv_starts": [2, 0], "kv_lengths": [9, 6], "q_lengths": [3, 5], "causal": True}
+    expected = fastattn.attention(q, k, one_each, **options)
+    np.testing.assert_allclose(fastattn.attention_weights(q, k, **options), expected, atol=1e-6)
+    assert (fastattn.attention_scores(q, k, stage="bias", **options)[0, :, 3:] == -np.inf).all()
+    assert not expected[0, :, 3:].any() and expected[1].any()

@@ -45,6 +45,7 @@ def weights(call, heads, rows):
             for keys, some, visible in blocks:
                 p = np.exp(some - _shift(m)[:, None]) / l[:, None]
                 probabilities[:, keys] = np.where(visible, p, 0)
+        probabilities[_padding(call, b, i0)] = 0
         yield tile, probabilities
 
 
@@ -57,6 +58,7 @@ def scores(call, stage, heads, rows):
                 found = np.full((i1 - i0, call.k.shape[2]), -np.inf, dtype)
                 for keys, some, _ in _score_blocks(call, call.entry(b), b, h, i0, i1):
                     found[:, keys] = some
+                found[_padding(call, b, i0)] = -np.inf
             else:
                 keys = call.k[b, h // (call.q.shape[1] // call.k.shape[1])].astype(dtype)
                 found = call.q[b, h, i0:i1].astype(dtype) @ keys.T
@@ -192,6 +194,11 @@ def _chosen_tiles(call, heads, rows):
             for b in range(call.q.shape[0]):
                 for index, h in enumerate(heads):
                     yield (b, index, here), b, int(h), int(rows[n]), int(rows[here.stop - 1]) + 1
+
+
+def _padding(call, b, i0):
+    """Of rows from i0 on, those beyond `q_lengths`."""
+    return slice(max(int(call.q_lengths[b]) - i0, 0), None)
 
 
 def _key_range(call, b, i0, i1):
