@@ -3,7 +3,7 @@
  * brings is read once, front to back, in its storage type, and widened in registers.
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
- * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, but for the scores of up to SHORT_ROWS rows.
+ * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, unless there are only SHORT_ROWS rows or fewer.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
@@ -58,7 +58,7 @@ FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, i
 }
 
 /* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
- * as many keys at a time as there are lanes for their sums. This is the one place where a row's bits depend on how many there are. */
+ * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
 FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
                             int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
@@ -164,8 +164,51 @@ static void rows_pv(float *o, const float *alpha, const float *p, int ld, int ro
     FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, v.at + from * v.stride, v.stride, keys, v_head_dim)
 }
 
+/* The largest lane of x, or `least`. */
+FA_INLINE float largest_lane(simd_f x, float least) {
+    float lanes[SIMD_LANES];
+    simd_store(lanes, x);
+    FA_UNROLL for (int n = SIMD_LANES / 2; n > 0; n /= 2)
+        FA_UNROLL for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+    return lanes[0] > least ? lanes[0] : least;
+}
+
+/* The softmax of up to SHORT_ROWS rows, whose keys stay lanes throughout: each lane sums its own, and rows meet only in the end. */
+FA_INLINE void short_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+    const simd_f scale = simd_set1(c);
+    const int64_t whole = fa_round_up(keys, SIMD_LANES);
+    for (int row = 0; row < rows; row += SIMD_LANES, s += SIMD_LANES * ld, p += SIMD_LANES * ld) {
+        const int lanes = rows - row < SIMD_LANES ? rows - row : SIMD_LANES;
+        simd_f sums[SIMD_LANES];
+        float moved[SIMD_LANES] = {0};
+        for (int r = 0; r < SIMD_LANES; r++) {
+            sums[r] = simd_set1(0.0f);
+            if (r >= lanes) continue;
+            float *from = s + r * ld, *to = p + r * ld;
+            for (int64_t j = keys; j < whole; j++) from[j] = -INFINITY;
+            simd_f most = simd_load(from);
+            for (int64_t j = SIMD_LANES; j < whole; j += SIMD_LANES) most = simd_max(most, simd_load(from + j));
+            const float old = m[row + r], top = largest_lane(most, old), base = top == -INFINITY ? 0.0f : top;
+            m[row + r] = top;
+            moved[r] = old - base;
+            for (int64_t j = 0; j < whole; j += SIMD_LANES) {
+                const simd_f x = exp2_of(simd_sub(simd_load(from + j), simd_set1(base)), scale);
+                simd_store(to + j, x);
+                sums[r] = simd_add(sums[r], x);
+            }
+        }
+        const simd_f fade = exp2_of(simd_load(moved), scale);
+        store_as(alpha + row, fade, lanes, FASTATTN_FLOAT32);
+        store_as(l + row, simd_fma(load_as(l + row, lanes, FASTATTN_FLOAT32), fade, simd_sum_lanes(sums)), lanes, FASTATTN_FLOAT32);
+    }
+}
+
 /* The maximum, and what follows from it, of SIMD_LANES rows at a time, which are lanes when their vectors of keys have turned. */
 static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+    if (rows <= SHORT_ROWS && keys > 0) {
+        short_softmax(s, p, ld, rows, keys, c, m, l, alpha);
+        return;
+    }
     const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
     const int64_t whole = fa_round_up(keys, SIMD_LANES);
     for (int row = 0; row < rows; row += SIMD_LANES, s += SIMD_LANES * ld, p += SIMD_LANES * ld) {
