@@ -200,7 +200,6 @@ class KVCache:
         left_out = token >= counts[:, None]
         if self._window is not None:  # nor is written what the same call would overwrite
             left_out |= (position >= self._keep_first) & (position < after[:, None] - self._ring)
-            np.maximum(self._held_from, after - self._ring, out=self._held_from)
             position = np.where(position < self._keep_first, position, self._keep_first + (position - self._keep_first) % self._ring)
         slots = position + self._k.shape[2] * np.arange(batch)[:, None]
         slots[left_out] = -1
@@ -208,6 +207,8 @@ class KVCache:
         for rows, cache in ((k, self._k), (v, self._v)):
             store(rows.swapaxes(1, 2), cache.swapaxes(1, 2), slots)
         self._lengths = after
+        if self._window is not None:
+            self._held_from = np.maximum(self._held_from, after - self._ring)
 
     def attend(self, q: Array, *, causal: bool = True, tail_mask: Array | None = None, **keywords: Any) -> Any:
         """Attention of the latest tokens' queries to what the cache holds.
