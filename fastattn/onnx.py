@@ -19,6 +19,7 @@ from ._check import Call
 from .attention import attention as _attention
 from .backends import numpy as _oracle
 from .inspect import attention_scores, attention_weights
+from .linear import causal_conv, gated_delta_rule, gated_linear_attention, linear_attention as _linear_attention
 from .rope import apply_rope
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "causal_conv_with_state",
     "group_query_attention",
+    "linear_attention",
     "multi_head_attention",
     "ops",
     "rotary_embedding",
@@ -191,20 +193,67 @@ def causal_conv_with_state(x, weight, bias=None, past_state=None, *, activation=
     """
     if activation not in ("none", "silu", "swish"):
         raise ValueError(f'activation must be "none", "silu" or "swish"; got {activation!r}')
-    taps, length = weight.shape[2], x.shape[2]
-    if past_state is None:
-        past_state = np.zeros((*x.shape[:2], taps - 1), x.dtype)
-    padded = np.concatenate((past_state, x), axis=2)
-    single = np.float64 if x.dtype == np.float64 else np.float32
-    out = np.zeros(x.shape, single)
-    if bias is not None:
-        out += bias.astype(single)[:, None]
-    for tap in range(taps):
-        out += weight[:, 0, tap, None].astype(single) * padded[:, :, tap : tap + length].astype(single)
-    if activation != "none":
-        out = out.astype(x.dtype).astype(single)
-        out /= 1 + np.exp(-out)
-    return out.astype(x.dtype), padded[:, :, padded.shape[2] - (taps - 1) :]
+    activation = None if activation == "none" else "silu"
+    return causal_conv(x, weight, bias, activation=activation, state=past_state, return_state=True)
+
+
+_UPDATE_RULES = {"linear": (False, False), "gated": (True, False), "delta": (False, True), "gated_delta": (True, True)}
+
+
+def linear_attention(
+    query, key, value, past_state=None, decay=None, beta=None, *, q_num_heads, kv_num_heads, update_rule="gated_delta", scale=0.0,
+    chunk_size=64,
+):  # fmt: skip
+    """``LinearAttention`` of opset 27: :func:`fastattn.linear_attention`, gated or with the delta rule.
+
+    Parameters
+    ----------
+    query : ndarray, (B, L, Hq * Dk)
+    key : ndarray, (B, L, Hkv * Dk)
+    value : ndarray, (B, L, Hkv * Dv)
+    past_state : ndarray, (B, Hkv, Dk, Dv), optional
+        Zeros unless given.
+    decay : ndarray, (B, L, Hkv) or (B, L, Hkv * Dk)
+        Logarithms of what remains of the state, for the rules "gated" and "gated_delta" alone.
+    beta : ndarray, (B, L, Hkv) or (B, L, 1)
+        For the rules "delta" and "gated_delta" alone.
+    q_num_heads, kv_num_heads : int
+    update_rule : {"linear", "gated", "delta", "gated_delta"}
+    scale : float
+        0 is ``1 / sqrt(Dk)``.
+    chunk_size : int
+        Accepted; chunks are chosen here.
+
+    Returns
+    -------
+    output : ndarray, (B, L, Hq * Dv)
+    present_state : ndarray, (B, Hkv, Dk, Dv)
+        Of the dtype of `past_state`, without which it is that of `query`.
+    """
+    if update_rule not in _UPDATE_RULES:
+        raise ValueError(f"update_rule must be one of {', '.join(_UPDATE_RULES)}; got {update_rule!r}")
+    for name, x, wanted in zip(("decay", "beta"), (decay, beta), _UPDATE_RULES[update_rule]):
+        if (x is not None) != wanted:
+            raise ValueError(f'{name} must {"" if wanted else "not "}be given for the update rule "{update_rule}"')
+    if not (kv_num_heads > 0 and q_num_heads > 0 and q_num_heads % kv_num_heads == 0):
+        raise ValueError(f"q_num_heads must be a positive multiple of kv_num_heads; got {q_num_heads} and {kv_num_heads}")
+    q, k, v = (
+        _heads(name, x, n)
+        for name, x, n in zip(("query", "key", "value"), (query, key, value), (q_num_heads, kv_num_heads, kv_num_heads))
+    )
+    single = np.float64 if q.dtype == np.float64 else np.float32
+    keywords = {"scale": scale or 1 / np.sqrt(q.shape[3]), "return_state": True}
+    if past_state is not None:
+        keywords["state"] = past_state.astype(single, copy=False)
+    if decay is not None:
+        decay = decay.swapaxes(1, 2) if decay.shape[2] == kv_num_heads else _heads("decay", decay, kv_num_heads)
+    if beta is not None:
+        out, state = gated_delta_rule(q, k, v, beta.swapaxes(1, 2), log_decay=decay, **keywords)
+    elif decay is not None:
+        out, state = gated_linear_attention(q, k, v, log_decay=decay, **keywords)
+    else:
+        out, state = _linear_attention(q, k, v, feature_map="identity", normalize=False, **keywords)
+    return _packed(out), state.astype(query.dtype if past_state is None else past_state.dtype, copy=False)
 
 
 # ---- com.microsoft --------------------------------------------------------------------------------------------------
@@ -356,6 +405,7 @@ ops = [
     _operator("Attention", attention, outputs="num_outputs"),
     _operator("RotaryEmbedding", rotary_embedding),
     _operator("CausalConvWithState", causal_conv_with_state),
+    _operator("LinearAttention", linear_attention),
     _operator("MultiHeadAttention", multi_head_attention, "com.microsoft"),
     _operator("GroupQueryAttention", group_query_attention, "com.microsoft"),
 ]

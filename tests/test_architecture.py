@@ -35,7 +35,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "rope", "torch"},
     "transformers": {"attention", "torch"},
-    "onnx": {"_check", "backends", "attention", "inspect", "rope"},
+    "onnx": {"_check", "backends", "attention", "inspect", "linear", "rope"},
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},
 }

@@ -29,7 +29,7 @@ def cases():
 
 
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("operator", ["Attention", "RotaryEmbedding", "CausalConvWithState"])
+@pytest.mark.parametrize("operator", ["Attention", "RotaryEmbedding", "LinearAttention", "CausalConvWithState"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_node_tests_of_onnx(operator, cases):
     mine = [case for case in cases if case.model.graph.node[0].op_type == operator]
@@ -47,6 +47,29 @@ def test_node_tests_of_onnx(operator, cases):
                 wide = [x.astype(np.float64) for x in (ours, theirs)]
                 tolerance = {"rtol": 2.0**-6 if narrow else case.rtol, "atol": 2.0**-9 if narrow else max(case.atol, 1e-7)}
                 np.testing.assert_allclose(*wide, **tolerance, err_msg=case.name)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_earlier_opsets(opset, cases):
+    """The same graphs, said to be of an opset that has all that they use."""
+    schema = onnx.defs.get_schema("Attention", opset)
+    ran = 0
+    for case in cases:
+        node = case.model.graph.node[0]
+        attributes = {x.name for x in node.attribute}
+        if node.op_type != "Attention" or len(node.input) > len(schema.inputs) or not attributes <= set(schema.attributes):
+            continue
+        model = onnx.ModelProto()
+        model.CopyFrom(case.model)
+        model.opset_import[0].version = opset
+        names = [x.name for x in model.graph.input]
+        for inputs, expected in case.data_sets:
+            for ours, theirs in zip(fastattn.onnx.run(model, dict(zip(names, inputs))), expected):
+                narrow = ours.dtype.name == "bfloat16"
+                wide = [x.astype(np.float64) for x in (ours, theirs)]
+                np.testing.assert_allclose(*wide, rtol=2.0**-6 if narrow else case.rtol, atol=2.0**-9 if narrow else 1e-6)
+        ran += 1
+    assert ran > 40
 
 
 def test_the_operators_are_ours(monkeypatch, cases):
@@ -147,5 +170,16 @@ def test_what_is_refused():
         fastattn.onnx.attention(x[0], x[0], x[0])
     with pytest.raises(ValueError, match="cos_cache"):
         fastattn.onnx.rotary_embedding(x, normal(1, 3, 3), normal(1, 3, 3))
+    tokens = normal(1, 5, 8)
+    with pytest.raises(ValueError, match="update_rule"):
+        fastattn.onnx.linear_attention(tokens, tokens, tokens, q_num_heads=2, kv_num_heads=2, update_rule="gate")
+    with pytest.raises(ValueError, match="beta must be given"):
+        fastattn.onnx.linear_attention(tokens, tokens, tokens, q_num_heads=2, kv_num_heads=2, update_rule="delta")
+    with pytest.raises(ValueError, match="decay must not be given"):
+        fastattn.onnx.linear_attention(
+            tokens, tokens, tokens, None, tokens[..., :2], q_num_heads=2, kv_num_heads=2, update_rule="linear"
+        )
+    with pytest.raises(ValueError, match="kv_num_heads"):
+        fastattn.onnx.linear_attention(tokens, tokens, tokens, q_num_heads=2, kv_num_heads=3, update_rule="linear")
     with pytest.raises(ValueError, match="activation"):
         fastattn.onnx.causal_conv_with_state(normal(1, 2, 3), normal(2, 1, 2), activation="relu")
