@@ -25,6 +25,8 @@ What a query looks at is said by :func:`attention_weights`, :func:`attention_mas
 Beside it stands the linear family (:func:`linear_attention`, :func:`gated_linear_attention`, :func:`gated_delta_rule`), whose state
 of a fixed size takes the place of the keys.
 
+Around all this stand the layers of a transformer, in NumPy and without a framework: ``fastattn.layers``.
+
 For programs of other makers there are ``fastattn.torch`` and more, modules that are imported when they are first named.
 
 Where tokens stand is data as well: :func:`rope_table` and :func:`apply_rope` turn queries and keys by their positions,
@@ -100,11 +102,11 @@ __all__ = [
 _initialize()
 del _initialize
 
-_FRAMEWORKS = ("flash_attn", "onnx", "torch", "transformers")
+_WHEN_NAMED = ("flash_attn", "layers", "onnx", "torch", "transformers")
 
 
 def __getattr__(name):
-    """The module for a framework, which is imported when its name is first used, so that ``import fastattn`` stays light."""
-    if name in _FRAMEWORKS:
+    """A module that is imported when its name is first used, so that ``import fastattn`` stays light."""
+    if name in _WHEN_NAMED:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,6 +32,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "linear": {"_arrays", "_check", "runtime"},
+    "layers": {"_check", "attention", "kvcache", "positions", "rope", "varlen"},
     "torch": {"_check", "runtime", "_native", "attention"},
     "flash_attn": {"_check", "attention", "rope", "torch"},
     "transformers": {"attention", "torch"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
 }
 # A module for a framework, and the packages that are there when it is imported.
 FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}
-OPTIONAL = {"numba", "onnx", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "tokenizers"}
+OPTIONAL = {"numba", "onnx", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "safetensors", "tokenizers"}
 
 
 def modules():
