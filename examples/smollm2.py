@@ -1,8 +1,6 @@
-"""SmolLM2 in NumPy: a checked GGUF reader, the tokenizer, and the network. Attention is the caller's.
+"""SmolLM2 in NumPy: its file, its tokenizer, and the network as a decoder of ``fastattn.layers``.
 
 The network is a Llama: RMS norm, grouped-query attention with rotary positions, a SiLU-gated MLP, tied embeddings.
-Weights are dequantised to float32 and kept as (outputs, inputs), the order of the file: ``x @ w.T`` then reads each
-weight once along memory, which is all that one token's worth of work costs.
 
 The file is not trusted. Every length, count and offset in it is checked before it is used, every shape must be the one
 the hyper-parameters imply, and tensors may not share bytes, so that memory stays in proportion to the file's size.
@@ -13,11 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType as Encoding, GGUFReader, GGUFValueType, dequantize
+from gguf import GGUFValueType
 from tokenizers import Tokenizer as Engine, models, pre_tokenizers
 
+from fastattn import layers
+from fastattn.layers import gguf
+
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-PREFILL = 512  # prompt tokens per pass: bounds the activations, and the baseline's score matrix, for any prompt
+PREFILL = 512  # prompt tokens per pass: bounds the activations for any prompt
+METADATA = 300_000  # entries of a file, at most: a vocabulary of 49,152 needs 250,000, and so many take less than 100 MB
 
 
 class ModelError(Exception):
@@ -25,24 +27,6 @@ class ModelError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------------- the file
-
-
-class CheckedReader(GGUFReader):
-    """``GGUFReader`` for files from anywhere.
-
-    The base class slices past the end of the file without noticing, so that a forged count makes it loop and allocate
-    for ever. All its reads pass through ``_get``: here each must lie inside the file, and their number is limited.
-    """
-
-    max_reads = 300_000  # a vocabulary of 49,152 needs 250,000; so many take less than 100 MB
-
-    def _get(self, offset, dtype, count=1, override_order=None):
-        self.max_reads -= 1
-        if self.max_reads < 0:
-            raise ValueError("too many metadata entries")
-        if self.byte_order != "I":
-            raise ValueError("big-endian files are not supported")
-        return np.frombuffer(self.data, np.dtype(dtype).newbyteorder("<"), int(count), int(offset))
 
 
 class Config(NamedTuple):
@@ -73,7 +57,6 @@ _LIMITS = {  # field of Config: GGUF key, smallest, largest
     "rope_base": ("llama.rope.freq_base", 1.0, 1e9),
     "rms_eps": ("llama.attention.layer_norm_rms_epsilon", 0.0, 1e-2),
 }
-_ENCODINGS = {Encoding[name] for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")}
 
 
 def _number(reader, key, smallest, largest):
@@ -127,8 +110,8 @@ def _shapes(config):
     return shapes | {"token_embd.weight": (c.vocab, c.hidden), "output_norm.weight": (c.hidden,)}
 
 
-def _tensors(reader, config):
-    """The tensors by name, after checking that they are exactly those of `config` and lie side by side."""
+def _check_tensors(reader, config):
+    """Raise unless the file has exactly the tensors of `config`."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     shapes = _shapes(config)
     if tensors.keys() != shapes.keys():
@@ -137,14 +120,6 @@ def _tensors(reader, config):
         found = tuple(tensors[name].shape[::-1].tolist())
         if found != shape:
             raise ModelError(f"{name} has shape {found}, expected {shape}")
-        if tensors[name].tensor_type not in _ENCODINGS:
-            raise ModelError(f"{name} is stored as {tensors[name].tensor_type.name}, which is not supported")
-    end = reader.data_offset
-    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
-        if tensor.data_offset < end:
-            raise ModelError(f"{tensor.name} overlaps other data")
-        end = tensor.data_offset + tensor.n_bytes
-    return tensors
 
 
 def load(path):
@@ -166,9 +141,10 @@ def load(path):
     """
     try:
         with np.errstate(over="raise"):  # the sum of two offsets must not wrap round
-            reader = CheckedReader(Path(path))
+            reader = gguf.checked_reader(METADATA)(Path(path))
         config = _config(reader)
-        return Model(config, _tensors(reader, config)), Tokenizer(reader)
+        _check_tensors(reader, config)
+        return Model(config, *gguf.from_reader(reader)), Tokenizer(reader)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     except (ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
@@ -246,143 +222,29 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------- the network
 
 
-class Cache:
-    """Rotated keys and values of all layers, in arrays that double when they are full."""
-
-    def __init__(self, config, capacity=256):
-        self._config = config
-        self.length = 0
-        shape = (config.layers, 1, config.kv_heads, min(capacity, config.context), config.head_dim)
-        self.keys, self.values = np.empty(shape, np.float32), np.empty(shape, np.float32)
-
-    def reserve(self, new):
-        """Make room for `new` more tokens."""
-        needed, capacity = self.length + new, self.keys.shape[3]
-        if needed > self._config.context:
-            raise ModelError(f"the model's context of {self._config.context} tokens is full")
-        if needed > capacity:
-            capacity = min(max(2 * capacity, needed), self._config.context)
-            self.keys, self.values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
-
-    def _grown(self, old, capacity):
-        new = np.empty((*old.shape[:3], capacity, old.shape[4]), old.dtype)
-        new[..., : self.length, :] = old[..., : self.length, :]
-        return new
-
-    def store(self, layer, k, v):
-        """Put `k` and `v`, (kv_heads, new, head_dim), behind the tokens there are; return all, (1, kv_heads, :, :)."""
-        end = self.length + k.shape[1]
-        self.keys[layer, 0, :, self.length : end] = k
-        self.values[layer, 0, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-class Layer(NamedTuple):
-    """Weights of one block; matrices that read the same input are one."""
-
-    attn_norm: np.ndarray
-    qkv: np.ndarray
-    attn_output: np.ndarray
-    ffn_norm: np.ndarray
-    gate_up: np.ndarray
-    ffn_down: np.ndarray
-
-
 class Model:
-    """The network, from token numbers to logits."""
+    """The network, from token numbers to logits; all of its work is done by :class:`fastattn.layers.Decoder`."""
 
-    def __init__(self, config, tensors):
-        def weight(name):
-            tensor = tensors[f"{name}.weight"]
-            return np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-
-        def split_halves(w):
-            """Undo the row order of Q and K in llama-type GGUF files.
-
-            They hold the two coordinates that rotate together side by side; here the first coordinates of all pairs
-            come first, then the second ones, so that a rotation works on two contiguous halves. The same order in Q
-            and in K leaves their products as they are.
-            """
-            return w.reshape(-1, config.head_dim // 2, 2, config.hidden).swapaxes(1, 2).reshape(w.shape)
-
-        def layer(block):
-            q, k, v = (weight(f"{block}.attn_{name}") for name in "qkv")
-            return Layer(
-                attn_norm=weight(f"{block}.attn_norm"),
-                qkv=np.concatenate([split_halves(q), split_halves(k), v]),
-                attn_output=weight(f"{block}.attn_output"),
-                ffn_norm=weight(f"{block}.ffn_norm"),
-                gate_up=np.concatenate([weight(f"{block}.ffn_gate"), weight(f"{block}.ffn_up")]),
-                ffn_down=weight(f"{block}.ffn_down"),
-            )
-
+    def __init__(self, config, state, settings):
         self.config = config
-        self.embedding = weight("token_embd")
-        self.layers = [layer(f"blk.{i}") for i in range(config.layers)]
-        self.output_norm = weight("output_norm")
-        half = np.arange(0, config.head_dim, 2) / config.head_dim
-        self._frequencies = config.rope_base**-half
+        self.decoder = layers.Decoder.from_state_dict(state, layout="llama", config=settings)
 
-    def prefill(self, tokens, cache, attention):
+    def new_cache(self, batch=1, capacity=None, dtype="float32", **keywords):
+        """Empty caches for `batch` sequences, one for each block: ``fastattn.KVCache`` and its arguments."""
+        return self.decoder.new_cache(batch, capacity, dtype, **keywords)
+
+    def prefill(self, tokens, cache):
         """Run a prompt of any length and return the logits (vocab,) after its last token."""
         for start in range(0, len(tokens), PREFILL):
-            hidden = self.forward(tokens[start : start + PREFILL], cache, attention)
+            hidden = self.forward(tokens[start : start + PREFILL], cache)
         return self.logits(hidden[-1])
 
-    def forward(self, tokens, cache, attention):
-        """Run `tokens` behind those in `cache`.
-
-        Parameters
-        ----------
-        tokens : sequence of int
-            New token numbers.
-        cache : Cache
-            Keys and values so far; the new ones are added.
-        attention : callable
-            ``attention(q, k, v, causal=True)`` on (1, heads, length, head_dim), with fewer kv heads than query heads
-            and the last query seeing the last key.
-
-        Returns
-        -------
-        ndarray (len(tokens), hidden)
-            What `logits` takes.
-        """
-        c, new = self.config, len(tokens)
-        cache.reserve(new)
-        angles = np.outer(np.arange(cache.length, cache.length + new), self._frequencies)[:, None]
-        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        x = self.embedding[tokens]
-        for index, layer in enumerate(self.layers):
-            heads = (self._norm(x, layer.attn_norm) @ layer.qkv.T).reshape(new, -1, c.head_dim)
-            _rotate(heads[:, : c.heads + c.kv_heads], cos, sin)
-            heads = heads.swapaxes(0, 1)
-            k, v = cache.store(index, heads[c.heads : -c.kv_heads], heads[-c.kv_heads :])
-            out = attention(heads[None, : c.heads], k, v, causal=True)
-            x += out[0].swapaxes(0, 1).reshape(new, -1) @ layer.attn_output.T
-            gate_up = self._norm(x, layer.ffn_norm) @ layer.gate_up.T
-            x += (_silu(gate_up[:, : c.ffn]) * gate_up[:, c.ffn :]) @ layer.ffn_down.T
-        cache.length += new
-        return self._norm(x, self.output_norm)
+    def forward(self, tokens, cache):
+        """Run the next tokens of one sequence behind those in its `cache`; return (len(tokens), hidden), for `logits`."""
+        if cache[0].lengths[0] + len(tokens) > self.config.context:
+            raise ModelError(f"the model's context of {self.config.context} tokens is full")
+        return self.decoder([tokens], cache=cache)[0]
 
     def logits(self, hidden):
         """Scores (..., vocab) of the next token."""
-        return hidden @ self.embedding.T
-
-    def _norm(self, x, weight):
-        square = np.einsum("ij,ij->i", x, x)[:, None] / np.float32(x.shape[1])
-        return x / np.sqrt(square + np.float32(self.config.rms_eps)) * weight
-
-
-def _rotate(x, cos, sin):
-    """Rotary positions, in place: coordinate i turns with coordinate i + head_dim / 2."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    a_turned = a * cos - b * sin
-    b *= cos
-    b += a * sin
-    a[...] = a_turned
-
-
-def _silu(x):
-    """x * sigmoid(x), by way of tanh because exp would overflow."""
-    return x * (np.float32(0.5) * np.tanh(np.float32(0.5) * x) + np.float32(0.5))
+        return self.decoder.logits(hidden)

@@ -126,43 +126,46 @@ def close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("attention", [fastattn.attention, generate.numpy_attention], ids=["fastattn", "numpy"])
-def test_logits_are_those_of_the_formula(model, attention):
+def numpy_cache(model):
+    return [generate.NumpyCache(model.config.kv_heads, model.config.head_dim) for _ in range(model.config.layers)]
+
+
+@pytest.mark.parametrize("new_cache", [smollm2.Model.new_cache, numpy_cache], ids=["fastattn", "numpy"])
+def test_logits_are_those_of_the_formula(model, new_cache):
     tokens = random_tokens(37)
-    close(model.logits(model.forward(tokens, smollm2.Cache(model.config), attention)), reference_logits(tokens))
+    close(model.logits(model.forward(tokens, new_cache(model))), reference_logits(tokens))
 
 
 def test_logits_do_not_depend_on_the_engine(model, engine):
     tokens = random_tokens(19)
-    ours = model.forward(tokens, smollm2.Cache(model.config), fastattn.attention)
-    close(ours, model.forward(tokens, smollm2.Cache(model.config), generate.numpy_attention))
+    close(model.forward(tokens, model.new_cache()), model.forward(tokens, numpy_cache(model)))
 
 
-@pytest.mark.parametrize("sizes", [[1] * 21, [5, 1, 9, 6], [20, 1]], ids=str)
-def test_a_growing_cache_gives_what_one_pass_gives(model, sizes):
+@pytest.mark.parametrize("new_cache", [smollm2.Model.new_cache, numpy_cache], ids=["fastattn", "numpy"])
+@pytest.mark.parametrize("sizes", [[1] * 21, [5, 1, 9, 6], [20, 1], [255, 1, 1, 2]], ids=lambda sizes: str(len(sizes)))
+def test_a_growing_cache_gives_what_one_pass_gives(model, sizes, new_cache):
     tokens = random_tokens(sum(sizes))
-    whole = model.forward(tokens, smollm2.Cache(model.config), fastattn.attention)
-    cache, parts, start = smollm2.Cache(model.config, capacity=2), [], 0
+    whole = model.forward(tokens, new_cache(model))
+    cache, parts, start = new_cache(model), [], 0
     for size in sizes:
-        parts.append(model.forward(tokens[start : start + size], cache, fastattn.attention))
+        parts.append(model.forward(tokens[start : start + size], cache))
         start += size
-    assert cache.length == len(tokens) <= cache.keys.shape[3] == cache.values.shape[3] < 2 * len(tokens)
+    assert all(part.lengths == [len(tokens)] for part in cache)
     close(np.concatenate(parts), whole)
 
 
 def test_a_prompt_in_passes_gives_what_one_pass_gives(model, monkeypatch):
     tokens = random_tokens(23)
-    whole = model.prefill(tokens, smollm2.Cache(model.config), fastattn.attention)
+    whole = model.prefill(tokens, model.new_cache())
     monkeypatch.setattr(smollm2, "PREFILL", 5)
-    close(model.prefill(tokens, smollm2.Cache(model.config), fastattn.attention), whole)
+    close(model.prefill(tokens, model.new_cache()), whole)
 
 
 def test_the_cache_ends_with_the_context(model):
-    cache = smollm2.Cache(model.config)
-    model.prefill(random_tokens(model.config.context), cache, fastattn.attention)
-    assert cache.keys.shape[3] == model.config.context
+    cache = model.new_cache()
+    model.prefill(random_tokens(model.config.context), cache)
     with pytest.raises(smollm2.ModelError, match="context of 512 tokens is full"):
-        model.forward([1], cache, fastattn.attention)
+        model.forward([1], cache)
 
 
 # ------------------------------------------------------------------------------------------------- sampling
@@ -187,25 +190,27 @@ def test_samples_follow_the_distribution_cut_to_its_nucleus():
 
 def test_a_seed_fixes_the_text(model):
     def text(seed):
-        return list(generate.generate(model, [5, 6], 12, generate.sampler(1.0, 1.0, seed), fastattn.attention))
+        return list(generate.generate(model, [5, 6], 12, generate.sampler(1.0, 1.0, seed)))
 
     assert text(3) == text(3) != text(4)
 
 
 def test_greedy_text_is_that_of_repeated_full_passes(model):
     tokens = random_tokens(4)
-    text = list(generate.generate(model, tokens, 9, generate.sampler(0, 1.0, 0), fastattn.attention))
+    text = list(generate.generate(model, tokens, 9, generate.sampler(0, 1.0, 0)))
     for token in text:
         assert token == reference_logits(tokens)[-1].argmax()
         tokens.append(token)
 
 
 def test_weights_that_overflow_are_reported(model):
-    def broken(q, k, v, causal):
-        return np.full(q.shape, np.nan, np.float32)
+    class Broken(generate.NumpyCache):
+        def attend(self, q, **_):
+            return np.full(q.shape, np.nan, np.float32)
 
+    cache = [Broken(model.config.kv_heads, model.config.head_dim) for _ in range(model.config.layers)]
     with pytest.raises(smollm2.ModelError, match="not finite"):
-        next(generate.generate(model, [5], 1, np.argmax, broken))
+        next(generate.generate(model, [5], 1, np.argmax, cache))
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -215,7 +220,7 @@ def test_program_prints_the_answer_and_both_speeds(tiny_path, tokenizer, model, 
     generate.main(["the cat", "--model", str(tiny_path), "--max-tokens", "9", "--temperature", "0", "--system", "Be kind."])
     output = capsys.readouterr()
     prompt = tokenizer.chat("the cat", "Be kind.")
-    answer = list(generate.generate(model, prompt, 9, generate.sampler(0, 1.0, 0), fastattn.attention))
+    answer = list(generate.generate(model, prompt, 9, generate.sampler(0, 1.0, 0)))
     answer = answer[: answer.index(END)] if END in answer else answer
     decode = tokenizer.decoder()
     assert output.out == "".join(map(decode, answer)).translate(generate.CONTROLS) + "\n"
@@ -350,7 +355,7 @@ def transformers_model(path, config):
     half = config.head_dim // 2
     order = np.arange(config.head_dim).reshape(half, 2).T.ravel()
     state = {}
-    for tensor in smollm2.CheckedReader(path).tensors:
+    for tensor in smollm2.gguf.checked_reader()(path).tensors:
         *block, name, _ = tensor.name.split(".")
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if name in ("attn_q", "attn_k"):
@@ -373,8 +378,8 @@ def test_real_logits_are_those_of_transformers(real, one_thread):
     tokens = tokenizer.chat(PROMPT)
     with torch.inference_mode():
         expected = transformers_model(path, model.config)(torch.tensor([tokens])).logits[0].numpy()
-    cache = smollm2.Cache(model.config, capacity=8)
-    passes = [model.forward(part, cache, fastattn.attention) for part in (tokens[:-3], *([t] for t in tokens[-3:]))]
+    cache = model.new_cache()
+    passes = [model.forward(part, cache) for part in (tokens[:-3], *([t] for t in tokens[-3:]))]
     actual = model.logits(np.concatenate(passes))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-3)
     np.testing.assert_array_equal(actual.argmax(axis=1), expected.argmax(axis=1))
@@ -384,7 +389,7 @@ def test_real_logits_are_those_of_transformers(real, one_thread):
 def test_real_chat_template_is_the_one_in_the_file(real):
     jinja2 = pytest.importorskip("jinja2")
     path, _, tokenizer = real
-    template = smollm2.CheckedReader(path).get_field("tokenizer.chat_template").contents()
+    template = smollm2.gguf.checked_reader()(path).get_field("tokenizer.chat_template").contents()
     text = jinja2.Template(template).render(messages=[{"role": "user", "content": PROMPT}], add_generation_prompt=True)
     tokens = []
     for part in re.split(r"(<\|im_start\|>|<\|im_end\|>)", text):
@@ -396,5 +401,5 @@ def test_real_chat_template_is_the_one_in_the_file(real):
 def test_real_answer_makes_sense(real, one_thread):
     _, model, tokenizer = real
     prompt = tokenizer.chat("What is the capital of France?")
-    stream = generate.generate(model, prompt, 8, generate.sampler(0, 1.0, 0), fastattn.attention)
+    stream = generate.generate(model, prompt, 8, generate.sampler(0, 1.0, 0))
     assert "Paris" in "".join(map(tokenizer.decoder(), stream))

@@ -155,7 +155,7 @@ def test_a_file_cut_anywhere_is_refused(tiny_path, tmp_path):
 
 def test_damaged_headers_load_or_are_refused_but_never_crash(tiny_path, tmp_path):
     data, path, rng = tiny_path.read_bytes(), tmp_path / "damaged.gguf", np.random.default_rng(5)
-    size = smollm2.CheckedReader(tiny_path).data_offset
+    size = smollm2.gguf.checked_reader()(tiny_path).data_offset
     refusals = 0
     for _ in range(150):
         damaged = bytearray(data)

@@ -78,15 +78,15 @@ _ARCHITECTURES = {  # of files: names, what stands before those of a block, acti
 
 
 @functools.cache
-def checked_reader():
-    """``gguf.GGUFReader``, for files from anywhere."""
+def checked_reader(most=4_000_000):
+    """``gguf.GGUFReader`` for files from anywhere, with at most so many entries of metadata: five for each token of a vocabulary."""
     from gguf import GGUFReader
 
     class CheckedReader(GGUFReader):
         """The base class slices past the end of the file without noticing, so that a forged count makes it loop and allocate for
         ever. All its reads pass through ``_get``: here each must lie inside the file, and their number is limited."""
 
-        max_reads = 4_000_000  # five for each token of a vocabulary
+        max_reads = most
 
         def _get(self, offset, dtype, count=1, override_order=None):
             self.max_reads -= 1
