@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import _functions
 from ._arrays import as_array
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
 _MASK_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
 _PRECISIONS = ("highest", "high", "medium")
+ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")  # in the order in which the library numbers them
+_MOST_POWER = 64
 
 
 @functools.cache
@@ -234,18 +237,26 @@ class Call:
     sinks : ndarray or None
         ``(Hq,)`` float32, contiguous; finite, or -inf for none in that head.
     precision : str
+    activation : str
+        One of `ACTIVATIONS`. But for "softmax" there are neither `lse` nor `sinks`.
+    activation_bias : ndarray or None
+        ``(B,)`` float32, with "sigmoid" and when it is given.
+    power : int
+    score_function : ScoreFunction or None
+    additive : ndarray or None
+        ``(Hq, A)``, contiguous, of the dtype that scores have: these are ``additive . tanh(q + k)`` in place of ``q . k``.
     """
 
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
         "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "scale", "softcap", "alibi_slopes", "sinks", "precision",
-        "_rank", "_given_out", "_copy_to",
+        "activation", "activation_bias", "power", "score_function", "additive", "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
+        self, backend, q, k, v, names=NAMES, packed=None, additive=None, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
         kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest",
-        return_lse=False, out=None,
+        activation="softmax", activation_bias=None, power=3, score_function=None, return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend, packed is not None)
@@ -303,7 +314,10 @@ class Call:
             if not (self.sinks < np.inf).all():
                 raise ValueError("sinks must be finite, or -inf for a head without one; got NaN or inf")
 
-        self.lse = np.empty(lse_shape, np.float32) if flag("return_lse", return_lse) else None
+        self.additive = additive
+        self.score_function = None if score_function is None else _functions.take(score_function)
+        self._take_activation(activation, activation_bias, power, batch, flag("return_lse", return_lse))
+        self.lse = np.empty(lse_shape, np.float32) if return_lse else None
         self._given_out = out
         self._copy_to = None
         if packed is not None:  # rows come before heads
@@ -313,11 +327,35 @@ class Call:
         else:
             target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items(), names.q)
             ready = target.flags.aligned and (v_head_dim <= 1 or target.strides[-1] == target.itemsize)
+            if self.score_function is not None and self.score_function.callable is not None:
+                ready = False  # it may raise, and then nothing is written
             target = target[(None,) * (4 - self._rank)]
             self.out = target if ready else np.empty(out_shape, self.q.dtype)
             self._copy_to = None if ready else target
         if packed is not None:
             self.out = self.out.swapaxes(1, 2)
+
+    def _take_activation(self, activation, bias, power, batch, return_lse):
+        """How scores become weights."""
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {ACTIVATIONS}; got {activation!r}")
+        self.activation, self.activation_bias, self.power = activation, None, integer("power", power, 1)
+        if self.power > _MOST_POWER:
+            raise ValueError(f"power must be at most {_MOST_POWER}; got {power}")
+        if bias is not None:
+            if activation != "sigmoid":
+                raise ValueError(f'activation_bias must be None but for activation="sigmoid"; got {bias!r} with {activation!r}')
+            bias = as_float32("activation_bias", bias)
+            if bias.shape not in ((), (batch,)):
+                raise ValueError(f"activation_bias must be a number or have shape ({batch},), one for each entry; got {bias.shape}")
+            if not np.isfinite(bias).all():
+                raise ValueError("activation_bias must be finite; got NaN or inf")
+            self.activation_bias = np.full(batch, bias, np.float32)
+        if activation != "softmax":
+            if return_lse:
+                raise ValueError(f"return_lse must be False where no softmax has a denominator; got True with activation={activation!r}")
+            if self.sinks is not None:
+                raise ValueError(f"sinks must be None where no softmax has a denominator; got some with activation={activation!r}")
 
     def _take_qkv(self, given, backend, packed):
         """Check the three arrays against each other and keep them with rank 4."""

@@ -18,6 +18,7 @@ from libc.string cimport memset
 
 cimport numpy as np
 
+import numpy as np
 from threading import main_thread as _main_thread
 
 from ._settings import scoped as _scoped
@@ -61,6 +62,13 @@ cdef extern from "fastattn.h" nogil:
         FASTATTN_PRECISION_HIGH
         FASTATTN_PRECISION_MEDIUM
 
+    ctypedef enum fastattn_activation:
+        FASTATTN_SOFTMAX
+
+    ctypedef void (*fastattn_score_function)(
+        float *scores, int64_t keys, int64_t batch, int64_t head, int64_t query, int64_t first_key, void *context
+    ) noexcept
+
     ctypedef struct fastattn_block_mask:
         size_t size
         int64_t block_size, num_rows, batch_stride, head_stride
@@ -101,10 +109,18 @@ cdef extern from "fastattn.h" nogil:
         int num_threads
         fastattn_threading threading
         int (*interrupted)(void *context)
+        void *interrupted_context
         const int64_t *kv_starts
         const int64_t *q_lengths
         const int64_t *cu_seqlens_q
         const int64_t *cu_seqlens_k
+        fastattn_activation activation
+        int power
+        const float *activation_bias
+        const float *additive
+        int64_t additive_stride
+        fastattn_score_function score_function
+        void *score_context
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -211,6 +227,10 @@ cdef dict PRECISIONS = {
     "medium": FASTATTN_PRECISION_MEDIUM,
 }
 
+ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")  # as the library numbers them
+
+cdef np.dtype FLOAT32 = np.dtype("float32")
+cdef object np_arange = np.arange
 cdef int bfloat16_type = -1  # the number NumPy gave to ml_dtypes.bfloat16, once such an array has been seen
 
 
@@ -416,6 +436,46 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     if call.block_mask is not None:
         take_block_mask(block_mask, call.block_mask)
         args.block_mask = block_mask
+    args.activation, args.power = <fastattn_activation><int>ACTIVATIONS.index(call.activation), call.power
+    if call.activation_bias is not None:
+        array = call.activation_bias
+        args.activation_bias = <const float *>np.PyArray_DATA(array)
+    if call.additive is not None:
+        array = call.additive
+        args.additive, args.additive_stride = <const float *>np.PyArray_DATA(array), array.strides[0]
+    if call.score_function is not None and call.score_function.address:
+        args.score_function = <fastattn_score_function><size_t>call.score_function.address
+        args.score_context = <void *><size_t>call.score_function.context
+
+
+cdef class CalledBack:
+    """A score function in Python during a call, and what it has raised."""
+
+    cdef object function
+    cdef object error
+
+    def __cinit__(self, function):
+        self.function = function
+
+
+cdef void call_back(
+    float *scores, int64_t keys, int64_t batch, int64_t head, int64_t query, int64_t first_key, void *context
+) noexcept with gil:
+    """One run of scores through the function; nothing more after it has raised."""
+    cdef CalledBack called = <CalledBack>context
+    if called.error is not None:
+        return
+    try:
+        s = array_at(<size_t>scores, (1, keys), (keys, 1), FLOAT32, called)
+        changed = called.function.apply(s.copy(), batch, head, np_arange(query, query + 1), np_arange(first_key, first_key + keys))
+        s[...] = changed
+    except BaseException as error:
+        called.error = error
+
+
+cdef int ended(void *context) noexcept with gil:
+    """Whether the function has raised, or a signal's handler has."""
+    return (<CalledBack>context).error is not None or PyErr_CheckSignals() != 0
 
 
 def array_at(size_t address, shape, strides, np.dtype dtype, owner):
@@ -440,9 +500,18 @@ def attention(call):
     cdef fastattn_attention_args args
     cdef fastattn_block_mask block_mask
     cdef fastattn_status status
+    cdef CalledBack called = None
     take_call(&args, &block_mask, call)
+    if call.score_function is not None and not call.score_function.address:
+        called = CalledBack(call.score_function)
+        args.score_function, args.score_context = call_back, <void *>called
+        args.num_threads = 1  # which would wait for each other
+        if args.interrupted is not NULL:
+            args.interrupted, args.interrupted_context = ended, <void *>called
     with nogil:
         status = fastattn_attention(&args, NULL, 0)
+    if called is not None and called.error is not None:
+        raise called.error
     if status == FASTATTN_ERROR_INTERRUPTED:
         raise_pending()
     return <int>status

@@ -23,6 +23,7 @@ Array = ArrayLike | SupportsDLPack
 Ints = int | Sequence[int] | NDArray[np.integer[Any]] | SupportsDLPack
 Window = tuple[int | None, int | None] | Sequence[int | None]
 Precision = Literal["highest", "high", "medium"]
+Activation = Literal["softmax", "sigmoid", "relu", "polynomial"]
 
 
 class PackedRules(TypedDict, total=False):
@@ -38,6 +39,10 @@ class PackedRules(TypedDict, total=False):
     alibi_slopes: Array | None
     sinks: Array | None
     precision: Precision
+    activation: Activation
+    activation_bias: Array | None
+    power: int
+    score_function: Any
 
 
 class Rules(PackedRules, total=False):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from ._typing import Array, Ints, Precision, Rules, Window
+    from ._typing import Activation, Array, Ints, Precision, Rules, Window
     from .sparse import BlockMask
 
 _state = runtime._state
@@ -60,6 +60,10 @@ def attention(
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
     precision: Precision = "highest",
+    activation: Activation = "softmax",
+    activation_bias: Array | None = None,
+    power: int = 3,
+    score_function: Any = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -69,6 +73,7 @@ def attention(
 
         s   = scale * dot(q[i], k[j])
         s   = softcap * tanh(s / softcap)             if softcap is given
+        s   = score_function(s, b, h, i, j)           if score_function is given
         s  += mask[i, j]                              if mask holds floats
         s  -= alibi_slopes[h] * abs(p - j)            if alibi_slopes is given
         out[i] = sum(softmax(s over the visible keys)[j] * v[j])
@@ -136,6 +141,23 @@ def attention(
         How exactly float32 and float16 operands are multiplied: in float32, to about 16 bits, or so that the largest error is
         no larger than that of bfloat16 arithmetic. A lower setting allows a faster unit and never demands one; products of
         bfloat16 operands are exact in all three.
+    activation : {"softmax", "sigmoid", "relu", "polynomial"}
+        What makes a score a weight. But for the softmax a key is weighed by its own score alone, with the number of keys
+        ``n = kv_lengths - kv_starts`` in the place of a denominator, so that there are neither an lse nor sinks::
+
+            1 / (1 + exp(-(s + activation_bias)))    "sigmoid", Ramapuram et al. 2024
+            max(s, 0) / n                            "relu", Wortsman et al. 2023
+            s**power / sqrt(n)                       "polynomial", Saratchandran et al. 2024
+
+        A score of -inf weighs 0.
+    activation_bias : float or array_like, (B,), optional
+        Of the sigmoid; finite. Default: ``-log(n)``.
+    power : int
+        Of the polynomial, from 1 to 64.
+    score_function : C function, callable, or (C function, context), optional
+        Changes the scores of a query and of keys that follow each other: a C function of the signature that ``fastattn.h`` gives
+        (of ctypes, cffi, a capsule or ``numba.cfunc``), or a callable ``f(s, b, h, i, j)`` of arrays that broadcast to the shape
+        of `s`, ``(rows, keys)``, which is slow. What it raises reaches the caller, and nothing is written then.
     return_lse : bool
         Return also the natural logarithm of the softmax denominator.
     out : array, (B, Hq, Lq, Dv), optional
@@ -166,7 +188,8 @@ def attention(
     (1, 8, 128, 64)
     """
     plain = _state.plain
-    if plain is not None:
+    ordinary = activation == "softmax" and score_function is None and activation_bias is None
+    if plain is not None and ordinary:
         result = plain(
             q, k, v, mask, causal, window, query_offset, kv_lengths, kv_starts, q_lengths, scale, softcap, alibi_slopes,
             sinks, precision, return_lse, out,
@@ -176,7 +199,7 @@ def attention(
     return _attend(
         NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision,
-        return_lse=return_lse,
+        activation=activation, activation_bias=activation_bias, power=power, score_function=score_function, return_lse=return_lse,
         out=out,
     )  # fmt: skip
 

@@ -325,7 +325,14 @@ class KVCache:
 
         Of ``n`` tokens the newer turn holds the last ``w``, and row ``i`` of the older one is token ``n - w - ring + i``.
         """
+        if keywords.get("score_function") is not None:
+            raise ValueError("score_function must be None on a ring, whose places are not the keys' positions; got one")
         n, first, ring = self._lengths, self._keep_first, self._ring
+        activation = keywords.get("activation", "softmax")
+        if activation != "softmax" and keywords.get("return_lse"):
+            raise ValueError(f"return_lse must be False where no softmax has a denominator; got True with activation={activation!r}")
+        if activation == "sigmoid" and keywords.get("activation_bias") is None:
+            keywords["activation_bias"] = -np.log(np.maximum(n, 1))  # of all tokens, whichever part holds a key
         q_lengths = keywords.get("q_lengths")
         rows = q.shape[2] if q_lengths is None else integers("q_lengths", q_lengths, n.size, 0, q.shape[2])
         position = n - rows  # of the first query
@@ -362,15 +369,21 @@ class KVCache:
                 keywords["mask"] = _spread(tail_mask, n, token[:, None] + np.arange(k.shape[2]))
             if starts is not None:
                 keywords["kv_starts"] = np.minimum(starts, ends)
-            states.append(
-                attention(
-                    wide, k, v, causal=causal, window=window, query_offset=position - token, kv_lengths=ends, return_lse=True,
-                    **keywords,
-                )
+            state = attention(
+                wide, k, v, causal=causal, window=window, query_offset=position - token, kv_lengths=ends,
+                return_lse=activation == "softmax", **keywords,
             )  # fmt: skip
+            if activation != "softmax":  # such parts add up, when all are divided by the same number of keys
+                held = (ends - (starts if starts is not None else 0)) / np.maximum(n, 1)
+                share = {"relu": held, "polynomial": np.sqrt(held)}.get(activation, np.ones_like(held))
+                state = state * share[:, None, None, None].astype(state.dtype), None
+            states.append(state)
             for name in ("sinks", "kv_starts"):  # a sink takes part once
                 keywords.pop(name, None)
-        merged, lse = merge_states(*map(list, zip(*states))) if len(states) > 1 else states[0]
+        if activation != "softmax":
+            merged, lse = sum(out for out, _ in states), None
+        else:
+            merged, lse = merge_states(*map(list, zip(*states))) if len(states) > 1 else states[0]
         if wanted["out"] is None:
             out = merged.astype(q.dtype, copy=False)
         else:
@@ -381,7 +394,7 @@ class KVCache:
 
     def _all_visible(self, keywords):
         """Whether one query sees all that the ring holds, so that the order of its places does not matter."""
-        position_matters = {"window", "alibi_slopes", "q_lengths"} & {name for name, x in keywords.items() if x is not None}
+        position_matters = {"window", "alibi_slopes", "q_lengths", "activation"} & {name for name, x in keywords.items() if x is not None}
         oldest = np.maximum(self._lengths - self._window, self._keep_first)
         held = np.where(self._lengths > self.capacity, self._lengths - self._ring, self._keep_first)
         return not position_matters and (held == oldest).all() and (held == self._held_from).all()

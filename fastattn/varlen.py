@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from ._typing import Array, Ints, PackedRules, Precision, Window
+    from ._typing import Activation, Array, Ints, PackedRules, Precision, Window
 
 
 @overload
@@ -68,6 +68,10 @@ def attention_varlen(
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
     precision: Precision = "highest",
+    activation: Activation = "softmax",
+    activation_bias: Array | None = None,
+    power: int = 3,
+    score_function: Any = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -90,7 +94,7 @@ def attention_varlen(
         Cumulative lengths (int32 or int64): from 0, never decreasing, ending at `total_q`.
     cu_seqlens_k : array_like of int, (B + 1,)
         The same for keys and values, ending at `total_k`.
-    causal, window, scale, softcap, alibi_slopes, sinks, precision
+    causal, window, scale, softcap, alibi_slopes, sinks, precision, activation, activation_bias, power, score_function
         As in :func:`attention`; `alibi_slopes` is ``(Hq,)`` or ``(B, Hq)``.
     query_offset : int or array_like of int, (B,), optional
         The position of a sequence's first query. Default: its number of keys less its number of queries.
@@ -125,7 +129,8 @@ def attention_varlen(
     call = Call(
         backend, q, k, v, packed=(cu_seqlens_q, cu_seqlens_k), causal=causal, window=window, query_offset=query_offset,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        precision=precision, return_lse=return_lse, out=out,
+        precision=precision, activation=activation, activation_bias=activation_bias, power=power, score_function=score_function,
+        return_lse=return_lse, out=out,
     )  # fmt: skip
     backend.attention(call)
     return call.result()

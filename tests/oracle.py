@@ -32,10 +32,19 @@ def attention(
     softcap=None,
     alibi_slopes=None,
     sinks=None,
+    activation="softmax",
+    activation_bias=None,
+    power=3,
+    score_function=None,
+    additive=None,
     compute=np.float64,
     store=None,
 ):
-    """Attention by definition: ``(out, lse)``, computed in ``compute``, weights and output rounded to ``store``."""
+    """Attention by definition: ``(out, lse)``, computed in ``compute``, weights and output rounded to ``store``.
+
+    With another activation than the softmax there is no lse, and in its place the largest size of a score of the row. `additive` are
+    weights ``(Hq, A)``, with which a score is ``additive . tanh(q + k)``.
+    """
     rank = np.ndim(q)
     q, k, v = (np.asarray(x)[(None,) * (4 - rank)] for x in (q, k, v))
     batch, num_heads, q_len, head_dim = q.shape
@@ -73,13 +82,27 @@ def attention(
                 visible &= mask[b, h, i] if mask.dtype == bool else mask[b, h, i] != -np.inf
             keys, values = all_keys[visible], all_values[visible]
             with np.errstate(all="ignore"):
-                s = compute(scale) * (keys @ queries[i])
+                s = keys @ queries[i] if additive is None else np.tanh(keys + queries[i]) @ additive[h].astype(compute)
+                s = compute(scale) * s
                 if softcap is not None:
                     s = compute(softcap) * np.tanh(s / compute(softcap))
+                if score_function is not None:
+                    s = score_function(s, b, h, i, j[visible]).astype(compute)
                 if mask is not None and mask.dtype != bool:
                     s = s + mask[b, h, i][visible].astype(compute)
                 if alibi_slopes is not None:
                     s = s - alibi_slopes[b, h] * np.abs(p - j[visible]).astype(compute)
+                if activation != "softmax":
+                    n = compute(lengths[b] - starts[b])
+                    shift = -np.log(n) if activation_bias is None else np.broadcast_to(activation_bias, batch)[b].astype(compute)
+                    weights = {
+                        "sigmoid": lambda s, n=n, shift=shift: 1 / (1 + np.exp(-(s + shift))),
+                        "relu": lambda s, n=n: np.maximum(s, 0) / n,
+                        "polynomial": lambda s, n=n: s**power / np.sqrt(n),
+                    }[activation](s)
+                    lse[b, h, i] = np.abs(s).max(initial=0)
+                    out[b, h, i] = (weights.astype(store).astype(compute) @ values).astype(store)
+                    continue
                 logits = s if sinks is None or sinks[h] == -np.inf else np.append(s, compute(sinks[h]))
                 if len(logits) == 0:
                     continue

@@ -20,7 +20,8 @@ ENGINE = Path(__file__).parents[1] / "src_c"
 MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_typing": {"sparse"},  # which all may know, for it is imported by checkers alone
     "_arrays": set(),
-    "_check": {"_arrays"},
+    "_check": {"_arrays", "_functions"},
+    "_functions": {"_arrays"},
     "_processors": set(),
     "_settings": set(),
     "runtime": {"_check", "_processors", "_settings", "backends", "_native"},

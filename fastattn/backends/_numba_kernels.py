@@ -30,6 +30,8 @@ from ._numba_products import Rows, careful_values, pack, scores, transpose_all, 
 from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
 
 WHOLE, PARTS, MERGE = range(3)
+ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")
+SOFTMAX, SIGMOID, RELU, POLYNOMIAL = range(4)
 MIN_PART = 512  # keys for which it pays to split
 
 # What `attend` is told. Addresses and strides are in bytes; an address of 0 means that the thing is absent.
@@ -45,6 +47,7 @@ PLAN = np.dtype(
         "entries", "n_entries", "groups", "group", "band", "units", "parts",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
+        "activation", "power", "activation_bias", "additive", "additive_head",
     )]
     + [(name, np.float32) for name in ("scale", "softcap", "shrink")]  # `shrink`: what weights are multiplied by, 1 or `SHRINK`
 )  # fmt: skip
@@ -130,6 +133,37 @@ def softmax(plan, at, n, row):
     if plan.shrink != 1.0:
         for j in range(n):
             store(at.st + j * pitch, mul(load(at.st + j * pitch, row), plan.shrink))
+
+
+@inline
+def activation_of(plan, entry):
+    """What is added to the scores of an entry, and what its weights are multiplied by."""
+    n = float64(max(entry.kv_len, int64(1)))
+    if plan.activation == SIGMOID:
+        given = elements(plan.activation_bias, float32)[entry.batch] if plan.activation_bias else np.float32(-np.log(n))
+        return given, np.float32(1.0)
+    return np.float32(0.0), np.float32(1.0 / n if plan.activation == RELU else 1.0 / np.sqrt(n))
+
+
+@jit
+def activate(plan, entry, at, n, row):
+    """Turn n vectors of scores into weights one by one: m stays 0, and earlier weights stay as they are."""
+    pitch = 4 * lanes(row)
+    bias, factor = activation_of(plan, entry)
+    store(at.alpha, splat(1.0, row))
+    for j in range(n):
+        x = load(at.st + j * pitch, row)
+        if plan.activation == SIGMOID:
+            y = add(x, bias)
+            e = exp(sub(0.0, magnitude_of(y)))
+            p = div(where_less(y, 0.0, e, 1.0), add(1.0, e))
+        elif plan.activation == RELU:
+            p = where_less(x, 0.0, 0.0, mul(x, factor))
+        else:
+            p = splat(factor, row)
+            for _ in range(plan.power):
+                p = mul(p, x)
+        store(at.st + j * pitch, where_less(x, LOWEST, -0.0, add(p, 0.0)))  # no weight of a visible key is -0.0
 
 
 # Work items
@@ -229,7 +263,7 @@ def part_range(entry, part):
 def open_panel(plan, unit, part, at, row, storage):
     """The panel of a unit of work and a part of its keys, with its queries packed and the state of rows that have seen nothing."""
     panel = locate(plan, unit, row)
-    store(at.m, splat(-np.inf, row))
+    store(at.m, splat(-np.inf if plan.activation == SOFTMAX else 0.0, row))
     fill(at.l, 0.0, 0, (2 + plan.v_head_pitch) * lanes(row))
     fill(at.slopes, 0.0, 0, lanes(row))
     for lane in range(lanes(row)):
@@ -402,7 +436,10 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
         bias = at.bias if masked else int64(0)
         slopes = at.slopes if plan.alibi else int64(0)
         adjust(plan, at, n_vectors, bias, slopes, row)
-    softmax(plan, at, n_vectors, row)
+    if plan.activation == SOFTMAX:
+        softmax(plan, at, n_vectors, row)
+    else:
+        activate(plan, entry, at, n_vectors, row)
     if partial and not all_finite(v.address, v.stride, n, plan.v_head_dim, code):
         careful_values(plan, at, v, code, row, storage)
     else:
@@ -459,6 +496,8 @@ def finish(plan, unit, state, scratch, row):
         if plan.lse:
             lse = plan.lse + panel.entry.batch * plan.lse_batch + head * plan.lse_head + (panel.entry.query + i) * plan.lse_row
             elements(lse, float32)[0] = top + np.log(total)
+        if plan.activation != SOFTMAX:
+            total = 1.0
         factor /= total
         line = at.turned + 4 * lane * plan.v_head_pitch
         if not seen[lane]:
@@ -470,7 +509,7 @@ def finish(plan, unit, state, scratch, row):
             continue
         narrow_row(line, np.float32(factor), plan.q_code, plan.v_head_dim, out)
         overflown |= np.isfinite(factor) and not all_finite(line, 0, 1, plan.v_head_dim, FLOAT32)
-    return overflown
+    return overflown and plan.activation == SOFTMAX
 
 
 @jit

@@ -24,7 +24,7 @@ from collections import namedtuple
 
 from numba import float32
 
-from ._numba_numbers import FLOAT32, inline, jit, widen, widen_row
+from ._numba_numbers import FLOAT32, LOWEST, inline, jit, widen, widen_row
 from ._numba_simd import (
     column, div, dots, fma, itemsize, lanes, load, mul, partial_sums, prefetch, rank_one, rescale, rows, splat, spread, store, sums,
     transpose, where_less, width,
@@ -157,7 +157,7 @@ def careful_values_across(plan, at, v, code, ot, row):
         for j in range(v.n):
             p = load(at.st + 4 * j * plan.slots, row)
             hidden = div(1.0, p)  # -inf for -0.0
-            total = where_less(hidden, 0.0, total, fma(p, widen(v.address + j * v.stride, d, code), total))
+            total = where_less(hidden, LOWEST, total, fma(p, widen(v.address + j * v.stride, d, code), total))
         store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
 
 

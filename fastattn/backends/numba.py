@@ -21,8 +21,8 @@ import numpy as np
 from numba import config, njit
 
 from .. import _settings
-from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd
-from ._numba_kernels import MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
+from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd, numpy
+from ._numba_kernels import ACTIVATIONS, MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
 from .numpy import store as store  # a cast and a scatter, which NumPy does as well
 
 if config.DISABLE_JIT:
@@ -87,6 +87,9 @@ def set_num_threads(n):
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
+    if call.score_function is not None:  # which is not compiled into the kernels
+        numpy.attention(call)
+        return
     for work in _works(call):
         kernel = _kernel(_numba_kernels.build_attention, *work.shape)
         plan, states = work.plan(), _scratch(work.states_bytes)
@@ -173,6 +176,8 @@ def linear_attention(call):
 
 def explain(call):
     """How `call` is computed; where entries differ, what is done to those with the most rows."""
+    if call.score_function is not None:
+        return numpy.explain(call)
     works = list(_works(call)) or [_Work(call, np.arange(0), _MANY_ROWS)]
     work = works[-1]
     return {
@@ -301,7 +306,8 @@ class _Work:
             "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
             "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
-            "scale": call.scale, "softcap": call.softcap,
+            "scale": call.scale, "softcap": call.softcap, "activation": ACTIVATIONS.index(call.activation), "power": call.power,
+            **_place("activation_bias", call.activation_bias), **_place("additive", call.additive, "additive_head"),
         }  # fmt: skip
         if call.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}

@@ -39,11 +39,11 @@ def weights(call, heads, rows):
         with np.errstate(all="ignore"):
             blocks = list(_score_blocks(call, call.entry(b), b, h, i0, i1))
             m, l = _empty_state(call, i1 - i0)
-            for _, some, _ in blocks:
+            for _, some, _ in blocks if call.activation == "softmax" else ():
                 m, l, _, _ = _softmax_step(m, l, some)
             m, l, _ = _add_sink(call, h, m, l)
             for keys, some, visible in blocks:
-                p = np.exp(some - _shift(m)[:, None]) / l[:, None]
+                p = np.exp(some - _shift(m)[:, None]) / l[:, None] if call.activation == "softmax" else _activate(call, b, some)
                 probabilities[:, keys] = np.where(visible, p, 0)
         probabilities[_padding(call, b, i0)] = 0
         yield tile, probabilities
@@ -254,15 +254,38 @@ def _score_blocks(call, entry, b, h, i0, i1):
             continue
         keys, visible = keys[seen], visible[:, seen]
 
-        scores = q @ k[keys].astype(dtype).T
+        scores = q @ k[keys].astype(dtype).T if call.additive is None else _additive(call.additive[h], q, k[keys].astype(dtype))
         scores *= dtype.type(call.scale)
         if call.softcap:
             scores = dtype.type(call.softcap) * np.tanh(scores / dtype.type(call.softcap))
+        if call.score_function is not None:
+            scores = call.score_function.apply(scores, b, h, np.arange(i0, i1), keys)
         if bias is not None:
             scores += _narrow(bias[:, seen], dtype)
         if call.alibi_slopes is not None:
             scores -= call.alibi_slopes[b, h] * np.abs(position - keys).astype(dtype)
         yield keys, np.where(visible, scores, dtype.type(-np.inf)), visible
+
+
+def _additive(weights, q, k):
+    """``weights . tanh(q + k)`` of all rows and keys, some keys at a time."""
+    scores = np.empty((len(q), len(k)), q.dtype)
+    step = max(_TILE_KEYS // max(q.shape[1], 1), 1)
+    for j in range(0, len(k), step):
+        scores[:, j : j + step] = np.tanh(q[:, None] + k[None, j : j + step]) @ weights.astype(q.dtype)
+    return scores
+
+
+def _activate(call, b, scores):
+    """The weights of scores that are weighed one by one; 0 for -inf, as hidden ones are."""
+    n = scores.dtype.type(max(int(call.kv_lengths[b] - call.kv_starts[b]), 1))
+    if call.activation == "relu":
+        return np.maximum(scores, 0) / n
+    if call.activation == "polynomial":
+        return np.where(scores == -np.inf, 0, scores**call.power / np.sqrt(n))
+    x = scores + (-np.log(n) if call.activation_bias is None else call.activation_bias[b].astype(scores.dtype))
+    e = np.exp(-np.abs(x))
+    return np.where(x < 0, e, 1) / (1 + e)
 
 
 def _narrow(bias, dtype):
@@ -275,6 +298,8 @@ def _narrow(bias, dtype):
 
 def _attend_tile(call, entry, b, h, i0, i1):
     """`out` and `lse` of query rows i0 to i1 of one head."""
+    if call.activation != "softmax":
+        return _weighted_sums(call, entry, b, h, i0, i1), None
     out, lse = _mean_values(call, entry, b, h, i0, i1)
     overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
     if overflown.any():
@@ -286,6 +311,15 @@ def _attend_tile(call, entry, b, h, i0, i1):
         mean = np.where(np.isfinite(small), np.clip(small / down, -largest, largest), small)
         out[overflown] = mean[overflown]
     return out, lse
+
+
+def _weighted_sums(call, entry, b, h, i0, i1):
+    """`out` where weights have no denominator."""
+    v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
+    acc = np.zeros((i1 - i0, v.shape[1]), _compute_dtype(call.q.dtype))
+    for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
+        acc += _weighted_values(_activate(call, b, scores), visible, v[keys].astype(acc.dtype))
+    return acc
 
 
 def _mean_values(call, entry, b, h, i0, i1, v_scale=1):

@@ -60,7 +60,9 @@ static int finish(const fa_call *call, const fa_panel *p, const fa_state *state,
     for (int r = 0; r < p->rows; r++) {
         const int64_t head = p->head_of[r];
         float *lse = a->lse ? lse_at(a, p->entry, head, p->query[r]) : NULL;
-        factor[r] = fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
+        factor[r] = a->activation != FASTATTN_SOFTMAX
+                        ? state->seen[r]
+                        : fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
     }
     if (v_scale != 1.0f) {
         fastattn_replace_means(call, p, state, factor);
@@ -68,7 +70,8 @@ static int finish(const fa_call *call, const fa_panel *p, const fa_state *state,
     }
     const int finite =
         products->unpack(p->outputs, p->rows, state->o, ld_by(products, &p->entry->shape), factor, a->v_head_dim, a->q_dtype);
-    return !finite && fastattn_sums_overflow(call, p, state);
+    /* Weights that no sum divides give what the formula does, which may overflow. */
+    return !finite && a->activation == FASTATTN_SOFTMAX && fastattn_sums_overflow(call, p, state);
 }
 
 /* The workspace: the plan with its entries, scratch for each worker, and the states of the items where keys are split. */
@@ -85,6 +88,17 @@ static void *partial_memory(const fa_call *call, const fa_entry *entry, int64_t 
     return (char *)call + entry->partials + entry->partial_bytes * (size_t)(panel * entry->shape.splits + part);
 }
 
+/* How an entry's scores become weights, if not by the softmax. */
+static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
+    const fastattn_attention_args *a = call->args;
+    const double keys = (double)fa_max(entry->shape.kv_len, 1);
+    fa_activation activation = {a->activation, a->power, (float)call->unit, 0.0f, 1.0f};
+    if (a->activation == FASTATTN_SIGMOID) activation.bias = a->activation_bias ? a->activation_bias[entry->batch] : (float)-log(keys);
+    if (a->activation == FASTATTN_RELU) activation.factor = (float)(1 / keys);
+    if (a->activation == FASTATTN_POLYNOMIAL) activation.factor = (float)(1 / sqrt(keys));
+    return activation;
+}
+
 /* Panel `panel` of an entry, as number `n` of a bundle, at its first block of keys. */
 static fa_work start(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker,
                      fa_run *run, float v_scale) {
@@ -94,6 +108,7 @@ static fa_work start(const fa_call *call, const fa_entry *entry, int64_t panel, 
                  .run = run,
                  .v_scale = v_scale,
                  .panel = fastattn_panel_of(call, entry, panel, part, own + at->panel.rows),
+                 .activation = activation_of(call, entry),
                  .s = (float *)(scratch + at->s),
                  .p = (float *)(scratch + at->p),
                  .bias = (float *)(scratch + at->bias),
@@ -106,6 +121,9 @@ static fa_work start(const fa_call *call, const fa_entry *entry, int64_t panel, 
     w.ld = ld_by(w.products, &entry->shape);
     w.state = state_at(call, &w.panel, entry->shape.splits > 1 ? partial_memory(call, entry, panel, part) : own + at->panel.o);
     fastattn_state_clear(&w.state);
+    if (w.activation.kind != FASTATTN_SOFTMAX) { /* no maximum moves, so that states merge by adding */
+        for (int r = 0; r < w.rows; r++) w.state.m[r] = 0.0f, w.panel.alpha[r] = w.panel.fade[r] = 1.0f;
+    }
     w.q_finite = !w.products->in_parts || finite_queries(&w);
     w.blocks = fastattn_key_blocks(call, &w.panel);
     w.pending = fastattn_next_key_block(&w.blocks, &w.block);

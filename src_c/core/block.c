@@ -29,6 +29,7 @@ static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, i
     const fastattn_attention_args *a = w->call->args;
     const fa_panel *p = &w->panel;
     fa_score_rules rules = {w->call->natural ? a->scale : 1.0f, a->softcap, NULL, NULL, NULL, NULL, NULL};
+    if (a->score_function) rules.scale = 1.0f, rules.softcap = 0.0f; /* it has been given finished scores */
     if (a->alibi_slopes) {
         for (int r = 0; r < p->padded; r++) p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
         rules.slopes = p->slopes;
@@ -60,7 +61,7 @@ static float *scores_at(const fa_work *w, const fa_operands *x, int row, int64_t
 }
 
 static const float *queries_at(const fa_work *w, const fa_operands *x, int row) {
-    return x->q + row * fa_row_of_numbers(x->products, w->call->args->head_dim);
+    return x->q + row * fa_row_of_numbers(x->products, w->call->panel_dim);
 }
 
 /* o = o alpha + v p, for `rows` rows from `row` on and `keys` keys from `from` of the block on, whose first power p is. */
@@ -74,6 +75,46 @@ static void add_values(fa_work *w, const fa_operands *x, const float *alpha, con
 static int rules_matter(const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     if (x->ruled) return 1;
     return x->rules.end && (x->rules.begin[row + rows - 1] > (float)from || x->rules.end[row] < (float)(from + keys));
+}
+
+/* The scores in the caller's hands, a run of keys at a time: what bends a score comes before, what hides it afterwards. Where lanes
+ * are rows they turn to runs of keys and back. */
+static void call_score_function(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
+    const fastattn_attention_args *a = w->call->args;
+    const fa_panel *p = &w->panel;
+    const fa_products *products = x->products, *in_float32 = w->call->uk->products;
+    const int ld = w->ld, real = (int)fa_min(rows, p->rows - row), bends = a->softcap != 0.0f || products->by_rows;
+    float *run_of[FA_PANEL_ROWS], factor[FA_PANEL_ROWS], unused[FA_PANEL_ROWS] = {0};
+    if (bends) {
+        const fa_score_rules rules = {.scale = a->scale, .softcap = a->softcap};
+        products->scores(s, ld, rows, from, keys, &rules, unused);
+    }
+    for (int r = 0; r < rows; r++) {
+        run_of[r] = products->by_rows ? s + r * ld : w->shown + fa_min(r, real - 1) * fa_round_up(keys, FA_ROW_STEP);
+        factor[r] = bends ? 1.0f : a->scale;
+    }
+    if (!products->by_rows) in_float32->unpack((void *const *)run_of, real, s, ld, factor, keys, FASTATTN_FLOAT32);
+    for (int r = 0; r < real; r++)
+        a->score_function(run_of[r], keys, p->entry->batch, p->head_of[row + r], p->query[row + r], p->entry->start + x->first + from,
+                          a->score_context);
+    if (!products->by_rows) in_float32->pack(s, ld, (const void *const *)run_of, rows, keys, FASTATTN_FLOAT32, 1.0f);
+}
+
+/* From products to finished scores. */
+static void finish_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
+    if (x->mended) fastattn_mend_scores(w, x, s, row, rows, from, keys);
+    if (w->call->args->score_function) call_score_function(w, x, s, row, rows, from, keys);
+    if (rules_matter(x, row, rows, from, keys)) {
+        const fa_score_rules rules = fa_rules_at(x, row, from, w->ld);
+        x->products->scores(s, w->ld, rows, from, keys, &rules, w->state.seen + row);
+    } else
+        for (int r = row; r < row + rows; r++) w->state.seen[r] = 1.0f;
+}
+
+/* Scores become weights each by itself: nothing moves, and earlier weights stay. */
+static void activate(fa_work *w, const fa_operands *x, float *s, int rows, int64_t keys) {
+    const int by_rows = x->products->by_rows;
+    w->call->uk->activate(s, w->ld, by_rows ? rows : keys, by_rows ? fa_round_up(keys, FA_ROW_STEP) : rows, &w->activation);
 }
 
 static int any_moved(const float *alpha, int rows) {
@@ -103,12 +144,11 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         const int64_t after = fa_min(products->score_keys, end - j - n);
         float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
         if (!there) products->qk(s, queries_at(w, x, row), ld, rows, x->k, x->skip + j, n, dim);
-        if (x->mended) fastattn_mend_scores(w, x, s, row, rows, j, n);
-        if (rules_matter(x, row, rows, j, n)) {
-            const fa_score_rules rules = fa_rules_at(x, row, j, ld);
-            products->scores(s, ld, rows, j, n, &rules, t->seen + row);
-        } else
-            for (int r = row; r < row + rows; r++) t->seen[r] = 1.0f;
+        finish_scores(w, x, s, row, rows, j, n);
+        if (w->activation.kind != FASTATTN_SOFTMAX) {
+            activate(w, x, s, rows, n);
+            continue;
+        }
         there = products->softmax_beside && after > 0;
         if (there) {
             const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, x->k,
@@ -167,9 +207,10 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     fa_run *run = fastattn_run_of(w, block);
     fa_operands x = {.stored_k = fa_rows_from(run->stored_k, block->first - run->first),
                      .stored_v = fa_rows_from(run->stored_v, block->first - run->first),
+                     .first = block->first,
                      .rules = block_rules(w, block, biased)};
     fastattn_fetch_ahead(w, &x, block);
-    x.ruled = call->natural || biased;
+    x.ruled = call->ruled || biased;
     x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim));
     x.careful = w->v_scale != 1.0f ||
                 ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&

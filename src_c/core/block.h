@@ -30,6 +30,7 @@ typedef struct fa_work {
     fa_run *run;
     fa_panel panel;
     fa_state state;
+    fa_activation activation;
     float *s, *p, *bias, *shown;
     char *finite_v;
     float *q[FA_WAYS];
@@ -46,7 +47,8 @@ typedef struct fa_work {
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
     fa_matrix stored_k, stored_v, k, v;
-    int64_t skip; /* keys of k and v before the block */
+    int64_t first; /* key of the block, in its entry */
+    int64_t skip;  /* keys of k and v before the block */
     const fa_products *products;
     const float *q;
     float *p;

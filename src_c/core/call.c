@@ -51,7 +51,7 @@ static fa_shape plan_shape(const fa_call *call, int64_t q_len, int64_t kv_len) {
     if (q_len == 0) return shape;
     shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
     if (shape.rows.panel_rows < shape.products->fewest_rows) {
-        shape.products = call->uk->products;
+        shape.products = call->exact;
         shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
     }
     shape.block_keys = fa_min(shape.products->block_keys, kv_len > 0 ? kv_len : 1);
@@ -164,7 +164,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     size_t bytes = 0;
     /* Products may pad keys and the numbers of one to whole tiles, of which there is one at least, and values by half a tile
      * more. */
-    const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(fa_max(a->head_dim, 1), FA_TILE);
+    const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(fa_max(call->panel_dim, 1), FA_TILE);
     const int64_t tiled_v_dim = fa_round_up(fa_max(a->v_head_dim, 1), FA_TILE);
     m->s = take(&bytes, tiled_keys * ld, sizeof(float));
     m->p = take(&bytes, totals->p_apart * tiled_keys * ld, sizeof(float));
@@ -201,7 +201,13 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->args = args;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
-    call->products = fastattn_products_select(args->isa, args->q_dtype, args->precision);
+    call->exact = args->additive ? call->uk->additive : call->uk->products;
+    call->few = args->additive ? call->uk->additive_few : call->uk->few;
+    call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
+    /* Other products round the powers, and sum them as a softmax does. */
+    call->products = args->additive || args->activation != FASTATTN_SOFTMAX
+                         ? call->exact
+                         : fastattn_products_select(args->isa, args->q_dtype, args->precision);
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     plan_team(call, 0);
     take(&call->workspace, 1, sizeof *call);
@@ -209,7 +215,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
 
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
      * of 0. Other rules need the finished score. */
-    call->natural = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
+    call->ruled = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
+    call->natural = call->ruled || args->score_function;
     const double log2_e = 1.44269504088896341;
     call->sign = call->natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
     call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);

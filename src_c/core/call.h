@@ -70,11 +70,13 @@ typedef struct fa_scratch {
 typedef struct fastattn_plan {
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
-    const fa_products *products;
+    const fa_products *products, *exact, *few; /* those that are preferred, those in float32, and those for few rows */
+    int64_t panel_dim;     /* numbers of a row in the panel of queries */
     int64_t group;         /* query heads in a packed sequence */
     int64_t sequences;     /* packed sequences per batch entry */
     int apart;             /* there are gaps between the rows of keys or values */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
+    int ruled;             /* the rules change every score */
     float sign;            /* multiplies q while packing */
     float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
     double unit;           /* scores times unit are logits */
@@ -94,7 +96,7 @@ typedef struct fastattn_plan {
 } fa_call;
 
 static inline fa_ways fastattn_ways(const fa_call *call, const fa_shape *shape) {
-    return (fa_ways){{shape->products, call->uk->products, call->uk->few}};
+    return (fa_ways){{shape->products, call->exact, call->few}};
 }
 
 /* The way of a panel of so many rows of an entry. */

@@ -61,7 +61,9 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     };
     const fastattn_status status = check_tables(arrays, sizeof arrays / sizeof *arrays);
     if (status != FASTATTN_OK) return status;
-    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !fastattn_ragged(a)) return FASTATTN_OK;
+    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
+        !fastattn_ragged(a))
+        return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
         {a->mask, a->mask_strides, 4, {batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
@@ -73,6 +75,8 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         {a->q_lengths, NULL, 0, {0}, batch, 8, 0, 0},
         {a->cu_seqlens_q, NULL, 0, {0}, batch + 1, 8, 0, 0},
         {a->cu_seqlens_k, NULL, 0, {0}, batch + 1, 8, 0, 0},
+        {a->activation_bias, NULL, 0, {0}, batch, 4, 0, 0},
+        {a->additive, &a->additive_stride, 1, {heads}, used * a->head_dim, 4, 0, 0},
     };
     return check_tables(options, sizeof options / sizeof *options);
 }
@@ -90,6 +94,16 @@ static fastattn_status check_numbers(const fastattn_attention_args *a) {
             if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] +
                                            h * a->alibi_strides[1])))
                 return FASTATTN_ERROR_SCALE;
+    return FASTATTN_OK;
+}
+
+static fastattn_status check_activation(const fastattn_attention_args *a) {
+    if (a->activation == FASTATTN_SOFTMAX) return FASTATTN_OK;
+    if ((int)a->activation < FASTATTN_SOFTMAX || a->activation > FASTATTN_POLYNOMIAL || a->lse || a->sinks)
+        return FASTATTN_ERROR_ACTIVATION;
+    if (a->activation == FASTATTN_POLYNOMIAL && (a->power < 1 || a->power > FA_MOST_EXPONENT)) return FASTATTN_ERROR_ACTIVATION;
+    for (int64_t b = 0; a->activation == FASTATTN_SIGMOID && a->activation_bias && b < a->batch; b++)
+        if (!isfinite(a->activation_bias[b])) return FASTATTN_ERROR_ACTIVATION;
     return FASTATTN_OK;
 }
 
@@ -198,6 +212,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     status = check_shape(a);
     if (status == FASTATTN_OK) status = check_memory(a);
     if (status == FASTATTN_OK) status = check_numbers(a);
+    if (status == FASTATTN_OK) status = check_activation(a);
     if (status == FASTATTN_OK) status = check_lengths(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     return status;

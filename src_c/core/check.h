@@ -4,7 +4,10 @@
 
 #include "fastattn.h"
 
-enum { FA_MOST_DIM = 1 << 20 }; /* the largest head_dim and v_head_dim */
+enum {
+    FA_MOST_DIM = 1 << 20, /* the largest head_dim and v_head_dim */
+    FA_MOST_EXPONENT = 64  /* of a polynomial activation */
+};
 
 /* The arguments as the engine sees them: of this version's size, whatever header the caller had, and with strides of 0 for
  * the axes along which nothing is ever reached. */

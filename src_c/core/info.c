@@ -25,6 +25,7 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
     case FASTATTN_ERROR_MEMORY: return "out of memory";
     case FASTATTN_ERROR_DECAY: return "a decay lies outside of [0, 1], or above 0 as a logarithm";
+    case FASTATTN_ERROR_ACTIVATION: return "the activation is unknown, its power or bias out of range, or lse or sinks are asked for without a softmax";
     case FASTATTN_ERROR_ISA: return "the instruction set is unknown or not available";
     case FASTATTN_ERROR_SLOT: return "a slot is below -1 or beyond the pages";
     case FASTATTN_ERROR_INTERRUPTED: return "interrupted by the caller";

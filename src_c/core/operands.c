@@ -22,6 +22,26 @@ int fastattn_all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t
     return *known;
 }
 
+/* The panel of queries as these products want it; of additive scores with their weights, which take the sign. */
+static void pack_queries(fa_work *w, const fa_products *products, float *q) {
+    const fa_call *call = w->call;
+    const fastattn_attention_args *a = call->args;
+    fastattn_panel_queries(call, &w->panel);
+    const void *const *rows_of = w->panel.rows_of;
+    if (!a->additive) {
+        products->pack(q, w->ld, rows_of, w->rows, a->head_dim, a->q_dtype, call->sign);
+        return;
+    }
+    const void *weights_of[FA_PANEL_ROWS];
+    for (int r = 0; r < w->rows; r++) weights_of[r] = (const char *)a->additive + w->panel.head_of[r] * a->additive_stride;
+    const int64_t of_row = fa_row_of_numbers(products, call->panel_dim);
+    const int64_t behind = fa_sums_row(a->head_dim) * fa_number_of_numbers(products, w->ld);
+    for (int r = 0, step = products->by_rows ? 1 : w->rows; r < w->rows; r += step) {
+        products->pack(q + r * of_row, w->ld, rows_of + r, step, a->head_dim, a->q_dtype, 1.0f);
+        products->pack(q + r * of_row + behind, w->ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->sign);
+    }
+}
+
 /* Sees to it that there is all that the products of this way want of queries, keys and values. */
 static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *block) {
     const fa_call *call = w->call;
@@ -29,8 +49,7 @@ static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *blo
     fa_run *run = w->run;
     fa_way *by = &run->ways[way];
     if (!w->packed[way]) {
-        fastattn_panel_queries(call, &w->panel);
-        by->products->pack(w->q[way], w->ld, w->panel.rows_of, w->rows, a->head_dim, a->q_dtype, call->sign);
+        pack_queries(w, by->products, w->q[way]);
         w->packed[way] = 1;
     }
     x->products = by->products;

@@ -18,6 +18,9 @@
  *     lse[b,h,i]   = natural logarithm of the denominator; beyond the rounding of the scores its error is at most
  *                    2**-22 * max(1, |lse|)
  *
+ * Three of these lines may be others: scores may be additive in place of a product (`additive`), a function of the caller's may
+ * change them after the softcap (`score_function`), and weights need not be a softmax (`activation`).
+ *
  * Key j is visible when kv_starts[b] <= j < kv_lengths[b], the mask does not hide it (false, or a float of exactly -inf),
  * causal implies j <= p, the window implies p - window_left <= j <= p + window_right, and the block mask, if there is
  * one, lists it. Invisible keys and values are never used, whatever they hold. A row that sees no key is 0 with
@@ -71,7 +74,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_THREADING = 12,   /* the way of threading asked for is unknown, or this library was built without it */
     FASTATTN_ERROR_Q_LENGTHS = 13,   /* a length below 0 or above q_len */
     FASTATTN_ERROR_SEQLENS = 14,     /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
-    FASTATTN_ERROR_DECAY = 15        /* a decay outside of [0, 1], or above 0 as a logarithm */
+    FASTATTN_ERROR_DECAY = 15,       /* a decay outside of [0, 1], or above 0 as a logarithm */
+    FASTATTN_ERROR_ACTIVATION = 16   /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -140,6 +144,23 @@ typedef enum fastattn_precision {
     FASTATTN_PRECISION_HIGH = 1,     /* about 16 bits: operands split into two bfloat16 halves */
     FASTATTN_PRECISION_MEDIUM = 2    /* at least bfloat16; numbers may share exponents */
 } fastattn_precision;
+
+/* How scores become weights. n is the number of keys of the batch entry, seen or not: its kv_length less its kv_start. All but the
+ * softmax weigh each key by itself, so that there is no denominator: no lse, and no sinks. A score of -inf, as hidden keys have it,
+ * weighs 0. */
+typedef enum fastattn_activation {
+    FASTATTN_SOFTMAX = 0,
+    FASTATTN_SIGMOID = 1,            /* 1 / (1 + exp(-(s + activation_bias))) */
+    FASTATTN_RELU = 2,               /* max(s, 0) / n */
+    FASTATTN_POLYNOMIAL = 3          /* s**power / sqrt(n) */
+} fastattn_activation;
+
+/* Changes the scores of one query and of `keys` keys that follow each other, in place: scores[n] is that of key first_key + n. batch,
+ * head, query and key count from 0 in their arrays (of packed sequences: in their sequence). It is called for every query and key of
+ * a block of which anything is visible, hidden ones as well, whose scores are then not used; by several threads at once. What it makes
+ * of a score may depend on nothing but what it is given and what context points to. */
+typedef void (*fastattn_score_function)(float *scores, int64_t keys, int64_t batch, int64_t head, int64_t query, int64_t first_key,
+                                        void *context);
 
 /* A block-sparse pattern: for each block of block_size query rows, the ascending list of visible blocks of block_size keys.
  *
@@ -226,6 +247,18 @@ typedef struct fastattn_attention_args {
                                         cu_seqlens_q[b] to cu_seqlens_q[b + 1]; from 0, never decreasing, to q_len. Its q_len, for
                                         q_lengths and query_offset, is the difference. No mask then, and no block mask */
     const int64_t *cu_seqlens_k;     /* (batch + 1), or null; the same for k, v and kv_len */
+
+    fastattn_activation activation;
+    int power;                       /* of FASTATTN_POLYNOMIAL, 1 to 64 */
+    const float *activation_bias;    /* of FASTATTN_SIGMOID: (batch), finite, or null: -log(n) */
+
+    const float *additive;           /* (num_heads, head_dim), or null. In place of the product, before the scale:
+                                        s[i,j] = sum over d of additive[h,d] * tanh(q[b,h,i,d] + k[b,h/g,j,d]), so that q and k are
+                                        what the caller has projected queries and keys to (Bahdanau et al. 2014) */
+    int64_t additive_stride;         /* from one head to the next */
+
+    fastattn_score_function score_function; /* or null. After the softcap, before mask, ALiBi and visibility */
+    void *score_context;             /* what it is given */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -238,7 +271,8 @@ typedef struct fastattn_attention_args {
         sizeof(fastattn_attention_args), 0, 0, 0, 0, 0, 0, 0, FASTATTN_FLOAT32, FASTATTN_FLOAT32, NULL, NULL, NULL, \
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
-            NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL        \
+            NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL                                                          \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */

@@ -24,8 +24,10 @@
 #include "pack.h"
 #include "softmax.h"
 #include "scores.h"
+#include "activate.h"
 #include "tile.h"
 #include "rows.h"
+#include "additive.h"
 #include "merge.h"
 #include "rotate.h"
 #include "dense.h"
@@ -38,20 +40,31 @@ enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 33, MOST_ROWS = 32 };
 
 _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, "any number of rows has products");
 
+/* The slots of float32 products whose lanes are rows, and by rows, but for the first product. */
+#define FA_FLOAT32_LANES(instructions, block_size)                                                                       \
+    .isa = instructions, .panel_rows = FA_PANEL_ROWS, .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, \
+    .in_place = 1, .pack = pack, .keys = widened, .values = widened, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS
+#define FA_FLOAT32_ROWS(instructions, block_size)                                                                        \
+    .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
+    .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack, .keys = as_stored, .values = as_stored,  \
+    .softmax = rows_softmax, .pv = rows_pv, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
+
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
-        .name = "float32_" #suffix, .isa = instructions, .fewest_rows = FEWEST_LANES,                          \
-        .fewest_rows_over_many = FEWEST_LANES_OVER_MANY, .panel_rows = FA_PANEL_ROWS,                                    \
-        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = pack,                 \
-        .keys = widened, .values = widened, .qk = qk, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS};     \
+        .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES_OVER_MANY,        \
+        .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
     static const fa_products suffix##_few = {                                                                            \
-        .name = "float32_rows_" #suffix, .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS,   \
-        .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack,            \
-        .keys = as_stored, .values = as_stored, .qk = rows_qk, .softmax = rows_softmax, .pv = rows_pv,                   \
-        .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack};                           \
+        .name = "float32_rows_" #suffix, .qk = rows_qk, FA_FLOAT32_ROWS(instructions, block_size)};              \
+    static const fa_products suffix##_additive = {                                                                       \
+        .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,         \
+        .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
+    static const fa_products suffix##_additive_few = {                                                                   \
+        .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, FA_FLOAT32_ROWS(instructions, block_size)}; \
     static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,            \
                                             .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
                                             .features = dense_features, .outside = dense_outside};                         \
     const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .dense = &suffix##_dense, \
+                                                  .additive = &suffix##_additive, .additive_few = &suffix##_additive_few,  \
+                                                  .activate = activate,                                                    \
                                                   .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
                                                   .rotate = rotate, .weigh = weigh, .mix = mix};

@@ -60,6 +60,13 @@ typedef struct fa_score_rules {
     const float *bias;   /* laid out as the scores; added; exactly -inf hides; or null */
 } fa_score_rules;
 
+/* Weights that are not a softmax, of a score s times scale: sigmoid(s + bias), factor * max(s, 0), factor * s**power. */
+typedef struct fa_activation {
+    fastattn_activation kind;
+    int power;
+    float scale, bias, factor;
+} fa_activation;
+
 /* What fa_products.mask found in a tile of mask. */
 enum {
     FA_MASK_SHOWS = 1, /* some element is visible */
@@ -217,6 +224,13 @@ typedef struct fa_ukernel {
     const fa_dense *dense;
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
+
+    /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to three
+     * units in the last place: in the panel of queries those of w follow the numbers of q, from number fa_sums_row(head_dim) on. */
+    const fa_products *additive, *additive_few;
+
+    /* Scores become weights, in place: `lines` lines of n numbers, ld apart; -inf becomes 0. n is a multiple of FA_ROW_STEP. */
+    void (*activate)(float *s, int64_t ld, int64_t lines, int64_t n, const fa_activation *activation);
 
     /* to[key][head_dim] = from[key][d] in float32. */
     void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t head_dim);
