@@ -20,19 +20,18 @@ static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int6
 static fa_matrix dot_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     const int64_t sums = fa_sums_row(v_head_dim), size = fa_size_of(stored.dtype);
     const fa_matrix made = {(const char *)room, (sums + SIMD_LANES) * (int64_t)sizeof(float), FASTATTN_BFLOAT16};
-    for (int64_t j = 0; j < keys; j += 2)
-        for (int64_t d = 0; d <= sums; d += SIMD_LANES) {
-            __m512i pair[2] = {_mm512_set1_epi32(0x3f80), _mm512_set1_epi32(0x3f80)};
-            for (int odd = 0; odd < 2 && d < sums; odd++) {
-                __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-                const int64_t left = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
-                if (j + odd < keys)
-                    halves_of(1, halves, stored.at + (j + odd) * stored.stride + d * size, left, stored.dtype, 1.0f);
-                pair[odd] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves[0]));
-            }
-            _mm512_storeu_si512((char *)room + j / 2 * made.stride + d * (int64_t)sizeof(float),
-                                _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16)));
+    for (int64_t j = 0; j < keys; j += 2) {
+        float *to = room + j / 2 * (sums + SIMD_LANES);
+        for (int64_t d = 0; d < sums; d += HALVES) {
+            __m512i even[2], odd[2] = {_mm512_setzero_si512()};
+            const char *from = stored.at + j * stored.stride + d * size;
+            halves_of(1, even, from, v_head_dim - d, stored.dtype, 1.0f);
+            if (j + 1 < keys) halves_of(1, odd, from + stored.stride, v_head_dim - d, stored.dtype, 1.0f);
+            _mm512_storeu_si512(to + d, pairs_of_first(even[0], odd[0]));
+            if (d + SIMD_LANES < sums) _mm512_storeu_si512(to + d + SIMD_LANES, pairs_of_last(even[0], odd[0]));
         }
+        _mm512_storeu_si512(to + sums, _mm512_set1_epi32(0x3f803f80));
+    }
     return made;
 }
 
@@ -49,7 +48,7 @@ PAIRS_SLOTS(dot, 1)
 
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES,
-    .fewest_rows_over_many = FEWEST_LANES_OVER_MANY, .panel_rows = FA_PANEL_ROWS,
+    .fewest_rows_over_many = FEWEST_LANES, .panel_rows = FA_PANEL_ROWS,
     .block_keys = 64, .score_keys = 64, .pair_rows = 1, .sums = 1,
     .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
     .power = dot_power, FA_LANES_SLOTS};
