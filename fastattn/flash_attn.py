@@ -13,9 +13,10 @@ import sys
 
 import numpy as np
 
-from ._check import as_array, finite, flag, integers
+from ._check import as_array, finite, flag, integers, seqlens
 from .attention import attention as _attention
 from .rope import apply_rope
+from .varlen import attention_varlen
 
 __all__ = [
     "flash_attn_func",
@@ -160,42 +161,22 @@ def flash_attn_varlen_func(
         float32, and then None, only with ``return_attn_probs=True``.
     """
     _refuse_dropout(dropout_p)
-    array, result = _bridge(q, k, v)
     keywords = _rules(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    q, k, v = array("q", q), array("k", k), array("v", v)
-    if q.ndim != 3:
-        raise ValueError(f"q must have shape (total_q, heads, head_dim); got {q.shape}")
-    starts_q = _offsets("cu_seqlens_q", array("cu_seqlens_q", cu_seqlens_q), q.shape[0])
-    paged = block_table is not None
-    starts_k = _offsets("cu_seqlens_k", array("cu_seqlens_k", cu_seqlens_k), None if paged else k.shape[0])
-    batch = len(starts_q) - 1
-    if len(starts_k) != batch + 1:
-        raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {batch + 1}; got {len(starts_k)}")
-    if paged:
-        block_table = _pages(array("block_table", block_table), k, batch, np.diff(starts_k))
-    elif k.ndim != 3 or v.ndim != 3:
-        raise ValueError(f"k and v must have shape (total_k, heads, head_dim); got {k.shape} and {v.shape}")
-    slopes = keywords.pop("alibi_slopes", None)
-    slopes = None if slopes is None else np.broadcast_to(array("alibi_slopes", slopes), (batch, q.shape[1]))
+    if block_table is None and all(map(_is_tensor, (q, k, v))):
+        from . import torch
 
-    out = np.empty((*q.shape[:2], v.shape[-1]), q.dtype)
-    lse = np.empty((q.shape[1], q.shape[0]), np.float32)
-    for b in range(batch):
-        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        if paged:
-            length = keys.stop - keys.start
-            k_b, v_b = (_gather(x, block_table[b], length) for x in (k, v))
-        else:
-            k_b, v_b = k[keys], v[keys]
-        _, lse[:, rows] = _attention(
-            *(x.swapaxes(0, 1)[None] for x in (q[rows], k_b, v_b)),
-            out=out[rows].swapaxes(0, 1)[None],
-            return_lse=True,
-            alibi_slopes=None if slopes is None else slopes[b],
-            **keywords,
-        )
-    out, lse = result(out), result(lse)
-    return (out, lse, None) if return_attn_probs else out
+        result = torch.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=return_attn_probs, **keywords)
+        return (*result, None) if return_attn_probs else result
+    array, result = _bridge(q, k, v)
+    q, k, v, starts = array("q", q), array("k", k), array("v", v), array("cu_seqlens_k", cu_seqlens_k)
+    if "alibi_slopes" in keywords:
+        keywords["alibi_slopes"] = array("alibi_slopes", keywords["alibi_slopes"])
+    if block_table is not None:
+        lengths = np.diff(seqlens("cu_seqlens_k", starts, starts[-1] if starts.ndim == 1 and starts.size else 0, "the pages"))
+        table = _pages(array("block_table", block_table), k, len(lengths), lengths)
+        k, v = (_gather(pages, table, lengths) for pages in (k, v))
+    out = attention_varlen(q, k, v, array("cu_seqlens_q", cu_seqlens_q), starts, return_lse=return_attn_probs, **keywords)
+    return (result(out[0]), result(out[1]), None) if return_attn_probs else result(out)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -304,7 +285,7 @@ def flash_attn_with_kvcache(
         raise ValueError(f"k_cache must have the batch size of q, {batch}, unless cache_batch_idx is given; got {k_cache.shape}")
     starts = np.zeros(batch, np.int64)
     if cache_leftpad is not None:
-        starts = integers("cache_leftpad", array("cache_leftpad", cache_leftpad), batch, 0, capacity)
+        starts = np.minimum(integers("cache_leftpad", array("cache_leftpad", cache_leftpad), batch, 0, capacity), new_lengths)
     if rotary_cos is not None:
         cos, sin = array("rotary_cos", rotary_cos), array("rotary_sin", rotary_sin)
         moving = causal or tuple(window_size) != (-1, -1)
@@ -318,23 +299,28 @@ def flash_attn_with_kvcache(
             place = (table[b, at // k_cache.shape[1]], at % k_cache.shape[1]) if paged else (rows[b], at)
             k_cache[place], v_cache[place] = k[b], v[b]
 
-    slopes = keywords.pop("alibi_slopes", None)
-    slopes = None if slopes is None else np.broadcast_to(array("alibi_slopes", slopes), (batch, q.shape[2]))
-    out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
-    lse = np.empty((batch, q.shape[2], q_len), np.float32)
-    for b in range(batch):
-        begin, end = int(starts[b]), int(new_lengths[b])
-        if paged:
-            k_b, v_b = (_gather(x, table[b], end) for x in (k_cache, v_cache))
-        else:
-            k_b, v_b = (x[rows[b], begin : max(begin, end)] for x in (k_cache, v_cache))
-        _, lse[b] = _attention(
-            *(x.swapaxes(0, 1)[None] for x in (q[b], k_b, v_b)),
-            out=out[b].swapaxes(0, 1)[None],
-            return_lse=True,
-            alibi_slopes=None if slopes is None else slopes[b],
-            **keywords,
-        )
+    if "alibi_slopes" in keywords:
+        keywords["alibi_slopes"] = array("alibi_slopes", keywords["alibi_slopes"])
+    if paged:
+        k_cache, v_cache = (_gather(pages, table, new_lengths) for pages in (k_cache, v_cache))
+        out, lse = attention_varlen(
+            q.reshape(-1, *q.shape[2:]), k_cache, v_cache, np.arange(batch + 1) * q_len, np.append(0, new_lengths.cumsum()),
+            return_lse=True, **keywords,
+        )  # fmt: skip
+        out, lse = out.reshape(*q.shape[:3], -1), lse.reshape(-1, batch, q_len).swapaxes(0, 1)
+    elif cache_batch_idx is None:
+        out, lse = _dense(q, k_cache, v_cache, {"kv_starts": starts, "kv_lengths": new_lengths, **keywords})
+    else:  # rows of the cache are read where they lie
+        slopes = keywords.pop("alibi_slopes", None)
+        slopes = None if slopes is None else np.broadcast_to(slopes, (batch, q.shape[2]))
+        out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
+        lse = np.empty((batch, q.shape[2], q_len), np.float32)
+        for b, row in enumerate(rows):
+            k_b, v_b = (x[row, starts[b] : new_lengths[b]] for x in (k_cache, v_cache))
+            _, lse[b] = _attention(
+                *(x.swapaxes(0, 1) for x in (q[b], k_b, v_b)), out=out[b].swapaxes(0, 1), return_lse=True,
+                alibi_slopes=None if slopes is None else slopes[b], **keywords,
+            )  # fmt: skip
     return (result(out), result(lse)) if return_softmax_lse else result(out)
 
 
@@ -374,17 +360,6 @@ def _unpack(name, packed, count, rank):
     return [packed[..., n, :, :] for n in range(count)]
 
 
-def _offsets(name, array, total):
-    """Cumulative lengths as a list of ints."""
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        raise TypeError(f"{name} must be an int array (batch + 1,); got {array.dtype} of shape {array.shape}")
-    starts = array.tolist()
-    if starts[0] != 0 or any(a > b for a, b in zip(starts, starts[1:])) or total not in (None, starts[-1]):
-        end = "" if total is None else f" and end at {total}"
-        raise ValueError(f"{name} must begin at 0, not decrease{end}; got {starts}")
-    return starts
-
-
 def _pages(block_table, pages, batch, lengths):
     """A checked block table: every page that the lengths need exists."""
     if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.dtype.kind not in "iu":
@@ -399,10 +374,11 @@ def _pages(block_table, pages, batch, lengths):
     return block_table
 
 
-def _gather(pages, table, length):
-    """The first `length` keys ``(length, H, D)`` of a sequence in pages."""
-    used = pages[table[: -(-length // pages.shape[1])]]
-    return used.reshape(-1, *pages.shape[2:])[:length]
+def _gather(pages, table, lengths):
+    """The keys ``(total, H, D)`` of all sequences in pages, one after the other."""
+    counts = -(-lengths // max(pages.shape[1], 1))
+    rows = [pages[used[:count]].reshape(-1, *pages.shape[2:])[:n] for used, count, n in zip(table, counts, lengths)]
+    return np.concatenate(rows) if rows else pages.reshape(-1, *pages.shape[2:])[:0]
 
 
 def _rotate(x, cos, sin, positions, interleaved):

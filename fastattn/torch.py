@@ -17,8 +17,9 @@ import torch
 
 from . import _check, runtime
 from .attention import attention as _attention
+from .varlen import attention_varlen as _attention_varlen
 
-__all__ = ["FallbackWarning", "attention", "replaced", "scaled_dot_product_attention"]
+__all__ = ["FallbackWarning", "attention", "attention_varlen", "replaced", "scaled_dot_product_attention"]
 
 _state = runtime._state
 _NO_GRADIENT = "fastattn has no backward pass: call it under torch.inference_mode() or torch.no_grad(), or give it x.detach()"
@@ -29,17 +30,20 @@ class FallbackWarning(RuntimeWarning):
     """A call is left to torch's own attention; the message says why."""
 
 
-# ---- The operator ---------------------------------------------------------------------------------------------------
+# ---- The operators --------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, bool causal=False, SymInt? window_left=None, SymInt? window_right=None, "
-    "SymInt? offset=None, Tensor? offsets=None, Tensor? kv_lengths=None, float? scale=None, float? softcap=None, "
-    "Tensor? alibi_slopes=None, Tensor? sinks=None, str precision='highest'"
+_RULES = (
+    "bool causal=False, SymInt? window_left=None, SymInt? window_right=None, SymInt? offset=None, Tensor? offsets=None, "
+    "Tensor? kv_starts=None, Tensor? q_lengths=None, float? scale=None, float? softcap=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None, str precision='highest'"
 )
+_DENSE = f"Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, Tensor? kv_lengths=None, {_RULES}"
+_PACKED = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, {_RULES}"
 _library = torch.library.Library("fastattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)  # the strides of q say those of the output
-_library.define(f"attention({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"attention_lse({_ARGUMENTS}) -> (Tensor, Tensor)", tags=_TAGS)
+for _name, _arguments in (("attention", _DENSE), ("attention_varlen", _PACKED)):
+    _library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
+    _library.define(f"{_name}_lse({_arguments}) -> (Tensor, Tensor)", tags=_TAGS)
 
 
 def _needs_gradient(*arguments):
@@ -127,6 +131,18 @@ def _kernel_lse(q, k, v, **given):
     return out, torch.from_numpy(lse)
 
 
+def _varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, **given):
+    return _varlen_kernel_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=False, **given)[0]
+
+
+def _varlen_kernel_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **given):
+    prepare(q, k, v, *given.values())
+    arrays = [as_array(x) for x in (q, k, v, cu_seqlens_q, cu_seqlens_k)]
+    result = _attention_varlen(*arrays, return_lse=return_lse, **_keywords(given))
+    out, lse = result if return_lse else (result, None)
+    return as_tensor(out), None if lse is None else torch.from_numpy(lse)
+
+
 def _fake(q, k, v, **keywords):
     return _empty_out(q, v)
 
@@ -135,19 +151,32 @@ def _fake_lse(q, k, v, **keywords):
     return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-_library.impl("attention", _kernel, "CPU")
-_library.impl("attention_lse", _kernel_lse, "CPU")
-torch.library.register_fake("fastattn::attention", _fake, lib=_library)
-torch.library.register_fake("fastattn::attention_lse", _fake_lse, lib=_library)
+def _varlen_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords):
+    return q.new_empty((*q.shape[:2], v.shape[2]))
+
+
+def _varlen_fake_lse(q, k, v, cu_seqlens_q, cu_seqlens_k, **keywords):
+    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+for _name, _implementation, _shapes in (
+    ("attention", _kernel, _fake),
+    ("attention_lse", _kernel_lse, _fake_lse),
+    ("attention_varlen", _varlen_kernel, _varlen_fake),
+    ("attention_varlen_lse", _varlen_kernel_lse, _varlen_fake_lse),
+):
+    _library.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"fastattn::{_name}", _shapes, lib=_library)
 _op, _op_lse = torch.ops.fastattn.attention.default, torch.ops.fastattn.attention_lse.default
+_varlen_op, _varlen_op_lse = torch.ops.fastattn.attention_varlen.default, torch.ops.fastattn.attention_varlen_lse.default
 
 
 # ---- Functions ------------------------------------------------------------------------------------------------------
 
 
 def attention(
-    q, k, v, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, scale=None, softcap=None,
-    alibi_slopes=None, sinks=None, precision="highest", return_lse=False,
+    q, k, v, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
+    softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False,
 ):  # fmt: skip
     """:func:`fastattn.attention` for torch tensors on the CPU.
 
@@ -156,8 +185,8 @@ def attention(
     q, k, v : Tensor, (B, Hq, Lq, Dk), (B, Hkv, Lk, Dk), (B, Hkv, Lk, Dv)
         float32, bfloat16 or float16, of any strides; ranks 2 and 3 as in :func:`fastattn.attention`. Nothing is copied unless the
         last axis is not contiguous.
-    mask, query_offset, kv_lengths, alibi_slopes, sinks
-        Tensors (`query_offset` and `kv_lengths` also ints), and otherwise as in :func:`fastattn.attention`.
+    mask, query_offset, kv_lengths, kv_starts, q_lengths, alibi_slopes, sinks
+        Tensors (offsets and lengths also ints), and otherwise as in :func:`fastattn.attention`.
     causal, window, scale, softcap, precision, return_lse
         As in :func:`fastattn.attention`.
 
@@ -179,12 +208,9 @@ def attention(
     lift = 4 - q.ndim
     if lift:
         q, k, v = (x[(None,) * lift] for x in (q, k, v))
-    keywords = {"mask": mask, "causal": causal, "scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    keywords = {name: value for name, value in keywords.items() if value is not None}
-    if window is not None:
-        keywords["window_left"], keywords["window_right"] = window
-    if query_offset is not None:
-        keywords["offsets" if isinstance(query_offset, torch.Tensor) else "offset"] = query_offset
+    keywords = _rules(causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks)
+    if mask is not None:
+        keywords["mask"] = mask
     if kv_lengths is not None:
         keywords["kv_lengths"] = torch.as_tensor(kv_lengths)
     if return_lse:
@@ -192,6 +218,57 @@ def attention(
         return (out[(0,) * lift], lse[(0,) * lift]) if lift else (out, lse)
     out = _op(q, k, v, precision=precision, **keywords)
     return out[(0,) * lift] if lift else out
+
+
+def attention_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *, causal=False, window=None, query_offset=None, kv_starts=None, q_lengths=None, scale=None,
+    softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False,
+):  # fmt: skip
+    """:func:`fastattn.attention_varlen` for torch tensors on the CPU: packed sequences.
+
+    Parameters
+    ----------
+    q, k, v : Tensor, (total_q, Hq, Dk), (total_k, Hkv, Dk), (total_k, Hkv, Dv)
+        As for :func:`attention`.
+    cu_seqlens_q, cu_seqlens_k : Tensor of int, (B + 1,)
+        Where sequences begin and end.
+    causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks, precision, return_lse
+        As for :func:`attention`, for each sequence.
+
+    Returns
+    -------
+    out : Tensor, (total_q, Hq, Dv)
+        Of the dtype of `q`.
+    lse : Tensor, (Hq, total_q)
+        float32, only with ``return_lse=True``.
+
+    Raises
+    ------
+    RuntimeError
+        Where a gradient is needed: there is no backward pass.
+    """
+    if torch.compiler.is_compiling() and _needs_gradient(q, k, v, alibi_slopes, sinks):
+        raise RuntimeError(_NO_GRADIENT)
+    keywords = _rules(causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks)
+    op = _varlen_op_lse if return_lse else _varlen_op
+    return op(q, k, v, torch.as_tensor(cu_seqlens_q), torch.as_tensor(cu_seqlens_k), precision=precision, **keywords)
+
+
+def _rules(causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks):
+    """Keywords as arguments of the operators; those that say nothing are left out, since each costs the dispatcher some time."""
+    keywords = {"scale": scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    if causal:
+        keywords["causal"] = causal
+    if window is not None:
+        keywords["window_left"], keywords["window_right"] = window
+    if query_offset is not None:
+        keywords["offsets" if isinstance(query_offset, torch.Tensor) else "offset"] = query_offset
+    if kv_starts is not None:
+        keywords["kv_starts"] = torch.as_tensor(kv_starts)
+    if q_lengths is not None:
+        keywords["q_lengths"] = torch.as_tensor(q_lengths)
+    return keywords
 
 
 def scaled_dot_product_attention(

@@ -14,15 +14,18 @@ outputs, tensors elsewhere, masks of other makers.
 """
 
 import functools
+import inspect
 import sys
 import warnings
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from transformers import AttentionInterface, masking_utils
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import torch as bridge
-from .attention import attention as _attention
+from .varlen import attention_varlen
 
 __all__ = ["Visibility", "register"]
 
@@ -56,18 +59,21 @@ class Visibility(torch.Tensor):
     Attributes
     ----------
     keywords : dict
-        `causal`, `window`, `query_offset`, and `kv_lengths` or, for other padding than on the right, `mask` ``(B, 1, 1, Lk)``, for
+        `causal`, `window`, `query_offset`, `kv_starts`, `kv_lengths`, and for padding with holes `mask` ``(B, 1, 1, Lk)``, for
         :func:`fastattn.torch.attention`.
-    spans : list or None
-        For chunked and packed sequences ``(entry, rows, keys)``: slices of queries that see keys in that slice only.
+    packed : list of Packed or None
+        For chunked and packed sequences, one for each entry.
+    q_lengths : Tensor or None
+        The queries that are real, if every query is the token of a key: how many there are of each entry.
     dense : callable
         Makes the matrix.
     """
 
     @classmethod
-    def of(cls, shape, keywords, spans, dense):
+    def of(cls, shape, rules, dense):
         self = torch.ones((1, 1, 1, 1), dtype=torch.bool).expand(shape).as_subclass(cls)
-        self.keywords, self.spans, self.dense = keywords, spans, functools.cache(dense)
+        self.keywords, self.packed, self.q_lengths = rules
+        self.dense = functools.cache(dense)
         return self
 
     @classmethod
@@ -111,7 +117,7 @@ def _mask(
     try:
         rules = _Rules()
         rules.read(mask_function)
-        return Visibility.of(shape, *rules.resolve(*shape, int(q_offset), kv_offset, attention_mask), dense)
+        return Visibility.of(shape, rules.resolve(*shape, int(q_offset), kv_offset, attention_mask), dense)
     except _NotServed as reason:
         _warn(str(reason))
         return dense()
@@ -124,6 +130,15 @@ class _NotServed(Exception):
 @functools.cache
 def _warn(reason):
     warnings.warn(f"attention is left to torch: {reason}", bridge.FallbackWarning, stacklevel=3)
+
+
+class Packed(NamedTuple):
+    """The sequences of one entry, for :func:`fastattn.attention_varlen`."""
+
+    keys: slice  # of the entry's keys, those that anybody sees
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_k: np.ndarray  # from 0, within `keys`
+    query_offset: np.ndarray
 
 
 class _Rules:
@@ -162,36 +177,51 @@ class _Rules:
         self.window = [b if a is None else a if b is None else min(a, b) for a, b in zip(self.window, sides)]
 
     def resolve(self, batch, _, q_len, kv_len, q_offset, kv_offset, padding):
-        """``(keywords, spans)`` of a :class:`Visibility`; positions of keys in the cache begin at `kv_offset`."""
+        """The rules of a :class:`Visibility`; positions of keys in the cache begin at `kv_offset`."""
         keywords = {"causal": self.causal, "query_offset": q_offset - kv_offset}
         if self.window != [None, None]:
             keywords["window"] = tuple(self.window)
-        spans = None
-        if self.chunk is not None and kv_offset + kv_len - min(self.left_padding, default=0) > self.chunk:
-            spans = list(self._chunks(q_len, kv_len, q_offset, kv_offset))
-        elif self.sequences is not None:
-            spans = list(_runs(self.sequences.tolist()))
+        starts, ends = [0] * batch, [kv_len] * batch
         if padding is not None:
             seen = masking_utils.prepare_padding_mask(padding, kv_len, kv_offset)[:, kv_offset : kv_offset + kv_len]
             starts, ends = _extent(seen)
-            if spans is not None:
-                if starts is None:
-                    raise _NotServed("a padding mask with holes, of chunked sequences")
-                spans = [(b, rows, slice(max(keys.start, starts[b]), min(keys.stop, ends[b]))) for b, rows, keys in spans]
-            elif starts is None or any(starts):
-                keywords["mask"] = seen[:, None, None, :]
-            elif any(end < kv_len for end in ends):
+        edges = self._edges(q_len, kv_len, q_offset, kv_offset)
+        if edges is not None:
+            if starts is None:
+                raise _NotServed("a padding mask with holes, of chunked or packed sequences")
+            del keywords["query_offset"]
+            packed = [_pack(*entry, q_len, q_offset, kv_offset) for entry in zip(edges, starts, ends)]
+            return keywords, packed, None
+        q_lengths = None
+        if starts is None:
+            keywords["mask"] = seen[:, None, None, :]
+        else:
+            if any(starts):
+                keywords["kv_starts"] = torch.tensor(starts)
+            if min(ends, default=kv_len) < kv_len:
                 keywords["kv_lengths"] = torch.tensor(ends)
-        return keywords, spans
+                if not self.causal and (q_len, q_offset) == (kv_len, kv_offset):
+                    q_lengths = keywords["kv_lengths"]
+        return keywords, None, q_lengths
 
-    def _chunks(self, q_len, kv_len, q_offset, kv_offset):
-        for b, first in enumerate(self.left_padding):
-            row = 0
-            while row < q_len:
-                begin = first + (q_offset + row - first) // self.chunk * self.chunk
-                end = min(begin + self.chunk - q_offset, q_len)
-                yield b, slice(row, end), slice(max(begin - kv_offset, 0), max(min(begin + self.chunk - kv_offset, kv_len), 0))
-                row = end
+    def _edges(self, q_len, kv_len, q_offset, kv_offset):
+        """For each entry the positions, in the whole sequence, at which sequences or chunks begin, from the first to behind the last."""
+        first, last = min(q_offset, kv_offset), max(q_offset + q_len, kv_offset + kv_len)
+        if self.chunk is not None and last - min(self.left_padding, default=0) > self.chunk:
+            begins = [first - (first - left) % self.chunk for left in self.left_padding]
+            return [np.arange(begin, last + self.chunk, self.chunk) for begin in begins]
+        if self.sequences is not None:
+            numbers = self.sequences.numpy()
+            changes = [np.flatnonzero(np.diff(row)) + 1 for row in numbers]
+            return [q_offset + np.concatenate(([0], at, [q_len])) for at in changes]
+        return None
+
+
+def _pack(edges, start, end, q_len, q_offset, kv_offset):
+    """The sequences of an entry which sees the keys `start` to `end`."""
+    rows = np.clip(edges - q_offset, 0, q_len)
+    keys = np.clip(edges - kv_offset, start, end)
+    return Packed(slice(int(keys[0]), int(keys[-1])), rows, keys - keys[0], rows[:-1] + (q_offset - kv_offset) - keys[:-1])
 
 
 def _extent(seen):
@@ -201,16 +231,6 @@ def _extent(seen):
     if not torch.equal(ends - starts, counts):
         return None, None
     return starts.tolist(), ends.tolist()
-
-
-def _runs(sequences):
-    """The spans of packed sequences: runs of the same number in each row of ``(B, L)``."""
-    for b, numbers in enumerate(sequences):
-        begin = 0
-        for i in range(1, len(numbers) + 1):
-            if i == len(numbers) or numbers[i] != numbers[begin]:
-                yield b, slice(begin, i), slice(begin, i)
-                begin = i
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -230,18 +250,18 @@ def _forward(
     if query.shape[0] != key.shape[0]:  # queries that were learned, one for all
         query = query.expand(key.shape[0], -1, -1, -1)
     keywords = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-    spans = None
     if isinstance(attention_mask, Visibility):
         keywords |= attention_mask.keywords
-        spans = attention_mask.spans
+        if attention_mask.packed is not None:
+            return _packed(query, key, value, attention_mask.packed, keywords), None
+        if attention_mask.q_lengths is not None and _leaves_out_padding(type(module)):
+            keywords["q_lengths"] = attention_mask.q_lengths
     elif attention_mask is not None:
         keywords["mask"] = attention_mask
     elif (getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1:
         keywords |= {"causal": True, "query_offset": 0}  # without a mask the first query sees the first key
     if position_bias is not None:
         keywords["mask"] = position_bias
-    if spans is not None:
-        return _over_spans(query, key, value, spans, keywords), None
     return bridge.attention(query, key, value, **keywords).transpose(1, 2).contiguous(), None
 
 
@@ -249,8 +269,8 @@ def _why_not(query, key, value, attention_mask, dropout, position_bias, sinks, o
     if others.get("output_attentions"):
         return "attention weights are asked for (output_attentions=True)"
     if position_bias is not None:
-        rules = attention_mask.keywords if isinstance(attention_mask, Visibility) else {}
-        if "mask" in rules or (attention_mask is not None and not isinstance(attention_mask, Visibility)):
+        is_rules = isinstance(attention_mask, Visibility)
+        if attention_mask is not None and (not is_rules or "mask" in attention_mask.keywords or attention_mask.packed is not None):
             return "a position bias comes with a mask"
     elif attention_mask is not None and not isinstance(attention_mask, Visibility):
         if attention_mask.ndim != 4 or attention_mask.shape[-1] != key.shape[2]:
@@ -280,17 +300,32 @@ def _elsewhere(module, query, key, value, attention_mask, softcap, sinks, given)
     return eager(module, query, key, value, dense, **given)
 
 
-def _over_spans(query, key, value, spans, keywords):
-    """Attention for each span by itself: ``(B, Lq, Hq, Dv)``. Rows in no span are 0."""
+def _packed(query, key, value, packed, keywords):
+    """Attention of each sequence by itself: ``(B, Lq, Hq, Dv)``. Rows that see no key are 0."""
     bridge.prepare(query, key, value)
-    offset = keywords.pop("query_offset")
     keywords = {name: bridge.as_array(x) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
-    out = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
-    q, k, v, o = (bridge.as_array(x) for x in (query, key, value, out.transpose(1, 2)))
-    for b, rows, keys in spans:
-        if keys.start < keys.stop:
-            _attention(
-                q[b, :, rows], k[b, :, keys], v[b, :, keys], query_offset=offset + rows.start - keys.start, out=o[b, :, rows],
-                **keywords,
-            )  # fmt: skip
+    out = query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
+    q, k, v, o = (bridge.as_array(x) for x in (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), out))
+    for b, (keys, rows, ends, offset) in enumerate(packed):
+        attention_varlen(q[b], k[b, keys], v[b, keys], rows, ends, query_offset=offset, out=o[b], **keywords)
     return out
+
+
+# Arguments of modules whose queries and keys are made of one and the same input.
+_OF_ONE_INPUT = {
+    "self", "hidden_states", "attention_mask", "cache", "past_key_values", "position_embeddings", "position_ids", "cache_position",
+    "output_attentions", "kwargs",
+}  # fmt: skip
+
+
+@functools.cache
+def _leaves_out_padding(kind):
+    """Whether queries that are padding need no result in a class of modules.
+
+    That is so where transformers' flash attention leaves them out too, as the models of the same file say, and where each query is
+    the token of a key: in cross-attention padding is that of other tokens.
+    """
+    models = [x for x in vars(sys.modules[kind.__module__]).values() if isinstance(x, type) and issubclass(x, PreTrainedModel)]
+    own = [model for model in models if model.__module__ == kind.__module__]
+    of_one_input = set(inspect.signature(kind.forward).parameters) <= _OF_ONE_INPUT
+    return of_one_input and bool(own) and all(model._supports_flash_attn for model in own)

@@ -34,9 +34,9 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "linear": {"_arrays", "_check", "runtime"},
     "layers": {"_check", "attention", "kvcache", "positions", "rope", "varlen"},
-    "torch": {"_check", "runtime", "_native", "attention"},
-    "flash_attn": {"_check", "attention", "rope", "torch"},
-    "transformers": {"attention", "torch"},
+    "torch": {"_check", "runtime", "_native", "attention", "varlen"},
+    "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
+    "transformers": {"torch", "varlen"},
     "onnx": {"_check", "backends", "attention", "inspect", "linear", "rope"},
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},

@@ -264,5 +264,37 @@ def test_the_dense_form_compiles():
     torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v), attend(q, k, v))
 
 
+@pytest.mark.torch
+def test_the_packed_form_compiles():
+    torch = pytest.importorskip("torch")
+    q, k, v, *_ = (torch.from_numpy(x).flatten(0, 1) for x in filled_cache())
+    starts_q, starts_k = torch.tensor([0, 1, 4, 6]), torch.tensor([0, 20, 20, 48], dtype=torch.int32)
+
+    def attend(q, k, v):
+        out, lse, _ = flash_attn.flash_attn_varlen_func(
+            q, k, v, starts_q, starts_k, 3, 28, causal=True, window_size=(5, 0), return_attn_probs=True
+        )
+        return out + 1, flash_attn.flash_attn_varlen_func(q, k, v, starts_q, starts_k) + lse.sum()
+
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v), attend(q, k, v))
+
+
+def test_sequences_go_in_one_call(monkeypatch, kind):
+    """Not one after the other: packed, and padded on either side within a cache."""
+    calls = []
+
+    def seen(function):
+        return lambda *args, **options: calls.append(options) or function(*args, **options)
+
+    q, k, v, *_ = map(kind, filled_cache())
+    for module in (flash_attn, *([fastattn.torch] if hasattr(q, "detach") else [])):
+        monkeypatch.setattr(module, "_attention", seen(fastattn.attention))
+        name = "_attention_varlen" if module is not flash_attn else "attention_varlen"
+        monkeypatch.setattr(module, name, seen(fastattn.attention_varlen))
+    flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], kind(np.array([0, 1, 2])), kind(np.array([0, 9, 16])))
+    flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=kind(np.array([3, 14, 7])), cache_leftpad=kind(np.array([1, 4, 0])))
+    assert len(calls) == 2
+
+
 def test_is_reached_from_the_package():
     assert fastattn.flash_attn is flash_attn

@@ -103,9 +103,30 @@ def test_attention_has_all_keywords():
     np.testing.assert_array_equal(out.numpy(), expected)
     np.testing.assert_array_equal(lse.numpy(), expected_lse)
     np.testing.assert_array_equal(fastattn.torch.attention(q, k, v, **given).numpy(), expected)
+    padded = {"kv_starts": np.array([2, 0]), "kv_lengths": np.array([17, 12]), "q_lengths": np.array([3, 5])}
+    out = fastattn.torch.attention(q, k, v, **{name: torch.from_numpy(x) for name, x in padded.items()})
+    np.testing.assert_array_equal(out.numpy(), fastattn.attention(q.numpy(), k.numpy(), v.numpy(), **padded))
     lists = fastattn.torch.attention(q, k, v, kv_lengths=[17, 12], query_offset=3, window=(None, 2))
     expected = fastattn.attention(q.numpy(), k.numpy(), v.numpy(), kv_lengths=[17, 12], query_offset=3, window=(None, 2))
     np.testing.assert_array_equal(lists.numpy(), expected)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences(dtype):
+    q, k, v = (x[0].transpose(0, 1) for x in tensors(1, 4, 10, 40, 8, 6, kv_heads=2, dtype=dtype))
+    starts_q, starts_k = torch.tensor([0, 3, 3, 10]), torch.tensor([0, 5, 9, 40], dtype=torch.int32)
+    keywords = {"causal": True, "window": (9, None), "scale": 0.4, "softcap": 5.0, "kv_starts": [1, 0, 2], "q_lengths": [3, 0, 5]}
+    sinks = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    out, lse = fastattn.torch.attention_varlen(q, k, v, starts_q, starts_k, sinks=sinks, return_lse=True, **keywords)
+    arrays = [fastattn.torch.as_array(x) for x in (q, k, v, starts_q, starts_k)]
+    expected, expected_lse = fastattn.attention_varlen(*arrays, sinks=sinks.numpy(), return_lse=True, **keywords)
+    np.testing.assert_array_equal(fastattn.torch.as_array(out), expected)
+    np.testing.assert_array_equal(lse.numpy(), expected_lse)
+    alone = fastattn.torch.attention_varlen(q, k, v, starts_q, starts_k, sinks=sinks, **keywords)
+    torch.testing.assert_close(alone, out, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        fastattn.torch.attention_varlen(q.clone().requires_grad_(), k, v, starts_q, starts_k)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
@@ -217,6 +238,9 @@ def test_the_operator_is_what_it_says():
     for queries in (q, side_by_side):
         torch.library.opcheck(torch.ops.fastattn.attention.default, (queries, k, v), {"causal": True}, test_utils=utilities)
         torch.library.opcheck(torch.ops.fastattn.attention_lse.default, (queries, k, v), {"scale": 0.5}, test_utils=utilities)
+    packed = (*(x[0].transpose(0, 1) for x in (q, k, v)), torch.tensor([0, 2, 5]), torch.tensor([0, 9, 17]))
+    for op in (torch.ops.fastattn.attention_varlen.default, torch.ops.fastattn.attention_varlen_lse.default):
+        torch.library.opcheck(op, packed, {"causal": True}, test_utils=utilities)
 
 
 # Gradients, and what else is refused

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from oracle import attention as expected_attention
 
 import fastattn
 
@@ -49,10 +50,7 @@ def configured(name, options):
 def decoder(name):
     config = configured(name, DECODERS[name])
     kind = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM", "Llama4Text": "Llama4ForCausalLM"}
-    model = getattr(transformers, kind.get(name, f"{name}ForCausalLM"))(config).eval()
-    for parameter in model.parameters():  # peaked enough that a wrong mask is seen
-        parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    return model
+    return peaked(getattr(transformers, kind.get(name, f"{name}ForCausalLM"))(config))
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +61,11 @@ def no_matrix(monkeypatch, request):
         return
     before = fastattn.transformers.Visibility.of.__func__
 
-    def of(cls, shape, keywords, spans, dense):
+    def of(cls, shape, rules, dense):
         def refuse():
             raise AssertionError(f"a matrix of {shape} was made")
 
-        return before(cls, shape, keywords, spans, refuse)
+        return before(cls, shape, rules, refuse)
 
     monkeypatch.setattr(fastattn.transformers.Visibility, "of", classmethod(of))
     fastattn.transformers._warn.cache_clear()
@@ -82,19 +80,36 @@ def outputs(model, implementation, call):
         return call(model)
 
 
-def same_as_eager(model, call, real=None):
-    """No farther from eager than twice torch's own is, and an ulp or so; `real` chooses the tokens that are no padding.
+def by_the_oracle(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **others):
+    """The oracle in the place of a model's attention."""
+    q, k, v = (x.double().numpy() for x in (query, key, value))
+    out, _ = expected_attention(q, k, v, mask=attention_mask.numpy(), scale=scaling, softcap=softcap, sinks=s_aux)
+    return torch.from_numpy(out).to(query.dtype).transpose(1, 2), None
 
-    Torch's own has no softcap and no sinks; models with them are allowed some more rounding instead.
+
+transformers.AttentionInterface.register("oracle", by_the_oracle)
+transformers.AttentionMaskInterface.register(
+    "oracle", lambda *args, **options: transformers.masking_utils.sdpa_mask(*args, **options | {"allow_is_causal_skip": False})
+)
+
+
+def same_as_eager(model, call, real=None):
+    """No farther from eager than twice what torch's own is; `real` chooses the tokens that are no padding.
+
+    Where transformers does not let torch's own compute a model (softcap, sinks), the oracle is the measure, and eager the peer.
     """
-    eager = outputs(model, "eager", call)
-    sdpa = outputs(model, "sdpa", call) if model._supports_sdpa else eager
-    slack = 4e-6 if model._supports_sdpa else 1e-5
-    ours = outputs(model, "fastattn", call)
-    eager, sdpa, mine = (x if real is None else x[real] for x in (eager, sdpa, ours))
-    error, allowed = (mine - eager).abs().max(), 2 * (sdpa - eager).abs().max() + slack * eager.abs().max()
-    assert error <= allowed, (error, allowed)
+    measure, peer = ("eager", "sdpa") if model._supports_sdpa else ("oracle", "eager")
+    ours, measure, peer = (outputs(model, name, call) for name in ("fastattn", measure, peer))
+    error, allowed = ((x - measure if real is None else (x - measure)[real]).abs().max() for x in (ours, peer))
+    assert error <= 2 * allowed, (error, allowed)
     return ours
+
+
+def peaked(model):
+    """The model with weights so large that a wrong mask is seen."""
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model.eval()
 
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 0, 0, 0, 0, 0, 0, 1, 1]])
@@ -163,10 +178,53 @@ ENCODERS = {
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders(name, padding):
-    model = getattr(transformers, f"{name}Model")(configured(name, ENCODERS[name])).eval()
+    model = peaked(getattr(transformers, f"{name}Model")(configured(name, ENCODERS[name])))
     mask = PADDINGS[padding]
     real = None if mask is None else mask.bool()
     same_as_eager(model, lambda model: model(tokens(), attention_mask=mask).last_hidden_state, real)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keywords with which attention is called."""
+    seen = []
+    for module, name in ((fastattn.torch, "_attention"), (fastattn.transformers, "attention_varlen")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, function=function, **k: seen.append(k) or function(*a, **k))
+    return seen
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Bert"])
+def test_padding_is_lengths(name, calls):
+    """On either side, it is left out of the work and no mask."""
+    model = decoder(name) if name in DECODERS else peaked(transformers.BertModel(configured(name, ENCODERS[name])))
+    for mask, rule in ((LEFT, "kv_starts"), (LEFT.flip(1), "kv_lengths")):
+        calls.clear()
+        ours = outputs(model, "fastattn", lambda model: model(tokens(), attention_mask=mask))
+        assert calls and all(rule in call and "mask" not in call for call in calls)
+        assert all(("q_lengths" in call) == (name == "Bert" and rule == "kv_lengths") for call in calls)
+        assert torch.isfinite(ours[0]).all()
+
+
+def test_chunks_and_packed_sequences_are_one_call_for_each_entry(calls):
+    outputs(decoder("Llama4Text"), "fastattn", lambda model: model(tokens(), attention_mask=LEFT))
+    assert sum("query_offset" in call and "kv_starts" not in call for call in calls) == 3  # the layer with chunks
+    calls.clear()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2]] * 3)
+    outputs(decoder("Llama"), "fastattn", lambda model: model(tokens(), position_ids=positions, use_cache=False))
+    assert len(calls) == 2 * 3
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_padding_of_other_tokens(padding):
+    """Cross-attention to as many keys as there are queries: no query is left out for the padding of the keys."""
+    options = {
+        "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "pad_token_id": 0,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = peaked(transformers.BartModel(configured("Bart", options)))
+    given = {"attention_mask": PADDINGS[padding], "decoder_input_ids": tokens()}
+    same_as_eager(model, lambda model: model(tokens(), **given).last_hidden_state)
 
 
 def test_vision():
