@@ -33,17 +33,8 @@ static int finite_queries(fa_work *w) {
     return finite;
 }
 
-/* The rows of a panel as its products lay it out: by rows as many as there are, else in whole vectors. */
-static int rows_by(const fa_products *products, const fa_panel *panel) {
-    return products->by_rows ? panel->rows : panel->padded;
-}
-
 static int ld_by(const fa_products *products, const fa_shape *shape) {
     return products->by_rows ? (int)fa_round_up(shape->block_keys, FA_ROW_STEP) : shape->rows.ld;
-}
-
-static const fa_products *products_of(const fa_call *call, const fa_panel *panel) {
-    return fastattn_ways(call, &panel->entry->shape).of[fastattn_way_of(&panel->entry->shape, panel->rows)];
 }
 
 static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, int64_t head, int64_t query) {
@@ -55,7 +46,7 @@ static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, in
  * it has to be computed again so. */
 static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, float v_scale) {
     const fastattn_attention_args *a = call->args;
-    const fa_products *products = products_of(call, p);
+    const fa_products *products = fastattn_panel_products(call, p);
     float factor[FA_PANEL_ROWS] = {0};
     for (int r = 0; r < p->rows; r++) {
         const int64_t head = p->head_of[r];
@@ -79,9 +70,9 @@ static char *scratch_of(const fa_call *call, int worker) {
     return (char *)call + call->scratch_at + call->scratch.bytes * (size_t)worker;
 }
 
-static fa_state state_at(const fa_call *call, const fa_panel *p, void *memory) {
-    const fa_products *products = products_of(call, p);
-    return fastattn_state_at(memory, products, rows_by(products, p), ld_by(products, &p->entry->shape), call->args->v_head_dim);
+static void state_at(fa_state *state, const fa_call *call, const fa_panel *p, void *memory) {
+    const fa_products *products = fastattn_panel_products(call, p);
+    fastattn_state_at(state, memory, products, p->padded, ld_by(products, &p->entry->shape), call->args->v_head_dim);
 }
 
 static void *partial_memory(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part) {
@@ -100,34 +91,36 @@ static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
 }
 
 /* Panel `panel` of an entry, as number `n` of a bundle, at its first block of keys. */
-static fa_work start(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker,
-                     fa_run *run, float v_scale) {
+static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker,
+                  fa_run *run, float v_scale) {
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(call, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
-    fa_work w = {.call = call,
-                 .run = run,
-                 .v_scale = v_scale,
-                 .panel = fastattn_panel_of(call, entry, panel, part, own + at->panel.rows),
-                 .activation = activation_of(call, entry),
-                 .s = (float *)(scratch + at->s),
-                 .p = (float *)(scratch + at->p),
-                 .bias = (float *)(scratch + at->bias),
-                 .shown = (float *)(scratch + at->shown),
-                 .finite_v = scratch + at->finite_v};
-    for (int way = 0; way < FA_WAYS; way++) w.q[way] = (float *)(own + at->panel.q[way]);
-    w.way = fastattn_way_of(&w.panel.entry->shape, w.panel.rows);
-    w.products = run->ways[w.way].products;
-    w.rows = rows_by(w.products, &w.panel);
-    w.ld = ld_by(w.products, &entry->shape);
-    w.state = state_at(call, &w.panel, entry->shape.splits > 1 ? partial_memory(call, entry, panel, part) : own + at->panel.o);
-    fastattn_state_clear(&w.state);
-    if (w.activation.kind != FASTATTN_SOFTMAX) { /* no maximum moves, so that states merge by adding */
-        for (int r = 0; r < w.rows; r++) w.state.m[r] = 0.0f, w.panel.alpha[r] = w.panel.fade[r] = 1.0f;
+    w->call = call;
+    w->run = run;
+    w->v_scale = v_scale;
+    w->misfits = 0;
+    w->activation = activation_of(call, entry);
+    w->s = (float *)(scratch + at->s);
+    w->p = (float *)(scratch + at->p);
+    w->bias = (float *)(scratch + at->bias);
+    w->shown = (float *)(scratch + at->shown);
+    w->finite_v = scratch + at->finite_v;
+    for (int way = 0; way < FA_WAYS; way++) {
+        w->q[way] = (float *)(own + at->panel.q[way]);
+        w->packed[way] = 0;
     }
-    w.q_finite = !w.products->in_parts || finite_queries(&w);
-    w.blocks = fastattn_key_blocks(call, &w.panel);
-    w.pending = fastattn_next_key_block(&w.blocks, &w.block);
-    return w;
+    fastattn_panel_of(&w->panel, call, entry, panel, part, own + at->panel.rows);
+    w->way = fastattn_way_of(&entry->shape, w->panel.rows);
+    w->products = run->ways[w->way].products;
+    w->ld = ld_by(w->products, &entry->shape);
+    state_at(&w->state, call, &w->panel, entry->shape.splits > 1 ? partial_memory(call, entry, panel, part) : own + at->panel.o);
+    fastattn_state_clear(&w->state);
+    if (w->activation.kind != FASTATTN_SOFTMAX) { /* no maximum moves, so that states merge by adding */
+        for (int r = 0; r < w->panel.padded; r++) w->state.m[r] = 0.0f, w->panel.alpha[r] = w->panel.fade[r] = 1.0f;
+    }
+    w->q_finite = !w->products->in_parts || finite_queries(w);
+    fastattn_key_blocks(&w->blocks, call, &w->panel);
+    w->pending = fastattn_next_key_block(&w->blocks, &w->block);
 }
 
 /* The rows of an entry beyond its q_length. */
@@ -148,17 +141,17 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
                            float v_scale) {
     const fa_shape *shape = &entry->shape;
     const fa_ways ways = fastattn_ways(call, shape);
-    fa_run run = {.keys = 0};
+    fa_run run;
+    run.keys = 0;
     for (int way = 0; way < FA_WAYS; way++) {
         run.ways[way].products = ways.of[way];
-        if (!shape->prepared[way]) continue;
-        run.ways[way].k_room = (float *)(scratch_of(call, worker) + call->scratch.k[way]);
-        run.ways[way].v_room = (float *)(scratch_of(call, worker) + call->scratch.v[way]);
+        run.ways[way].k_room = shape->prepared[way] ? (float *)(scratch_of(call, worker) + call->scratch.k[way]) : NULL;
+        run.ways[way].v_room = shape->prepared[way] ? (float *)(scratch_of(call, worker) + call->scratch.v[way]) : NULL;
     }
     fa_work works[FA_MOST_BUNDLE];
     uint32_t overflown = 0;
     if (shape->products->enter) shape->products->enter();
-    for (int64_t n = 0; n < panels; n++) works[n] = start(call, entry, first + n, part, n, worker, &run, v_scale);
+    for (int64_t n = 0; n < panels; n++) start(&works[n], call, entry, first + n, part, n, worker, &run, v_scale);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)
@@ -176,10 +169,12 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
 /* The parts of one panel become one. */
 static int merge_parts(const fa_call *call, const fa_entry *entry, int64_t panel, int worker, float v_scale) {
     char *vectors = scratch_of(call, worker) + call->scratch.panels + call->scratch.panel.rows;
-    const fa_panel p = fastattn_panel_of(call, entry, panel, 0, vectors);
-    fa_state state = state_at(call, &p, partial_memory(call, entry, panel, 0));
+    fa_panel p;
+    fastattn_panel_of(&p, call, entry, panel, 0, vectors);
+    fa_state state, other;
+    state_at(&state, call, &p, partial_memory(call, entry, panel, 0));
     for (int64_t part = 1; part < entry->shape.splits; part++) {
-        const fa_state other = state_at(call, &p, partial_memory(call, entry, panel, part));
+        state_at(&other, call, &p, partial_memory(call, entry, panel, part));
         fastattn_state_merge(&state, &other, call->exponent);
     }
     return finish(call, &p, &state, v_scale);
@@ -201,7 +196,8 @@ static void run_item(const void *context, int64_t item, int worker) {
     const fa_entry *entry = fastattn_entry_of(call, FA_COMPUTE, item);
     item -= entry->first[FA_COMPUTE];
     const int64_t splits = entry->shape.splits, of_sequence = entry->shape.rows.panels;
-    const int64_t part = item % splits, bundle = item / splits % entry->bundles, sequence = item / splits / entry->bundles;
+    const int64_t whole = fa_divide(item, splits), part = item - whole * splits;
+    const int64_t sequence = fa_divide(whole, entry->bundles), bundle = whole - sequence * entry->bundles;
     const int64_t first = bundle * entry->bundle, panels = fa_min(entry->bundle, of_sequence - first);
     const int64_t panel = sequence * of_sequence + first;
     uint32_t overflown = run_panels(call, entry, panel, panels, part, worker, 1.0f);

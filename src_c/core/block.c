@@ -8,10 +8,10 @@
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
-    for (int g = 0; g < w->panel.padded / FA_ROW_STEP; g++) w->keys_of[g].from = 0, w->keys_of[g].to = block->keys;
+    for (int g = 0; g < fa_ceil_div(w->panel.padded, FA_ROW_STEP); g++) w->keys_of[g].from = 0, w->keys_of[g].to = block->keys;
     if (a->mask) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
-        found = w->products->mask(w->bias, w->ld, w->panel.rows_of, w->rows, a->mask_strides[3], block->keys, a->mask_dtype);
+        found = w->products->mask(w->bias, w->ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
     }
     if (block->bits && found & FA_MASK_SHOWS) {
         const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->products, w->ld, w->bias, w->keys_of);
@@ -25,26 +25,22 @@ static float relative(int64_t key, int64_t first, int64_t keys) {
 }
 
 /* The rules of a block; the panel's vectors are filled for it. */
-static fa_score_rules block_rules(const fa_work *w, const fa_key_block *block, int biased) {
+static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_block *block, int biased) {
     const fastattn_attention_args *a = w->call->args;
     const fa_panel *p = &w->panel;
-    fa_score_rules rules = {w->call->natural ? a->scale : 1.0f, a->softcap, NULL, NULL, NULL, NULL, NULL};
-    if (a->score_function) rules.scale = 1.0f, rules.softcap = 0.0f; /* it has been given finished scores */
-    if (a->alibi_slopes) {
-        for (int r = 0; r < p->padded; r++) p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
-        rules.slopes = p->slopes;
-        rules.offset = p->offset_of;
+    rules->scale = w->call->natural && !a->score_function ? a->scale : 1.0f; /* a function has been given finished scores */
+    rules->softcap = a->score_function ? 0.0f : a->softcap;
+    rules->slopes = a->alibi_slopes ? p->slopes : NULL;
+    rules->offset = a->alibi_slopes ? p->offset_of : NULL;
+    rules->begin = block->partial ? p->begin_of : NULL;
+    rules->end = block->partial ? p->end_of : NULL;
+    rules->bias = biased ? w->bias : NULL;
+    for (int r = 0; r < p->padded && a->alibi_slopes; r++)
+        p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
+    for (int r = 0; r < p->padded && block->partial; r++) {
+        p->begin_of[r] = relative(p->begin[r], block->first, block->keys);
+        p->end_of[r] = relative(p->end[r], block->first, block->keys);
     }
-    if (block->partial) {
-        for (int r = 0; r < p->padded; r++) {
-            p->begin_of[r] = relative(p->begin[r], block->first, block->keys);
-            p->end_of[r] = relative(p->end[r], block->first, block->keys);
-        }
-        rules.begin = p->begin_of;
-        rules.end = p->end_of;
-    }
-    if (biased) rules.bias = w->bias;
-    return rules;
 }
 
 /* The powers of a row and key. */
@@ -171,13 +167,13 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
  * just the keys that one of them sees, in whole runs of the softmax's sum, so that leaving keys out changes no bit. */
 static void attend_visible(fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fa_panel *p = &w->panel;
-    const int groups = p->padded / FA_ROW_STEP;
+    const int groups = (int)fa_ceil_div(p->padded, FA_ROW_STEP);
     int64_t narrowed = 0, first = block->keys, end = 0;
     for (int g = 0; g < groups; g++) {
         int64_t from = w->keys_of[g].from, to = w->keys_of[g].to;
         if (block->partial) {
             from = fa_max(from, (int64_t)p->begin_of[g * FA_ROW_STEP]);
-            to = fa_min(to, (int64_t)p->end_of[(g + 1) * FA_ROW_STEP - 1]);
+            to = fa_min(to, (int64_t)p->end_of[fa_min((g + 1) * FA_ROW_STEP, p->padded) - 1]);
         }
         w->keys_of[g].from = from / FA_SUM_RUN * FA_SUM_RUN;
         w->keys_of[g].to = from < to ? fa_min(fa_round_up(to, FA_SUM_RUN), block->keys) : w->keys_of[g].from;
@@ -187,13 +183,13 @@ static void attend_visible(fa_work *w, const fa_operands *x, const fa_key_block 
         end = fa_max(end, w->keys_of[g].to);
     }
     if (narrowed > 0 && 4 * narrowed > 3 * groups * (end - first)) {
-        attend_rectangle(w, x, 0, w->rows, first, end - first);
+        attend_rectangle(w, x, 0, w->panel.padded, first, end - first);
         return;
     }
     for (int g = 0; g < groups; g++) {
         const int row = g * FA_ROW_STEP;
         const int64_t from = w->keys_of[g].from, keys = w->keys_of[g].to - from;
-        if (keys > 0) attend_rectangle(w, x, row, (int)fa_min(FA_ROW_STEP, w->rows - row), from, keys);
+        if (keys > 0) attend_rectangle(w, x, row, (int)fa_min(FA_ROW_STEP, w->panel.padded - row), from, keys);
     }
 }
 
@@ -205,10 +201,11 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
     const int in_parts = w->products->in_parts;
     fa_run *run = fastattn_run_of(w, block);
-    fa_operands x = {.stored_k = fa_rows_from(run->stored_k, block->first - run->first),
-                     .stored_v = fa_rows_from(run->stored_v, block->first - run->first),
-                     .first = block->first,
-                     .rules = block_rules(w, block, biased)};
+    fa_operands x;
+    x.stored_k = fa_rows_from(run->stored_k, block->first - run->first);
+    x.stored_v = fa_rows_from(run->stored_v, block->first - run->first);
+    x.first = block->first;
+    block_rules(&x.rules, w, block, biased);
     fastattn_fetch_ahead(w, &x, block);
     x.ruled = call->ruled || biased;
     x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim));

@@ -26,7 +26,7 @@ typedef struct fa_work {
     const fa_call *call;
     int way;                   /* the products that the panel's number of rows asks for */
     const fa_products *products;
-    int rows, ld;              /* of the panel, as these products lay it out */
+    int ld;                    /* of the panel, as these products lay it out */
     fa_run *run;
     fa_panel panel;
     fa_state state;

@@ -222,7 +222,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
     call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
 
-    call->group = args->num_heads / args->num_kv_heads;
+    call->heads_a_kv_head = call->group = args->num_heads / args->num_kv_heads;
     if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
     call->sequences = args->num_heads / call->group;
     const int64_t size = fa_size_of(args->kv_dtype);
@@ -286,6 +286,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     call->entries = NULL;
     call->paddings = 0;
     memset(call->items, 0, sizeof call->items);
+    memset(call->alike, 0, sizeof call->alike);
     if (call->entries_at == 0) return call;
     const fastattn_attention_args *a = call->args;
     call->entries = (fa_entry *)((char *)workspace + call->entries_at);
@@ -300,12 +301,14 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         partials += entry->partial_bytes * (size_t)(panels * splits);
         if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
     }
+    for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = call->items[phase] / a->batch;
     call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
     return call;
 }
 
 const fa_entry *fastattn_entry_of(const fa_call *call, int phase, int64_t item) {
     int64_t low = 0, high = call->args->batch;
+    if (call->alike[phase]) return call->entries + fa_divide(item, call->alike[phase]);
     while (high - low > 1) {
         const int64_t middle = low + (high - low) / 2;
         if (call->entries[middle].first[phase] <= item)

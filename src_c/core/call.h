@@ -72,6 +72,7 @@ typedef struct fastattn_plan {
     const fa_ukernel *uk;
     const fa_products *products, *exact, *few; /* those that are preferred, those in float32, and those for few rows */
     int64_t panel_dim;     /* numbers of a row in the panel of queries */
+    int64_t heads_a_kv_head;
     int64_t group;         /* query heads in a packed sequence */
     int64_t sequences;     /* packed sequences per batch entry */
     int apart;             /* there are gaps between the rows of keys or values */
@@ -90,6 +91,7 @@ typedef struct fastattn_plan {
     /* From here on set by fastattn_call_enter. */
     fa_entry *entries;        /* [batch], the longest first */
     int64_t items[FA_PHASES]; /* in all */
+    int64_t alike[FA_PHASES]; /* items of each entry, if they are all of one shape, or 0 */
     int64_t paddings;         /* items of phase 0 after these, none or one for each entry: they clear the rows beyond q_lengths */
 
     fa_args own; /* the arguments, where args points to them */

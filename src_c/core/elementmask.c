@@ -34,7 +34,7 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
 #undef H
     };
     const uint64_t real = p->rows < 64 ? ((uint64_t)1 << p->rows) - 1 : ~(uint64_t)0;
-    const int groups = p->padded / FA_ROW_STEP;
+    const int groups = (int)fa_ceil_div(p->padded, FA_ROW_STEP);
     uint64_t lanes[FA_MOST_BLOCK_KEYS];
     unsigned found = 0;
     for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;

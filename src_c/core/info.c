@@ -53,9 +53,11 @@ static double visited_pairs(const fa_call *call, const fa_entry *entry, char *me
     const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
     double pairs = 0;
     for (int64_t n = 0; n < panels * splits; n++) {
-        const fa_panel panel = fastattn_panel_of(call, entry, n / splits, n % splits, memory);
-        fa_key_blocks blocks = fastattn_key_blocks(call, &panel);
+        fa_panel panel;
+        fa_key_blocks blocks;
         fa_key_block block;
+        fastattn_panel_of(&panel, call, entry, n / splits, n % splits, memory);
+        fastattn_key_blocks(&blocks, call, &panel);
         if (!blocks.mask)
             pairs += (double)fa_max(blocks.end - blocks.next, 0) * panel.rows;
         else

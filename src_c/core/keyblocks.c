@@ -2,29 +2,28 @@
 
 #include "ints.h"
 
-fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel) {
-    fa_key_blocks it = {0};
+void fastattn_key_blocks(fa_key_blocks *it, const fa_call *call, const fa_panel *panel) {
     /* Bounds ascend with the row, so the first and the last row tell all. */
     const int last = panel->rows - 1;
-    it.first_key = panel->first_key;
-    it.end_key = panel->end_key;
-    it.next = fa_max(panel->first_key, panel->begin[0]);
-    it.end = fa_min(panel->end_key, panel->end[last]);
-    it.full_from = panel->begin[last];
-    it.full_to = panel->end[0];
-    it.step = panel->entry->shape.block_keys;
-    it.run_end = it.end;
-    it.mask = call->args->block_mask;
-    if (it.mask) {
-        it.start = panel->entry->start;
-        it.block_row = panel->query[0] / it.mask->block_size;
-        const int64_t row = panel->entry->batch * it.mask->batch_stride + panel->head * it.mask->head_stride + it.block_row;
-        it.entry = it.mask->indptr[row];
-        it.last_entry = it.mask->indptr[row + 1];
-        it.run_end = it.next;
+    it->first_key = panel->first_key;
+    it->end_key = panel->end_key;
+    it->next = fa_max(panel->first_key, panel->begin[0]);
+    it->end = fa_min(panel->end_key, panel->end[last]);
+    it->full_from = panel->begin[last];
+    it->full_to = panel->end[0];
+    it->step = panel->entry->shape.block_keys;
+    it->run_end = it->end;
+    it->mask = call->args->block_mask;
+    it->bits = NULL;
+    if (it->mask) {
+        it->start = panel->entry->start;
+        it->block_row = panel->query[0] / it->mask->block_size;
+        const int64_t row = panel->entry->batch * it->mask->batch_stride + panel->head * it->mask->head_stride + it->block_row;
+        it->entry = it->mask->indptr[row];
+        it->last_entry = it->mask->indptr[row + 1];
+        it->run_end = it->next;
     } else
-        it.next -= (it.next - it.first_key) % FA_SUM_RUN;
-    return it;
+        it->next -= (it->next - it->first_key) % FA_SUM_RUN;
 }
 
 /* Takes the next listed block with a key in reach, and whole blocks that follow it without a gap. */

@@ -30,7 +30,7 @@ typedef struct fa_key_blocks {
     int64_t bits_first;
 } fa_key_blocks;
 
-fa_key_blocks fastattn_key_blocks(const fa_call *call, const fa_panel *panel);
+void fastattn_key_blocks(fa_key_blocks *blocks, const fa_call *call, const fa_panel *panel);
 
 /* The next block, in ascending order of keys; 0 when there is none. */
 int fastattn_next_key_block(fa_key_blocks *blocks, fa_key_block *block);

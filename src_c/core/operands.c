@@ -10,8 +10,7 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    run->stored_k = fastattn_panel_keys(call, &w->panel, run->first);
-    run->stored_v = fastattn_panel_values(call, &w->panel, run->first);
+    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first);
     run->finite_k = run->finite_v = -1;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;
@@ -29,14 +28,14 @@ static void pack_queries(fa_work *w, const fa_products *products, float *q) {
     fastattn_panel_queries(call, &w->panel);
     const void *const *rows_of = w->panel.rows_of;
     if (!a->additive) {
-        products->pack(q, w->ld, rows_of, w->rows, a->head_dim, a->q_dtype, call->sign);
+        products->pack(q, w->ld, rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->sign);
         return;
     }
     const void *weights_of[FA_PANEL_ROWS];
-    for (int r = 0; r < w->rows; r++) weights_of[r] = (const char *)a->additive + w->panel.head_of[r] * a->additive_stride;
+    for (int r = 0; r < w->panel.padded; r++) weights_of[r] = (const char *)a->additive + w->panel.head_of[r] * a->additive_stride;
     const int64_t of_row = fa_row_of_numbers(products, call->panel_dim);
     const int64_t behind = fa_sums_row(a->head_dim) * fa_number_of_numbers(products, w->ld);
-    for (int r = 0, step = products->by_rows ? 1 : w->rows; r < w->rows; r += step) {
+    for (int r = 0, step = products->by_rows ? 1 : w->panel.padded; r < w->panel.padded; r += step) {
         products->pack(q + r * of_row, w->ld, rows_of + r, step, a->head_dim, a->q_dtype, 1.0f);
         products->pack(q + r * of_row + behind, w->ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->sign);
     }

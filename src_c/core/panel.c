@@ -22,64 +22,66 @@ size_t fastattn_panel_bytes(int ld) {
     return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 6 * sizeof(float));
 }
 
-fa_panel fastattn_panel_of(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory) {
+const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *p) {
+    return fastattn_ways(call, &p->entry->shape).of[fastattn_way_of(&p->entry->shape, p->rows)];
+}
+
+void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory) {
     const fastattn_attention_args *a = call->args;
     const fa_shape *shape = &entry->shape;
     const fa_rows *rows = &shape->rows;
     const int ld = rows->ld;
-    fa_panel p;
 
-    const int64_t sequence = panel / rows->panels;
-    panel %= rows->panels;
+    const int64_t sequence = fa_divide(panel, rows->panels);
+    panel -= sequence * rows->panels;
     if (a->causal) panel = rows->panels - 1 - panel; /* the longest first: the last to finish is then short */
-    p.entry = entry;
-    p.ld = ld;
-    p.head = sequence * call->group;
-    p.kv_head = p.head / (a->num_heads / a->num_kv_heads);
+    p->entry = entry;
+    p->ld = ld;
+    p->head = sequence * call->group;
+    p->kv_head = fa_divide(p->head, call->heads_a_kv_head);
 
-    const int64_t segment = panel / rows->panels_a_segment;
+    const int64_t segment = fa_divide(panel, rows->panels_a_segment);
     const int64_t segment_end = fa_min(rows->count, (segment + 1) * rows->segment);
-    p.first_row = segment * rows->segment + panel % rows->panels_a_segment * rows->panel_rows;
-    p.rows = (int)fa_min(rows->panel_rows, segment_end - p.first_row);
-    p.padded = (int)fa_round_up(p.rows, FA_ROW_STEP);
+    p->first_row = segment * rows->segment + (panel - segment * rows->panels_a_segment) * rows->panel_rows;
+    p->rows = (int)fa_min(rows->panel_rows, segment_end - p->first_row);
+    p->padded = fastattn_panel_products(call, p)->by_rows ? p->rows : (int)fa_round_up(p->rows, FA_ROW_STEP);
 
-    p.first_key = part * shape->split_keys;
-    p.end_key = fa_min(p.first_key + shape->split_keys, shape->kv_len);
+    p->first_key = part * shape->split_keys;
+    p->end_key = fa_min(p->first_key + shape->split_keys, shape->kv_len);
 
-    p.query = take(&memory, ld, sizeof *p.query);
-    p.head_of = take(&memory, ld, sizeof *p.head_of);
-    p.begin = take(&memory, ld, sizeof *p.begin);
-    p.end = take(&memory, ld, sizeof *p.end);
-    p.rows_of = take(&memory, ld, sizeof *p.rows_of);
-    p.outputs = take(&memory, ld, sizeof *p.outputs);
-    p.slopes = take(&memory, ld, sizeof(float));
-    p.offset_of = take(&memory, ld, sizeof(float));
-    p.begin_of = take(&memory, ld, sizeof(float));
-    p.end_of = take(&memory, ld, sizeof(float));
-    p.alpha = take(&memory, ld, sizeof(float));
-    p.fade = take(&memory, ld, sizeof(float));
+    p->query = take(&memory, ld, sizeof *p->query);
+    p->head_of = take(&memory, ld, sizeof *p->head_of);
+    p->begin = take(&memory, ld, sizeof *p->begin);
+    p->end = take(&memory, ld, sizeof *p->end);
+    p->rows_of = take(&memory, ld, sizeof *p->rows_of);
+    p->outputs = take(&memory, ld, sizeof *p->outputs);
+    p->slopes = take(&memory, ld, sizeof(float));
+    p->offset_of = take(&memory, ld, sizeof(float));
+    p->begin_of = take(&memory, ld, sizeof(float));
+    p->end_of = take(&memory, ld, sizeof(float));
+    p->alpha = take(&memory, ld, sizeof(float));
+    p->fade = take(&memory, ld, sizeof(float));
 
     char *out = (char *)a->out + entry->batch * a->out_strides[0] + entry->query * a->out_strides[2];
-    int64_t i = p.first_row / call->group, h = p.head + p.first_row % call->group;
-    for (int r = 0; r < p.rows; r++) {
-        p.query[r] = i;
-        p.head_of[r] = h;
-        visible_keys(a, i + entry->offset, shape->kv_len, &p.begin[r], &p.end[r]);
-        p.outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
+    int64_t i = fa_divide(p->first_row, call->group), h = p->head + p->first_row - i * call->group;
+    for (int r = 0; r < p->rows; r++) {
+        p->query[r] = i;
+        p->head_of[r] = h;
+        visible_keys(a, i + entry->offset, shape->kv_len, &p->begin[r], &p->end[r]);
+        p->outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
         if (a->alibi_slopes)
-            p.slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
+            p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
-        if (++h == p.head + call->group) h = p.head, i++;
+        if (++h == p->head + call->group) h = p->head, i++;
     }
-    for (int r = p.rows, last = p.rows - 1; r < p.padded; r++) {
-        p.query[r] = p.query[last];
-        p.head_of[r] = p.head_of[last];
-        p.begin[r] = p.begin[last];
-        p.end[r] = p.end[last];
-        p.outputs[r] = p.outputs[last];
-        if (a->alibi_slopes) p.slopes[r] = p.slopes[last];
+    for (int r = p->rows, last = p->rows - 1; r < p->padded; r++) {
+        p->query[r] = p->query[last];
+        p->head_of[r] = p->head_of[last];
+        p->begin[r] = p->begin[last];
+        p->end[r] = p->end[last];
+        p->outputs[r] = p->outputs[last];
+        if (a->alibi_slopes) p->slopes[r] = p->slopes[last];
     }
-    return p;
 }
 
 /* rows_of becomes pointers to rows at these strides. */
@@ -100,16 +102,14 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 
-static fa_matrix stored_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key) {
-    const char *head = (const char *)base + p->entry->batch * strides[0] + p->kv_head * strides[1];
-    const fa_matrix rows = {head + (p->entry->key + key) * strides[2], strides[2], call->args->kv_dtype};
-    return rows;
+static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3],
+                          int64_t key) {
+    rows->at = (const char *)base + p->entry->batch * strides[0] + p->kv_head * strides[1] + (p->entry->key + key) * strides[2];
+    rows->stride = strides[2];
+    rows->dtype = call->args->kv_dtype;
 }
 
-fa_matrix fastattn_panel_keys(const fa_call *call, const fa_panel *p, int64_t key) {
-    return stored_rows(call, p, call->args->k, call->args->k_strides, key);
-}
-
-fa_matrix fastattn_panel_values(const fa_call *call, const fa_panel *p, int64_t key) {
-    return stored_rows(call, p, call->args->v, call->args->v_strides, key);
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key) {
+    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key);
+    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key);
 }

@@ -12,7 +12,7 @@ typedef struct fa_panel {
     int64_t first_key, end_key; /* keys of this part */
     int ld;                 /* of the entry's panels */
     int rows;               /* real rows */
-    int padded;             /* rows rounded up to FA_ROW_STEP: columns that the slots work on */
+    int padded;             /* rows that the slots work on: where they are lanes, rounded up to FA_ROW_STEP */
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
     int64_t *head_of;       /* [padded] query head */
     int64_t *begin, *end;   /* [padded] visible keys by position: causal, window, lengths; both ascend */
@@ -27,16 +27,18 @@ typedef struct fa_panel {
 /* The bytes of a panel's vectors. */
 size_t fastattn_panel_bytes(int ld);
 
-/* Part `part` of the keys for panel `panel` of all of an entry (of a sequence, of all sequences); its vectors live in `memory`, of
- * fastattn_panel_bytes. */
-fa_panel fastattn_panel_of(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory);
+/* p becomes part `part` of the keys for panel `panel` of all of an entry (of a sequence, of all sequences); its vectors live in
+ * `memory`, of fastattn_panel_bytes. */
+void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory);
+
+/* The products that its number of rows asks for. */
+const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *panel);
 
 /* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
 void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
 
-/* The caller's rows of keys, or of values, from `key` on. */
-fa_matrix fastattn_panel_keys(const fa_call *call, const fa_panel *panel, int64_t key);
-fa_matrix fastattn_panel_values(const fa_call *call, const fa_panel *panel, int64_t key);
+/* k and v become the caller's rows of keys and values from `key` on. */
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key);
 
 #endif

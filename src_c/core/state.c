@@ -13,17 +13,17 @@ static int64_t o_floats(int64_t rows, int64_t v_head_dim) { return rows * (fa_ro
 
 size_t fastattn_state_bytes(int64_t rows, int64_t v_head_dim) { return 3 * padded(rows) + padded(o_floats(rows, v_head_dim)); }
 
-fa_state fastattn_state_at(void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim) {
+void fastattn_state_at(fa_state *state, void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim) {
     const size_t vector = padded(fa_round_up(rows, FA_ROW_STEP));
-    float *m = memory, *l = (float *)((char *)memory + vector), *seen = (float *)((char *)memory + 2 * vector);
-    float *o = (float *)((char *)memory + 3 * vector);
-    fa_state state = {rows, v_head_dim, m, l, seen, o, 1, ld, l};
-    if (products) {
-        state.of_row = fa_row_of_numbers(products, v_head_dim);
-        state.of_number = fa_number_of_numbers(products, ld);
-        if (products->sums) state.norm = o + fa_sums_row(v_head_dim) * state.of_number;
-    }
-    return state;
+    state->rows = rows;
+    state->v_head_dim = v_head_dim;
+    state->m = memory;
+    state->l = (float *)((char *)memory + vector);
+    state->seen = (float *)((char *)memory + 2 * vector);
+    state->o = (float *)((char *)memory + 3 * vector);
+    state->of_row = products ? fa_row_of_numbers(products, v_head_dim) : 1;
+    state->of_number = products ? fa_number_of_numbers(products, ld) : ld;
+    state->norm = products && products->sums ? state->o + fa_sums_row(v_head_dim) * state->of_number : state->l;
 }
 
 void fastattn_state_clear(fa_state *state) {

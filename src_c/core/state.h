@@ -18,9 +18,9 @@ typedef struct fa_state {
 /* Room for a state of at most so many rows, a multiple of FA_ROW_STEP or 1. */
 size_t fastattn_state_bytes(int64_t rows, int64_t v_head_dim);
 
-/* A state in `memory` of fastattn_state_bytes, as it stands, with o and norm as these products lay it out and sum; null: as float32
- * products do. ld is that of their panels. */
-fa_state fastattn_state_at(void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim);
+/* state becomes the one in `memory` of fastattn_state_bytes, as it stands, with o and norm as these products lay it out and sum; null:
+ * as float32 products do. ld is that of their panels. */
+void fastattn_state_at(fa_state *state, void *memory, const fa_products *products, int64_t rows, int ld, int64_t v_head_dim);
 
 /* The state of no keys. */
 void fastattn_state_clear(fa_state *state);

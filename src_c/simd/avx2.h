@@ -114,5 +114,15 @@ static inline simd_f simd_sum_lanes(const simd_f v[8]) {
         b[i] = _mm256_add_ps(_mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44), _mm256_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
     return _mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20), _mm256_permute2f128_ps(b[0], b[1], 0x31));
 }
+static inline float simd_sum(simd_f a) {
+    a = _mm256_add_ps(a, _mm256_shuffle_ps(a, a, 0x4e));
+    a = _mm256_add_ps(a, _mm256_shuffle_ps(a, a, 0xb1));
+    return _mm256_cvtss_f32(_mm256_add_ps(a, _mm256_permute2f128_ps(a, a, 0x01)));
+}
+static inline float simd_largest(simd_f a) {
+    a = _mm256_max_ps(a, _mm256_shuffle_ps(a, a, 0x4e));
+    a = _mm256_max_ps(a, _mm256_shuffle_ps(a, a, 0xb1));
+    return _mm256_cvtss_f32(_mm256_max_ps(a, _mm256_permute2f128_ps(a, a, 0x01)));
+}
 
 #endif

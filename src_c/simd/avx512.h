@@ -140,5 +140,17 @@ static inline simd_f simd_sum_lanes(const simd_f v[16]) {
     __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
+static inline float simd_sum(simd_f a) {
+    a = _mm512_add_ps(a, _mm512_shuffle_ps(a, a, 0x4e));
+    a = _mm512_add_ps(a, _mm512_shuffle_ps(a, a, 0xb1));
+    a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    return _mm512_cvtss_f32(_mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e)));
+}
+static inline float simd_largest(simd_f a) {
+    a = _mm512_max_ps(a, _mm512_shuffle_ps(a, a, 0x4e));
+    a = _mm512_max_ps(a, _mm512_shuffle_ps(a, a, 0xb1));
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    return _mm512_cvtss_f32(_mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e)));
+}
 
 #endif

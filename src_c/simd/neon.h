@@ -96,5 +96,7 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
 static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
 }
+static inline float simd_sum(simd_f a) { return vaddvq_f32(a); }
+static inline float simd_largest(simd_f a) { return vmaxvq_f32(a); }
 
 #endif

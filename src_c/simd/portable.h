@@ -84,6 +84,13 @@ static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     SIMD_EACH(i) r.lane[i] = (v[i].lane[0] + v[i].lane[1]) + (v[i].lane[2] + v[i].lane[3]);
     return r;
 }
+/* The sum of the lanes, to the same bits, and the largest of them. */
+static inline float simd_sum(simd_f a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
+static inline float simd_largest(simd_f a) {
+    float largest = a.lane[0];
+    SIMD_EACH(i) largest = a.lane[i] > largest ? a.lane[i] : largest;
+    return largest;
+}
 
 #undef SIMD_EACH
 

@@ -57,6 +57,22 @@ FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, i
     }
 }
 
+/* The numbers of the lanes. */
+static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* One row and a few keys, at most SIMD_LANES: one by one, or most sums across lanes would be of nothing. */
+FA_INLINE void few_scores(float *s, const float *q, const char *k, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    const simd_f lane = simd_load(lane_numbers);
+    simd_f dots = simd_set1(0.0f);
+    for (int64_t j = keys - 1; j >= 0; j--) {
+        simd_f sum = simd_set1(0.0f);
+        for (int64_t d = 0; d < head_dim; d += SIMD_LANES)
+            sum = simd_fma(load_as(k + j * stride + d * fa_size_of(dtype), head_dim - d, dtype), simd_load(q + d), sum);
+        dots = simd_select(simd_lt(lane, simd_set1((float)(j + 1))), simd_set1(simd_sum(sum)), dots);
+    }
+    simd_store(s, dots);
+}
+
 /* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
  * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
 FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
@@ -65,6 +81,10 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
     const int64_t size = fa_size_of(dtype);
     const uintptr_t ahead = (uintptr_t)stride * (uintptr_t)keys;
     const int tile_keys = SUMS / rows;
+    if (keys <= tile_keys / 4) {
+        FA_UNROLL for (int r = 0; r < rows; r++) few_scores(s + r * ld, q + r * pitch, k, stride, keys, head_dim, dtype);
+        return;
+    }
     for (int64_t first = 0; first < keys; first += tile_keys) {
         const char *key[SUMS];
         simd_f sum[SUMS];
@@ -164,48 +184,43 @@ static void rows_pv(float *o, const float *alpha, const float *p, int ld, int ro
     FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, v.at + from * v.stride, v.stride, keys, v_head_dim)
 }
 
-/* The largest lane of x, or `least`. */
-FA_INLINE float largest_lane(simd_f x, float least) {
-    float lanes[SIMD_LANES];
-    simd_store(lanes, x);
-    FA_UNROLL for (int n = SIMD_LANES / 2; n > 0; n /= 2)
-        FA_UNROLL for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-    return lanes[0] > least ? lanes[0] : least;
+/* Scores beyond the keys, in the last vector of a row, become -inf. */
+FA_INLINE void hide_beyond(float *s, int64_t keys) {
+    const int64_t last = (keys - 1) / SIMD_LANES * SIMD_LANES;
+    const simd_m there = simd_lt(simd_load(lane_numbers), simd_set1((float)(keys - last)));
+    simd_store(s + last, simd_select(there, simd_load(s + last), simd_set1(-INFINITY)));
 }
 
-/* The softmax of up to SHORT_ROWS rows, whose keys stay lanes throughout: each lane sums its own, and rows meet only in the end. */
+FA_INLINE float first_lane(simd_f x) {
+    float lanes[SIMD_LANES];
+    simd_store(lanes, x);
+    return lanes[0];
+}
+
+/* The softmax of up to SHORT_ROWS rows, whose keys stay lanes throughout. */
 FA_INLINE void short_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
     const simd_f scale = simd_set1(c);
-    const int64_t whole = fa_round_up(keys, SIMD_LANES);
-    for (int row = 0; row < rows; row += SIMD_LANES, s += SIMD_LANES * ld, p += SIMD_LANES * ld) {
-        const int lanes = rows - row < SIMD_LANES ? rows - row : SIMD_LANES;
-        simd_f sums[SIMD_LANES];
-        float moved[SIMD_LANES] = {0};
-        for (int r = 0; r < SIMD_LANES; r++) {
-            sums[r] = simd_set1(0.0f);
-            if (r >= lanes) continue;
-            float *from = s + r * ld, *to = p + r * ld;
-            for (int64_t j = keys; j < whole; j++) from[j] = -INFINITY;
-            simd_f most = simd_load(from);
-            for (int64_t j = SIMD_LANES; j < whole; j += SIMD_LANES) most = simd_max(most, simd_load(from + j));
-            const float old = m[row + r], top = largest_lane(most, old), base = top == -INFINITY ? 0.0f : top;
-            m[row + r] = top;
-            moved[r] = old - base;
-            for (int64_t j = 0; j < whole; j += SIMD_LANES) {
-                const simd_f x = exp2_of(simd_sub(simd_load(from + j), simd_set1(base)), scale);
-                simd_store(to + j, x);
-                sums[r] = simd_add(sums[r], x);
-            }
+    for (int r = 0; r < rows; r++, s += ld, p += ld) {
+        hide_beyond(s, keys);
+        simd_f most = simd_load(s), sum = simd_set1(0.0f);
+        for (int64_t j = SIMD_LANES; j < keys; j += SIMD_LANES) most = simd_max(most, simd_load(s + j));
+        const float old = m[r], largest = simd_largest(most), top = largest > old ? largest : old;
+        const float base = top == -INFINITY ? 0.0f : top;
+        for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+            const simd_f x = exp2_of(simd_sub(simd_load(s + j), simd_set1(base)), scale);
+            simd_store(p + j, x);
+            sum = simd_add(sum, x);
         }
-        const simd_f fade = exp2_of(simd_load(moved), scale);
-        store_as(alpha + row, fade, lanes, FASTATTN_FLOAT32);
-        store_as(l + row, simd_fma(load_as(l + row, lanes, FASTATTN_FLOAT32), fade, simd_sum_lanes(sums)), lanes, FASTATTN_FLOAT32);
+        const simd_f fade = exp2_of(simd_set1(old - base), scale);
+        m[r] = top;
+        alpha[r] = first_lane(fade);
+        l[r] = first_lane(simd_fma(simd_set1(l[r]), fade, simd_set1(simd_sum(sum))));
     }
 }
 
 /* The maximum, and what follows from it, of SIMD_LANES rows at a time, which are lanes when their vectors of keys have turned. */
 static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
-    if (rows <= SHORT_ROWS && keys > 0) {
+    if (rows <= SHORT_ROWS) {
         short_softmax(s, p, ld, rows, keys, c, m, l, alpha);
         return;
     }
@@ -218,7 +233,7 @@ static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, flo
         for (int r = 0; r < SIMD_LANES; r++) {
             square[r] = lowest;
             if (r >= lanes) continue;
-            for (int64_t j = keys; j < whole; j++) s[r * ld + j] = -INFINITY;
+            hide_beyond(s + r * ld, keys);
             for (int64_t j = 0; j < whole; j += SIMD_LANES) square[r] = simd_max(square[r], simd_load(s + r * ld + j));
         }
         simd_transpose(square);
