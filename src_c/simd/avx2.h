@@ -56,6 +56,15 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
     return _mm256_and_ps(hidden, _mm256_set1_ps(-INFINITY));
 }
+static inline __m128 simd_narrowed(const double *p) {
+    const __m256d x = _mm256_loadu_pd(p), largest = _mm256_set1_pd(0x1.fffffep127), zero = _mm256_setzero_pd();
+    const __m256d finite = _mm256_cmp_pd(_mm256_sub_pd(x, x), zero, _CMP_EQ_OQ);
+    const __m256d bounded = _mm256_max_pd(_mm256_min_pd(x, largest), _mm256_sub_pd(zero, largest));
+    return _mm256_cvtpd_ps(_mm256_blendv_pd(x, bounded, finite));
+}
+static inline simd_f simd_load_double(const double *p) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(simd_narrowed(p)), simd_narrowed(p + 4), 1);
+}
 static inline simd_f simd_add(simd_f a, simd_f b) { return _mm256_add_ps(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm256_sub_ps(a, b); }
 static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm256_mul_ps(a, b); }

@@ -60,6 +60,15 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     __mmask16 shown = _cvtu32_mask16(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(-1)));
     return _mm512_mask_blend_ps(shown, _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
 }
+static inline __m256 simd_narrowed(const double *p) {
+    const __m512d x = _mm512_loadu_pd(p), largest = _mm512_set1_pd(0x1.fffffep127);
+    const __mmask8 finite = _mm512_cmp_pd_mask(_mm512_sub_pd(x, x), _mm512_setzero_pd(), _CMP_EQ_OQ);
+    const __m512d high = _mm512_mask_min_pd(x, finite, x, largest);
+    return _mm512_cvtpd_ps(_mm512_mask_max_pd(high, finite, high, _mm512_sub_pd(_mm512_setzero_pd(), largest)));
+}
+static inline simd_f simd_load_double(const double *p) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(simd_narrowed(p)), simd_narrowed(p + 8), 1);
+}
 static inline simd_f simd_add(simd_f a, simd_f b) { return _mm512_add_ps(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return _mm512_sub_ps(a, b); }
 static inline simd_f simd_mul(simd_f a, simd_f b) { return _mm512_mul_ps(a, b); }

@@ -57,6 +57,12 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     uint32x4_t hidden = vceqq_u32(vmovl_u16(wide), vdupq_n_u32(0));
     return vreinterpretq_f32_u32(vandq_u32(hidden, vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
 }
+static inline float32x2_t simd_narrowed(const double *p) {
+    const float64x2_t x = vld1q_f64(p), largest = vdupq_n_f64(0x1.fffffep127);
+    const uint64x2_t finite = vceqzq_f64(vsubq_f64(x, x));
+    return vcvt_f32_f64(vbslq_f64(finite, vmaxq_f64(vminq_f64(x, largest), vnegq_f64(largest)), x));
+}
+static inline simd_f simd_load_double(const double *p) { return vcombine_f32(simd_narrowed(p), simd_narrowed(p + 2)); }
 static inline simd_f simd_add(simd_f a, simd_f b) { return vaddq_f32(a, b); }
 static inline simd_f simd_sub(simd_f a, simd_f b) { return vsubq_f32(a, b); }
 static inline simd_f simd_mul(simd_f a, simd_f b) { return vmulq_f32(a, b); }

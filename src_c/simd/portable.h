@@ -37,6 +37,15 @@ static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_fr
 static inline simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
 static inline simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
 static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }
+/* Doubles, rounded; what is finite stays so. */
+static inline simd_f simd_load_double(const double *p) {
+    simd_f r;
+    SIMD_EACH(i) {
+        const double largest = 0x1.fffffep127, x = p[i];
+        r.lane[i] = (float)(x - x != 0 ? x : x < -largest ? -largest : x > largest ? largest : x);
+    }
+    return r;
+}
 static inline simd_f simd_add(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] += b.lane[i]; return a; }
 static inline simd_f simd_sub(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] -= b.lane[i]; return a; }
 static inline simd_f simd_mul(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] *= b.lane[i]; return a; }

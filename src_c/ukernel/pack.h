@@ -6,6 +6,7 @@ FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
     case FASTATTN_FLOAT16: return simd_from_f16(simd_load_h((const uint16_t *)from));
     case FASTATTN_BFLOAT16: return simd_from_bf16(simd_load_h((const uint16_t *)from));
     case FASTATTN_BOOL: return simd_load_bool((const uint8_t *)from);
+    case FASTATTN_FLOAT64: return simd_load_double((const double *)from);
     default: return simd_load((const float *)from);
     }
 }

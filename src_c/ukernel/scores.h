@@ -132,9 +132,9 @@ FA_INLINE void mask_store(float *to, simd_f bias, mask_census *seen) {
     simd_store(to, bias);
 }
 
-/* A vector of a mask's elements, which lie apart: room for them in their own type, so that they are moved and then loaded as one, or
- * as floats if they are of a type that is not loaded. */
+/* A vector of a mask's elements, which lie apart: room for them in their own type, so that they are moved and then loaded as one. */
 typedef union mask_line {
+    double doubles[SIMD_LANES];
     float floats[SIMD_LANES];
     uint16_t halves[SIMD_LANES];
     uint8_t bytes[SIMD_LANES];
@@ -142,23 +142,16 @@ typedef union mask_line {
 
 /* `keys` elements of a row, at most SIMD_LANES; what is beyond them repeats the last. */
 FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
-    if (dtype == FASTATTN_FLOAT64 && key_stride == (int64_t)sizeof(double) && keys == SIMD_LANES) { /* which compilers turn into vectors */
-        for (int j = 0; j < SIMD_LANES; j++) line->floats[j] = mask_element(from + j * (int64_t)sizeof(double), dtype);
-        return;
-    }
-    for (int j = 0; j < SIMD_LANES; j++) {
+    FA_UNROLL for (int j = 0; j < SIMD_LANES; j++) {
         const char *at = from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride;
         switch (dtype) {
         case FASTATTN_BOOL: line->bytes[j] = *(const uint8_t *)at; break;
         case FASTATTN_FLOAT16:
         case FASTATTN_BFLOAT16: line->halves[j] = *(const uint16_t *)(const void *)at; break;
-        default: line->floats[j] = mask_element(at, dtype);
+        case FASTATTN_FLOAT64: line->doubles[j] = *(const double *)(const void *)at; break;
+        default: line->floats[j] = *(const float *)(const void *)at;
         }
     }
-}
-
-FA_INLINE simd_f mask_load(const mask_line *line, fastattn_dtype dtype) {
-    return dtype == FASTATTN_FLOAT64 ? simd_load(line->floats) : load_full(line, dtype);
 }
 
 /* How the elements that a vector of rows has for one key lie: as one, one behind the other, or anyhow. */
@@ -178,7 +171,7 @@ FA_INLINE mask_lanes mask_lanes_of(const void *const *from, int64_t itemsize) {
 FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
                            fastattn_dtype dtype) {
     const int64_t itemsize = fa_size_of(dtype);
-    const int loads = dtype != FASTATTN_FLOAT64, ahead = loads && key_stride == itemsize;
+    const int ahead = key_stride == itemsize;
     const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
     mask_census seen = {none, none};
     for (int row = 0; row < rows; row += SIMD_LANES) {
@@ -189,7 +182,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
                 mask_store(tile + j * ld + row, simd_set1(mask_element((const char *)from[0] + j * key_stride, dtype)), &seen);
             continue;
         }
-        if (loads && lanes == MASK_NEIGHBOURS) { /* as those of a transposed mask are */
+        if (lanes == MASK_NEIGHBOURS) { /* as those of a transposed mask are */
             for (int64_t j = 0; j < keys; j++)
                 mask_store(tile + j * ld + row, load_full((const char *)from[0] + j * key_stride, dtype), &seen);
             continue;
@@ -203,7 +196,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
                 mask_line lines[SIMD_LANES];
                 for (int i = 0; i < SIMD_LANES; i++)
                     mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, dtype);
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = mask_load(&lines[i], dtype);
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full(&lines[i], dtype);
             }
             simd_transpose(square);
             FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
@@ -226,12 +219,12 @@ FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of,
             continue;
         }
         int64_t j = 0;
-        if (key_stride == itemsize && dtype != FASTATTN_FLOAT64)
+        if (key_stride == itemsize)
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
         for (; j < keys; j += SIMD_LANES) {
             mask_line line;
             mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, dtype);
-            mask_store(bias + j, mask_load(&line, dtype), &seen);
+            mask_store(bias + j, load_full(&line, dtype), &seen);
         }
     }
     return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
