@@ -22,6 +22,9 @@ splitting, caching and distributing all rest on that.
 
 What a query looks at is said by :func:`attention_weights`, :func:`attention_mass` and others beside them; ``fastattn.plot`` draws it.
 
+Scores and weights may be others: :func:`additive_attention` and :func:`luong_attention`, ``activation=`` in the place of the softmax,
+and ``score_function=`` for whatever is not there yet (:func:`score_function`).
+
 Beside it stands the linear family (:func:`linear_attention`, :func:`gated_linear_attention`, :func:`gated_delta_rule`), whose state
 of a fixed size takes the place of the keys.
 
@@ -60,6 +63,7 @@ from .runtime import (
     threads,
     use_backend,
 )
+from .scores import additive_attention, luong_attention, score_function
 from .sparse import BlockMask
 from .varlen import attention_varlen
 
@@ -70,6 +74,7 @@ __all__ = [
     "BlockMask",
     "CacheFullError",
     "KVCache",
+    "additive_attention",
     "alibi_slopes",
     "apply_rope",
     "attention",
@@ -86,11 +91,13 @@ __all__ = [
     "gated_linear_attention",
     "get_num_threads",
     "linear_attention",
+    "luong_attention",
     "merge_states",
     "plot",
     "rollout",
     "rope_table",
     "scaled_dot_product_attention",
+    "score_function",
     "set_num_threads",
     "show_config",
     "sinusoidal_positions",

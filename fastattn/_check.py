@@ -254,7 +254,8 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, additive=None, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None,
+        self, backend, q, k, v, names=NAMES, packed=None, additive=None, *, mask=None, causal=False, window=None, query_offset=None,
+        kv_lengths=None,
         kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest",
         activation="softmax", activation_bias=None, power=3, score_function=None, return_lse=False, out=None,
     ):  # fmt: skip

@@ -86,7 +86,8 @@ def test_packed_sequences_are_what_they_are_alone(engine, activation):
 def test_caches(engine, activation, window):
     q, k, v = random_qkv(batch=2, heads=4, kv_heads=2, q_len=40, kv_len=40, head_dim=8)
     cache = fastattn.KVCache(2, 2, 40 if window is None else 17, 8, dtype="float32", window=window, keep_first=3 if window else 0)
-    for first, last in [(0, 5), (5, 6), (6, 9), (9, 10), (10, 14), (14, 15), (15, 40)] if window is None else [(n, n + 1) for n in range(40)]:
+    ends = [0, 5, 6, 9, 10, 14, 15, 40] if window is None else range(41)
+    for first, last in zip(ends, ends[1:]):
         cache.append(k[:, :, first:last], v[:, :, first:last])
         out = cache.attend(q[:, :, first:last], activation=activation)
         options = dict(activation=activation, causal=True)

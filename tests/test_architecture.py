@@ -32,6 +32,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
+    "scores": {"_arrays", "_check", "runtime"},
     "linear": {"_arrays", "_check", "runtime"},
     "layers": {"_check", "attention", "kvcache", "positions", "rope", "varlen"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},

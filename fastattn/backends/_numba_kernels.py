@@ -177,7 +177,8 @@ Panel = namedtuple(
 )
 
 # Where things are. The first four are a state: m, l and seen, a row each, and O. Lane by lane, `key` is the key within a vector.
-Places = namedtuple("Places", "m l seen o turned key low high distance slopes alpha q st bias k v")
+# The weights of additive scores lie where other keys are widened.
+Places = namedtuple("Places", "m l seen o turned key low high distance slopes alpha q st bias k v weights")
 
 
 @inline
@@ -191,7 +192,7 @@ def places(plan, state, scratch, row):
     v = k + 4 * plan.block_keys * plan.head_dim
     return Places(
         state, state + pitch, state + 2 * pitch, state + 3 * pitch,
-        scratch, key, key + pitch, key + 2 * pitch, key + 3 * pitch, key + 4 * pitch, key + 5 * pitch, q, st, bias, k, v,
+        scratch, key, key + pitch, key + 2 * pitch, key + 3 * pitch, key + 4 * pitch, key + 5 * pitch, q, st, bias, k, v, k,
     )  # fmt: skip
 
 
@@ -283,7 +284,12 @@ def open_panel(plan, unit, part, at, row, storage):
         if row_low < row_high:
             some_low, some_high = min(some_low, row_low), max(some_high, row_high)
     repeat(at.slopes, plan.slots, row)
-    pack(plan, at, row, storage)
+    pack(plan, at, at.q, row, storage)
+    if plan.additive:
+        for lane in range(panel.n_rows):
+            weights = plan.additive + row_of(plan, panel, lane)[1] * plan.additive_head
+            widen_row(weights, FLOAT32, plan.head_pitch, at.turned + 4 * lane * plan.head_pitch)
+        pack(plan, at, at.weights, row, storage)
     low, high = max(low, some_low), min(high, some_high)
     return Panel(panel.entry, panel.head0, panel.i0, panel.first, panel.n_rows, low, high, inner_low, inner_high)
 

@@ -24,10 +24,10 @@ from collections import namedtuple
 
 from numba import float32
 
-from ._numba_numbers import FLOAT32, LOWEST, inline, jit, widen, widen_row
+from ._numba_numbers import FLOAT32, LOWEST, fill, inline, jit, tanh, widen, widen_row
 from ._numba_simd import (
-    column, div, dots, fma, itemsize, lanes, load, mul, partial_sums, prefetch, rank_one, rescale, rows, splat, spread, store, sums,
-    transpose, where_less, width,
+    add, column, div, dots, elements, fma, itemsize, lanes, load, mul, partial_sums, prefetch, rank_one, rescale, rows, splat, spread,
+    store, sums, transpose, where_less, width,
 )  # fmt: skip
 
 Rows = namedtuple("Rows", "address stride n nbytes")  # n rows of so many bytes, `stride` bytes apart
@@ -68,12 +68,12 @@ def transpose_all(source, source_row, n_rows, n_columns, target, target_row, row
 
 
 @jit
-def pack(plan, at, row, storage):
-    """Arrange the queries of ``at.turned``, a row each, for `scores`."""
+def pack(plan, at, target, row, storage):
+    """Arrange the queries of ``at.turned``, a row each, or what lies there in their place, for `scores`."""
     if storage is None:
-        transpose_all(at.turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, at.q, 4 * lanes(row), row)
+        transpose_all(at.turned, 4 * plan.head_pitch, lanes(row), plan.head_pitch, target, 4 * lanes(row), row)
     else:
-        widen_row(at.turned, FLOAT32, lanes(row) * plan.head_pitch, at.q)
+        widen_row(at.turned, FLOAT32, lanes(row) * plan.head_pitch, target)
 
 
 @jit
@@ -86,8 +86,13 @@ def unpack(plan, at, row, storage):
 
 @jit
 def scores(plan, at, k, n_rows, ahead, tile, row, storage):
-    """``S^T = scale * K Q^T``"""
-    if storage is None:
+    """``S^T = scale * K Q^T``, or the additive scores ``scale * sum over d of weights . tanh(K + Q)``"""
+    if plan.additive:
+        if storage is None:
+            additive_across(plan, at, k, row)
+        else:
+            additive_along(plan, at, k, n_rows, row)
+    elif storage is None:
         scores_across(plan, at, k, ahead, tile, row)
     else:
         scores_along(plan, at, k, n_rows, ahead, tile, row, storage)
@@ -159,6 +164,37 @@ def careful_values_across(plan, at, v, code, ot, row):
             hidden = div(1.0, p)  # -inf for -0.0
             total = where_less(hidden, LOWEST, total, fma(p, widen(v.address + j * v.stride, d, code), total))
         store(ot + d * pitch, fma(load(ot + d * pitch, row), alpha, total))
+
+
+@jit
+def additive_across(plan, at, k, row):
+    pitch = 4 * lanes(row)
+    for j in range(k.n):
+        key = elements(k.address + j * k.stride, float32)
+        total = splat(0.0, row)
+        for d in range(plan.head_dim):
+            total = fma(load(at.weights + d * pitch, row), tanh(add(load(at.q + d * pitch, row), key[d])), total)
+        store(at.st + j * pitch, mul(total, plan.scale))
+
+
+@jit
+def additive_along(plan, at, k, n_rows, row):
+    """Keys are moved to where they can be read in whole vectors; the weights beyond their numbers are 0."""
+    key, sums = at.turned, elements(at.turned + 4 * plan.head_pitch, float32)
+    fill(key, 0.0, plan.head_dim, plan.head_pitch)
+    for j in range(k.n):
+        widen_row(k.address + j * k.stride, FLOAT32, plan.head_dim, key)
+        for i in range(n_rows):
+            total = splat(0.0, row)
+            at_row = 4 * i * plan.head_pitch
+            for d in range(0, plan.head_pitch, lanes(row)):
+                x = tanh(add(load(at.q + at_row + 4 * d, row), load(key + 4 * d, row)))
+                total = fma(load(at.weights + at_row + 4 * d, row), x, total)
+            store(at.turned + 4 * plan.head_pitch, total)
+            score = sums[0]
+            for lane in range(1, lanes(row)):
+                score += sums[lane]
+            elements(at.st, float32)[j * plan.slots + i] = score * plan.scale
 
 
 # Along. The rows of the tile are queries, zeros where there are fewer.

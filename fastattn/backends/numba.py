@@ -255,11 +255,17 @@ class _Work:
         work = int((self.units_of * self.kv_len).sum()) * self.lanes * (head_dim + v_head_dim)
         self.threads, self.is_long = _useful_threads(self.units * self.parts, work), work > _WORK_OF_A_LONG_CALL
         self.head_pitch, self.v_head_pitch = (-(-n // self.shape[2]) * self.shape[2] for n in (head_dim, v_head_dim))
+        self.additive = None
+        if call.additive is not None:  # read in whole vectors
+            self.head_pitch = -(-head_dim // self.lanes) * self.lanes
+            self.additive = np.zeros((num_heads, self.head_pitch), np.float32)
+            self.additive[:, :head_dim] = call.additive
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
         widened = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened else 0
-        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + widened
+        weights = row_bytes * self.head_pitch if self.additive is not None else 0
+        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + max(widened, weights)
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
@@ -307,7 +313,7 @@ class _Work:
             "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap, "activation": ACTIVATIONS.index(call.activation), "power": call.power,
-            **_place("activation_bias", call.activation_bias), **_place("additive", call.additive, "additive_head"),
+            **_place("activation_bias", call.activation_bias), **_place("additive", self.additive, "additive_head"),
         }  # fmt: skip
         if call.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
