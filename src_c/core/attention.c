@@ -129,8 +129,8 @@ static void clear_padding(const fa_call *call, const fa_entry *entry) {
     const size_t bytes = (size_t)(a->v_head_dim * fa_size_of(a->q_dtype));
     for (int64_t h = 0; h < a->num_heads; h++)
         for (int64_t i = entry->shape.q_len; i < entry->q_room; i++) {
-            memset((char *)a->out + entry->batch * a->out_strides[0] + h * a->out_strides[1] + (entry->query + i) * a->out_strides[2],
-                   0, bytes);
+            char *row = (char *)a->out + entry->batch * a->out_strides[0] + h * a->out_strides[1] + (entry->query + i) * a->out_strides[2];
+            if (bytes > 0) memset(row, 0, bytes);
             if (a->lse) *lse_at(a, entry, h, i) = -INFINITY;
         }
 }

@@ -21,7 +21,7 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
         a->kv_len > most_length)
         return FASTATTN_ERROR_SHAPE;
-    if (product_exceeds(a->num_heads, a->q_len, most_items) ||
+    if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
         product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
         return FASTATTN_ERROR_SHAPE;
     return FASTATTN_OK;

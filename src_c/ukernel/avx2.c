@@ -1,7 +1,7 @@
 /* The micro-kernels for x86-64 with AVX2, FMA and F16C. */
 #include "ukernel.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef FA_HOLDS_AVX2
 
 #include <immintrin.h>
 

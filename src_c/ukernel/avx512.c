@@ -2,7 +2,7 @@
  * of AVX512-BF16, AVX512-VNNI and AMX tiles. */
 #include "ukernel.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef FA_HOLDS_AVX512
 
 #include <immintrin.h>
 

@@ -1,7 +1,7 @@
 /* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add. */
 #include "ukernel.h"
 
-#if defined(__aarch64__) || defined(_M_ARM64)
+#ifdef FA_HOLDS_NEON
 
 #include "../simd/neon.h"
 #include "template.h"

@@ -13,12 +13,14 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     }
     switch (limit) {
     case FASTATTN_ISA_PORTABLE: return &fastattn_ukernel_portable;
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef FA_HOLDS_AVX2
     case FASTATTN_ISA_AVX2: return fastattn_cpu_has(FA_CPU_AVX2) ? &fastattn_ukernel_avx2 : NULL;
+#endif
+#ifdef FA_HOLDS_AVX512
     case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? &fastattn_ukernel_avx512 : NULL;
     case FASTATTN_ISA_AMX: return fastattn_cpu_has(FA_CPU_AVX512 | FA_CPU_AMX) ? &fastattn_ukernel_avx512 : NULL;
 #endif
-#if defined(__aarch64__) || defined(_M_ARM64)
+#ifdef FA_HOLDS_NEON
     case FASTATTN_ISA_NEON: return &fastattn_ukernel_neon;
 #endif
     default: return NULL;
@@ -26,7 +28,7 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 }
 
 const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
     if ((limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
         if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_bfloat16_amx;
         if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_bfloat16x3_amx;

@@ -264,6 +264,18 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 /* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than. */
 const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
 
+/* The tables that a library holds: those of its architecture, but for what the build has left out (-DFASTATTN_NO_AVX512), which is
+ * then not available. */
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(FASTATTN_NO_AVX2)
+#define FA_HOLDS_AVX2
+#endif
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(FASTATTN_NO_AVX512)
+#define FA_HOLDS_AVX512 /* and AMX */
+#endif
+#if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(FASTATTN_NO_NEON)
+#define FA_HOLDS_NEON
+#endif
+
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;

@@ -1,15 +1,11 @@
 #include "harness.h"
+#include "system.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
@@ -19,7 +15,7 @@
 #define SANITIZED 0
 #endif
 
-enum { TEST_SECONDS = 600, EXIT_FAILED = 1, EXIT_SKIPPED = 77 };
+enum { EXIT_FAILED = 1, EXIT_SKIPPED = 77 };
 
 fastattn_isa test_isa;
 int test_effort = 100;
@@ -41,10 +37,10 @@ enum { SLACK_BYTE = 0xA7 };
 static struct guarded *guarded_list;
 
 static void *guard_alloc(const char *name, size_t size, size_t alignment, enum guard_side side, int is_input) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t page = system_page();
     size_t pages_size = (size + page - 1) / page * page;
-    uint8_t *map = mmap(NULL, pages_size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(map != MAP_FAILED, "cannot map %zu bytes for %s", size, name);
+    uint8_t *map = system_pages(pages_size + 2 * page);
+    CHECK(map, "cannot map %zu bytes for %s", size, name);
 
     struct guarded *guarded = malloc(sizeof *guarded);
     CHECK(guarded != NULL, "out of memory");
@@ -52,7 +48,7 @@ static void *guard_alloc(const char *name, size_t size, size_t alignment, enum g
     if (side == GUARD_BEHIND)
         guarded->data += (pages_size - size) / alignment * alignment;
     if (pages_size > 0) {
-        CHECK(mprotect(guarded->pages, pages_size, PROT_READ | PROT_WRITE) == 0, "mprotect: %s", strerror(errno));
+        CHECK(system_allow(guarded->pages, pages_size, PAGES_WRITE), "cannot make %s writable", name);
         memset(guarded->pages, SLACK_BYTE, pages_size);
     }
     guarded_list = guarded;
@@ -70,7 +66,7 @@ void *guard_output(const char *name, size_t size, size_t alignment, enum guard_s
 void guard_seal(void) {
     for (struct guarded *g = guarded_list; g; g = g->next)
         if (g->is_input && g->pages_size > 0)
-            CHECK(mprotect(g->pages, g->pages_size, PROT_READ) == 0, "mprotect: %s", strerror(errno));
+            CHECK(system_allow(g->pages, g->pages_size, PAGES_READ), "cannot seal %s", g->name);
 }
 
 void guard_check(void) {
@@ -82,11 +78,11 @@ void guard_check(void) {
 }
 
 void guard_release(void) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t page = system_page();
     while (guarded_list) {
         struct guarded *g = guarded_list;
         guarded_list = g->next;
-        munmap(g->pages - page, g->pages_size + 2 * page);
+        system_release(g->pages - page, g->pages_size + 2 * page);
         free(g);
     }
 }
@@ -98,8 +94,6 @@ int allocation_count, allocation_fails;
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
 void *__real_realloc(void *memory, size_t size);
-void *__real_aligned_alloc(size_t alignment, size_t size);
-int __real_posix_memalign(void **memory, size_t alignment, size_t size);
 
 static int allocation_refused(void) {
     __atomic_add_fetch(&allocation_count, 1, __ATOMIC_RELAXED);
@@ -115,15 +109,19 @@ void *__wrap_calloc(size_t count, size_t size) { return allocation_refused() ? N
 void *__wrap_realloc(void *memory, size_t size);
 void *__wrap_realloc(void *memory, size_t size) { return allocation_refused() ? NULL : __real_realloc(memory, size); }
 
+#ifndef _WIN32 /* where there is neither */
+void *__real_aligned_alloc(size_t alignment, size_t size);
 void *__wrap_aligned_alloc(size_t alignment, size_t size);
 void *__wrap_aligned_alloc(size_t alignment, size_t size) {
     return allocation_refused() ? NULL : __real_aligned_alloc(alignment, size);
 }
 
+int __real_posix_memalign(void **memory, size_t alignment, size_t size);
 int __wrap_posix_memalign(void **memory, size_t alignment, size_t size);
 int __wrap_posix_memalign(void **memory, size_t alignment, size_t size) {
     return allocation_refused() ? ENOMEM : __real_posix_memalign(memory, alignment, size);
 }
+#endif
 
 /* --------------------------------------------------------------------------------------------------- random numbers */
 
@@ -163,42 +161,31 @@ void fail(const char *file, int line, const char *format, ...) {
     va_start(list, format);
     vsnprintf(report->message + used, sizeof report->message - used, format, list);
     va_end(list);
-    _exit(EXIT_FAILED);
+    system_exit(EXIT_FAILED);
 }
 
 void skip(const char *reason) {
     snprintf(report->message, sizeof report->message, "%s", reason);
-    _exit(EXIT_SKIPPED);
+    system_exit(EXIT_SKIPPED);
 }
 
-/* Says which buffer a faulting address lies next to, then lets the signal take its course. */
-static void on_fault(int number, siginfo_t *info, void *machine) {
-    const uint8_t *address = info->si_addr;
+/* Says which buffer a faulting address lies next to. */
+static void report_fault(const void *at) {
+    const uint8_t *address = at;
     const struct guarded *nearest = NULL;
     ptrdiff_t distance = 0;
-    (void)machine;
-    for (const struct guarded *g = guarded_list; g; g = g->next) {
+    for (const struct guarded *g = guarded_list; g && at; g = g->next) {
         ptrdiff_t d = address - g->data;
         if (!nearest || llabs((long long)d) < llabs((long long)distance)) {
             nearest = g;
             distance = d;
         }
     }
-    snprintf(report->message, sizeof report->message, "fault at %p", (const void *)address);
-    if (nearest && number != SIGILL)
+    snprintf(report->message, sizeof report->message, at ? "fault at %p" : "an instruction that is not known", at);
+    if (nearest)
         snprintf(report->message, sizeof report->message,
                  "fault at byte %td of %s, whose size is %zu (an inaccessible page, or a write to an input)", distance,
                  nearest->name, nearest->size);
-    signal(number, SIG_DFL);
-}
-
-static void catch_faults(void) {
-    const int numbers[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
-    struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO};
-    if (SANITIZED) /* has a report of its own, with a stack */
-        return;
-    for (size_t i = 0; i < COUNT(numbers); i++)
-        sigaction(numbers[i], &action, NULL);
 }
 
 static struct test *tests, **tests_end = &tests;
@@ -217,37 +204,38 @@ static void conclude(int outcome, const char *name, const char *detail) {
     fflush(stdout);
 }
 
+static const struct test *running;
+
+static void run_apart(void) {
+    if (!SANITIZED) /* which has a report of its own, with a stack */
+        system_on_fault(report_fault);
+    running->run();
+    guard_release();
+}
+
 static void run_test(const struct test *test, const char *name) {
-    int status = 0;
+    char how[256] = "", detail[sizeof *report + sizeof how + 8];
     memset(report, 0, sizeof *report);
-    pid_t child = fork();
-    if (child == 0) {
-        catch_faults();
-        alarm(TEST_SECONDS);
-        test->run();
-        guard_release();
-        exit(0); /* not _exit: leak checkers report here */
-    }
-    if (child < 0 || waitpid(child, &status, 0) < 0) {
-        conclude(1, name, strerror(errno));
+    running = test;
+    const int status = system_run(run_apart, test->name, (int)test_isa, test_effort, how, sizeof how);
+    if (status == 0 || status == EXIT_SKIPPED) {
+        conclude(status == 0 ? 0 : 2, name, report->message);
         return;
     }
-    char detail[sizeof *report + 256];
-    const char *separator = *report->context && *report->message ? "; " : "";
-    if (WIFSIGNALED(status))
-        snprintf(detail, sizeof detail, "signal %d (%s); %s%s%s", WTERMSIG(status), strsignal(WTERMSIG(status)),
-                 report->message, separator, report->context);
-    else if (WEXITSTATUS(status) == EXIT_FAILED && *report->message)
-        snprintf(detail, sizeof detail, "%s%s%s", report->message, separator, report->context);
-    else
-        snprintf(detail, sizeof detail, "exit status %d; %s", WEXITSTATUS(status), report->context);
+    if (status > 0 && !*report->message)
+        snprintf(how, sizeof how, "exit status %d", status);
+    snprintf(detail, sizeof detail, "%s%s%s%s%s", how, *how && *report->message ? "; " : "", report->message,
+             *report->context ? "; " : "", report->context);
+    conclude(1, name, detail);
+}
 
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
-        conclude(0, name, "");
-    else if (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_SKIPPED)
-        conclude(2, name, report->message);
-    else
-        conclude(1, name, detail);
+/* Where a process has been started for one test. */
+static int run_one(const char *name) {
+    for (running = tests; running && strcmp(running->name, name); running = running->next) continue;
+    if (!running)
+        return 2;
+    run_apart();
+    return 0;
 }
 
 /* usage: program [effort in percent [part of a test's name [an instruction set, which then has to be available]]] */
@@ -255,9 +243,15 @@ int main(int argc, char **argv) {
     const char *wanted = argc > 2 ? argv[2] : "", *wanted_isa = argc > 3 ? argv[3] : "";
     if (argc > 1)
         test_effort = atoi(argv[1]);
-    report = mmap(NULL, sizeof *report, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (report == MAP_FAILED)
+    int isa;
+    report = system_shared(sizeof *report, argc, argv);
+    if (!report)
         return 2;
+    const char *asked_for = system_asked_for(argc, argv, &isa);
+    if (asked_for) {
+        test_isa = (fastattn_isa)isa;
+        return run_one(asked_for);
+    }
     for (const struct test *test = tests; test; test = test->next) {
         if (!strstr(test->name, wanted))
             continue;
@@ -266,7 +260,7 @@ int main(int argc, char **argv) {
             run_test(test, test->name);
             continue;
         }
-        for (int isa = FASTATTN_ISA_PORTABLE; fastattn_isa_name((fastattn_isa)isa); isa++) {
+        for (isa = FASTATTN_ISA_PORTABLE; fastattn_isa_name((fastattn_isa)isa); isa++) {
             char name[128];
             test_isa = (fastattn_isa)isa;
             if (*wanted_isa && strcmp(wanted_isa, fastattn_isa_name(test_isa)))

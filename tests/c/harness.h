@@ -1,16 +1,17 @@
 /* The harness of the C tests: registration, checks, random numbers, guarded memory.
  *
- * Every test runs in a child process of its own, so that a crash or a hang is the failure of one test and not the end
+ * Every test runs in a process of its own, where the system has such, so that a crash or a hang is the failure of one test and not the end
  * of the run. What a test wants to say about the case at hand goes into context(), which is printed only when it fails.
  */
 #ifndef TEST_HARNESS_H
 #define TEST_HARNESS_H
 
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE /* MAP_ANONYMOUS, pthread barriers */
+#define _GNU_SOURCE /* pthread barriers */
 #endif
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h> /* the names of formats */
 
 #include "fastattn.h"
 
@@ -42,8 +43,13 @@ extern fastattn_isa test_isa;
 /* How much random testing to do, in percent: emulation and sanitizers ask for less. */
 extern int test_effort;
 
-__attribute__((format(printf, 1, 2))) void context(const char *format, ...);
-__attribute__((noreturn, format(printf, 3, 4))) void fail(const char *file, int line, const char *format, ...);
+#ifdef __MINGW_PRINTF_FORMAT /* C's own, and not Windows' */
+#define PRINTF __MINGW_PRINTF_FORMAT
+#else
+#define PRINTF __printf__
+#endif
+__attribute__((format(PRINTF, 1, 2))) void context(const char *format, ...);
+__attribute__((noreturn, format(PRINTF, 3, 4))) void fail(const char *file, int line, const char *format, ...);
 __attribute__((noreturn)) void skip(const char *reason);
 
 #define CHECK(condition, ...)                      \

@@ -2,12 +2,13 @@
 # Builds the C library from src_c/sources.txt with a plain compiler, and tests it without Python.
 #
 #   tests/c/run.sh [--cc COMPILER] [--sanitize address,undefined | thread] [--no-openmp]
-#                  [--emulate 'qemu-x86_64 -cpu Nehalem' | aarch64 | amx]
+#                  [--emulate 'qemu-x86_64 -cpu Nehalem' | 'valgrind -q' | aarch64 | riscv64 | arm | musl | windows | wasm | amx]
 #                  [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME]
 #
 # One line per test, and the line "N passed, N failed, N skipped" at the end; the exit status is 1 when a test failed.
 # With the thread sanitizer only the tests of threads run, without sanitizers also checks of the objects. With "amx" the
 # tests of that instruction set run, on any x86-64 with AVX-512: what the processor lacks of it tests/amx/emulator.c does.
+# The other names are what the library is cross-compiled for; words after the first are the emulator's ('aarch64 -cpu cortex-a53').
 # What an option needs and the system lacks is installed with apt-get where that is possible.
 set -eu
 
@@ -20,14 +21,14 @@ while [ $# -gt 0 ]; do
         --emulate) emulate=$2; shift 2 ;;
         --effort) effort=$2; shift 2 ;;
         --only) only=$2; shift 2 ;;
-        *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
 
 need() { # a command, and the package that has it
     command -v "$1" >/dev/null && return
     echo "installing $2" >&2
-    $(command -v sudo) apt-get install -qq -y "$2" >/dev/null
+    $(command -v sudo) apt-get install -qq -y --no-install-recommends $2 >/dev/null
 }
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,16 +36,37 @@ source=$here/../../src_c
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-tools='' static='' run=$emulate isa='' isa_tests=''
-if [ "$emulate" = aarch64 ]; then
-    need qemu-aarch64 qemu-user
-    need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
-    tools=aarch64-linux-gnu- cc=aarch64-linux-gnu-gcc static=-static run=qemu-aarch64
-elif [ "$emulate" = amx ]; then
-    isa=amx isa_tests=amx/test_emulator.c run="env LD_PRELOAD=$build/emulator.so"
-elif [ -n "$emulate" ]; then
-    need "${emulate%% *}" qemu-user
-fi
+tools='' static='' run=$emulate isa='' isa_tests='' threads=-lpthread suffix='' pic=-fPIC extra=''
+wrap='-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc'
+cross() { # a prefix of tools, the packages of the compiler and of its C library, and the emulator
+    need "$4" qemu-user
+    need "$1gcc" "$2 $3"
+    tools=$1 cc=$1gcc static=-static run=$4
+}
+target=${emulate%% *} words=${emulate#"${emulate%% *}"}
+case $target in
+    '') ;;
+    aarch64) cross aarch64-linux-gnu- gcc-aarch64-linux-gnu libc6-dev-arm64-cross "qemu-aarch64" ;;
+    riscv64) cross riscv64-linux-gnu- gcc-riscv64-linux-gnu libc6-dev-riscv64-cross "qemu-riscv64" ;;
+    arm) cross arm-linux-gnueabihf- gcc-arm-linux-gnueabihf libc6-dev-armhf-cross "qemu-arm" ;;
+    musl) need musl-gcc musl-tools; cc=musl-gcc static=-static run='' openmp='' ;; # its OpenMP would be glibc's
+    windows)
+        need x86_64-w64-mingw32-gcc gcc-mingw-w64-x86-64
+        [ -x /usr/lib/wine/wine64 ] || need wine64 wine64
+        PATH=$PATH:/usr/lib/wine
+        tools=x86_64-w64-mingw32- cc=x86_64-w64-mingw32-gcc static=-static run=wine64 suffix=.exe pic='' extra=-D__USE_MINGW_ANSI_STDIO=1
+        export WINEPREFIX=$build/wine WINEDEBUG=-all ;;
+    wasm)
+        need emcc emscripten
+        export EM_CACHE=$build/emscripten
+        cc=emcc run=node openmp='' threads='-sALLOW_MEMORY_GROWTH=1 -sTOTAL_STACK=4194304' suffix=.js pic=''
+        [ "$words" = ' portable' ] || extra=-msimd128 ;; # which is chosen when a module is compiled, not when it runs
+    amx) isa=amx isa_tests=amx/test_emulator.c run="env LD_PRELOAD=$build/emulator.so" ;;
+    valgrind) need valgrind valgrind; run="$emulate --error-exitcode=9" ;;
+    *) need "$target" qemu-user ;;
+esac
+case $run in qemu-*) [ "$target" = "${run%% *}" ] || run=$run$words ;; esac
+[ "$target" = windows ] || [ "$target" = wasm ] || wrap=$wrap,--wrap=aligned_alloc,--wrap=posix_memalign
 if [ -n "$sanitize" ]; then
     if [ "$sanitize" = thread ]; then
         openmp='' # its run-time is not instrumented: barriers look like races
@@ -60,7 +82,7 @@ fi
 : "${effort:=$([ -n "$run$sanitize" ] && echo 10 || echo 100)}"
 
 # ---------------------------------------------------------------------------------------------------- build and run
-flags="-std=c11 -O2 -Wall -Wextra -Werror $openmp $sanitize ${isa:+-DFASTATTN_ASSUME_AMX}"
+flags="-std=c11 -O2 ${CPPFLAGS-} $extra -Wall -Wextra -Werror $openmp $sanitize ${isa:+-DFASTATTN_ASSUME_AMX}"
 library=$(sed 's/#.*//' "$source/sources.txt")
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../../fastattn/__init__.py")
 tests="$isa_tests $(cd "$here/.." && ls c/*.c)"
@@ -71,7 +93,7 @@ mkdir "$build/library" "$build/tests"
 includes="-I'$source/include' -I'$source'"
 {
     for file in $library; do
-        echo "$cc $flags -fPIC -fvisibility=hidden -DFASTATTN_VERSION='\"$version\"' $includes" \
+        echo "$cc $flags $pic -fvisibility=hidden -DFASTATTN_VERSION='\"$version\"' $includes" \
             "-c '$source/$file' -o $build/library/$(object "$file")"
     done
     for file in $tests; do
@@ -79,13 +101,12 @@ includes="-I'$source/include' -I'$source'"
     done
     [ -z "$isa" ] || echo "$cc $flags -fPIC -shared '$here/../$isa/emulator.c' -ldl -o $build/emulator.so"
 } | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}' || exit 1
-wrap='-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=aligned_alloc,--wrap=posix_memalign'
-$cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm -lpthread -o "$build/test"
+$cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm $threads -o "$build/test$suffix"
 
 # A huge request is an error to report, not a reason to end the program.
 export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS-}"
 case $run in qemu-*) export TEST_UNDER_QEMU=1 ;; esac
-$run "$build/test" "$effort" "$only" "$isa" | tee "$build/log" | sed '$d'
+$run "$build/test$suffix" "$effort" "$only" "$isa" | tee "$build/log" | sed '$d'
 
 # ---------------------------------------------------------------------------------------------- the objects themselves
 outcome() { # pass, FAIL or skip, the name, and what was found
@@ -113,7 +134,7 @@ check_objects() {
     expect_nothing data_is_cached_features_and_the_pool "$(echo "$data" | grep -v -e '^cpu-cpu' -e '^core-pool' || true)"
     echo "     mutable data: ${data:-none}"
 
-    if $cc $flags $static -shared "$@" -lm -lpthread -o "$build/libfastattn.so" 2>/dev/null; then
+    if $cc $flags $static -shared "$@" -lm $threads -o "$build/libfastattn.so" 2>/dev/null; then
         grep -o 'fastattn_[a-z_]*(' "$source/include/fastattn.h" | tr -d '(' | sort -u >"$build/declared"
         expect_nothing shared_library_exports_the_header "$("${tools}nm" -D --defined-only "$build/libfastattn.so" |
             awk '$3 !~ /^(_init|_fini)$/ { print $3 }' | sort -u | comm -3 - "$build/declared" | tr -d '\t')"
@@ -140,7 +161,7 @@ if [ -z "$sanitize$only" ]; then
     if ! command -v "$cxx" >/dev/null; then
         outcome skip header_in_c++ "no $cxx"
     elif $cxx -Wall -Wextra -Werror -pedantic $openmp $static -I"$source/include" "$here/test_header.cpp" \
-            "$build"/library/*.o -lm -lpthread -o "$build/header" && $run "$build/header"; then
+            "$build"/library/*.o -lm $threads -o "$build/header$suffix" && $run "$build/header$suffix"; then
         outcome pass header_in_c++
     else
         outcome FAIL header_in_c++

@@ -98,6 +98,7 @@ TEST(errors_arguments) {
 
 TEST(errors_shapes) {
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.batch = -1);
+    REFUSED(FASTATTN_ERROR_SHAPE, (p.args.batch = INT64_MAX, p.args.num_heads = p.args.num_kv_heads = 0));
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_heads = -4);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.num_kv_heads = -2);
     REFUSED(FASTATTN_ERROR_SHAPE, p.args.q_len = -1);

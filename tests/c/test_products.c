@@ -227,7 +227,7 @@ TEST_EACH_ISA(products_as_a_chain) {
         const int rounded = strncmp(by->name, "float32_", 8) != 0 && !integers(by);
         check_table(by, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
     if (test_isa != FASTATTN_ISA_AVX512) return;
     /* Chosen or not. */
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_table(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
@@ -280,7 +280,7 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
 
 /* Blocks of integers fit as long as what they share leaves enough to each. */
 TEST_EACH_ISA(products_fit) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
     enum { ROWS = 64, KEYS = 40, DIM = 72, CHANGED = 17 };
     static const struct { const char *what; float factor, offset; int fits[3]; } changes[] = {
         /* of one row of q, k and v */

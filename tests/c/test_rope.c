@@ -123,6 +123,7 @@ TEST(rope_refuses_what_it_cannot_do) {
     REFUSED(a.isa = (fastattn_isa)77, FASTATTN_ERROR_ISA);
     REFUSED(a.threading = (fastattn_threading)77, FASTATTN_ERROR_THREADING);
     REFUSED((a.length = 0, a.x = NULL, a.out = NULL), FASTATTN_OK);
+    REFUSED((a.length = 0, a.batch = INT64_MAX), FASTATTN_OK);
     for (size_t n = 0; n < bytes; n++) CHECK(((unsigned char *)good.out)[n] == 0x5a, "byte %d was written", (int)n);
     guard_check();
 }

@@ -8,8 +8,10 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 static const fastattn_threading ways[] = {FASTATTN_THREADING_POOL, FASTATTN_THREADING_OPENMP};
 
@@ -275,6 +277,8 @@ TEST(threads_are_stopped_while_others_call) {
     fastattn_threads_stop();
 }
 
+#ifndef _WIN32 /* where processes do not fork */
+
 static void compute_in_a_child(void) {
     const pid_t child = fork();
     CHECK(child >= 0, "fork");
@@ -313,6 +317,8 @@ TEST(threads_after_a_fork) {
         pthread_join(callers[n], NULL);
     share_often(NULL);
 }
+
+#endif
 
 /* A call that would take seconds at least, on operands of one row: their strides are 0. */
 static int asked;
