@@ -65,7 +65,7 @@ static void prepare(struct block *x) {
         x->rows_of[r] = q + r * x->dim * size;
         x->outputs[r] = out + r * x->dim * size;
     }
-    x->k = x->v = (fa_matrix){numbers(x->keys * x->dim, x->dtype), x->dim * size, x->dtype};
+    x->k = x->v = fa_matrix_at(numbers(x->keys * x->dim, x->dtype), x->dim * size, x->dtype);
     x->v.at = numbers(x->keys * x->dim, x->dtype);
     const int as_stored = x->by->in_place && x->dtype == FASTATTN_FLOAT32;
     x->k_room = as_stored ? NULL : room(keys * tiled);

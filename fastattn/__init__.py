@@ -15,7 +15,8 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 :func:`show_config` says which one is in use and why, :func:`explain` how one call would be computed.
 
 Batches need no padding: :func:`attention_varlen` takes sequences one after the other, and where there is padding (`kv_starts`,
-`kv_lengths`, `q_lengths`) it costs nothing and changes no bit.
+`kv_lengths`, `q_lengths`) it costs nothing and changes no bit. :class:`KVCache` keeps the keys and values of sequences that grow;
+:func:`paged_attention` reads them from pages, wherever these lie.
 
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
@@ -65,7 +66,7 @@ from .runtime import (
 )
 from .scores import additive_attention, luong_attention, score_function
 from .sparse import BlockMask
-from .varlen import attention_varlen
+from .varlen import attention_varlen, paged_attention
 
 __version__ = "0.1.0"
 
@@ -93,6 +94,7 @@ __all__ = [
     "linear_attention",
     "luong_attention",
     "merge_states",
+    "paged_attention",
     "plot",
     "rollout",
     "rope_table",

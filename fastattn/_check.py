@@ -96,6 +96,18 @@ def seqlens(name, value, total, of):
     return array.astype(np.int64)
 
 
+def shares(name, value, batch, total, of):
+    """The same for a known number of sequences, by default in equal shares: ``(batch + 1,)``."""
+    if value is None:
+        if total % max(batch, 1) or (total and not batch):
+            raise ValueError(f"{name} must be given where {of} has no equal shares of {batch} sequences; got {total} rows")
+        return np.arange(batch + 1, dtype=np.int64) * (total // max(batch, 1))
+    table = seqlens(name, value, total, of)
+    if len(table) != batch + 1:
+        raise ValueError(f"{name} must have shape ({batch + 1},) for {batch} sequences; got shape ({len(table)},)")
+    return table
+
+
 def integer(name, value, least=-math.inf):
     """`value` as an int of at least `least`."""
     try:
@@ -196,12 +208,24 @@ def check_out(out, shape, dtype, inputs, q="q", argument="out"):
     return array
 
 
+class PagedRows:
+    """The keys or values of one head of an entry in pages: gathered when they are indexed by the numbers of keys, as an array is."""
+
+    def __init__(self, pages, table, length):
+        self._pages, self._table = pages, table
+        self.shape = length, pages.shape[2]
+
+    def __getitem__(self, keys):
+        page, row = np.divmod(keys, self._pages.shape[1])
+        return self._pages[self._table[page], row]
+
+
 class Entry(NamedTuple):
-    """Views of one entry's part of a call."""
+    """What is one entry's of a call: views, but for keys and values in pages, which are a `PagedRows` for each head."""
 
     q: np.ndarray  # (Hq, Lq, Dk), and so on
-    k: np.ndarray
-    v: np.ndarray
+    k: np.ndarray | list[PagedRows]
+    v: np.ndarray | list[PagedRows]
     out: np.ndarray
     lse: np.ndarray | None
 
@@ -209,7 +233,8 @@ class Entry(NamedTuple):
 class Call:
     """One call of attention, validated and normalised: what every backend receives.
 
-    Sequences may be packed: then the arrays have a batch axis of 1, and the rows of all sequences one after the other.
+    Sequences may be packed: then the arrays have a batch axis of 1, and the rows of all sequences one after the other. Keys and
+    values may be in pages: then the first axis of theirs is that of pages, and the third the rows of a page.
 
     Attributes
     ----------
@@ -230,6 +255,8 @@ class Call:
         ``(B,)`` int64, defaults resolved.
     cu_seqlens_q, cu_seqlens_k : ndarray or None
         ``(B + 1,)`` int64: the first row, of `q` and of `k`, of each packed sequence and the end of the last.
+    block_table : ndarray or None
+        ``(B, most)`` int32, contiguous: the pages of each entry, which are there for all keys from `kv_starts` to `kv_lengths`.
     scale, softcap : float
         Finite; a softcap of 0 is none.
     alibi_slopes : ndarray or None
@@ -249,24 +276,28 @@ class Call:
 
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
-        "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "scale", "softcap", "alibi_slopes", "sinks", "precision",
+        "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "scale", "softcap", "alibi_slopes", "sinks", "precision",
         "activation", "activation_bias", "power", "score_function", "additive", "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, additive=None, *, mask=None, causal=False, window=None, query_offset=None,
-        kv_lengths=None,
-        kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest",
-        activation="softmax", activation_bias=None, power=3, score_function=None, return_lse=False, out=None,
+        self, backend, q, k, v, names=NAMES, packed=None, paged=None, additive=None, *, mask=None, causal=False, window=None,
+        query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None,
+        precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None, return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
-        self._take_qkv(given, backend, packed is not None)
+        self._take_qkv(given, backend, packed is not None, paged is not None)
         batch, num_heads, q_len, head_dim = self.q.shape
         kv_len, v_head_dim = self.v.shape[2:]
         lse_shape, q_rows = (batch, num_heads, q_len), q_len
         out_shape = (*lse_shape, v_head_dim)
-        self.cu_seqlens_q = self.cu_seqlens_k = None
-        if packed is not None:
+        self.cu_seqlens_q = self.cu_seqlens_k = self.block_table = None
+        if paged is not None:
+            self.block_table, cu_seqlens_q = self._pages(*paged)
+            batch, most = self.block_table.shape
+            self.cu_seqlens_q = shares("cu_seqlens_q", cu_seqlens_q, batch, q_len, names.q)
+            q_len, kv_len = np.diff(self.cu_seqlens_q), most * kv_len
+        elif packed is not None:
             self.cu_seqlens_q, self.cu_seqlens_k = (
                 seqlens(name, table, total, of)
                 for name, table, total, of in zip(("cu_seqlens_q", "cu_seqlens_k"), packed, (q_len, kv_len), names)
@@ -276,6 +307,7 @@ class Call:
                 raise ValueError(f"cu_seqlens_k must have as many entries as cu_seqlens_q, {batch + 1}; got {len(self.cu_seqlens_k)}")
             q_len, kv_len = np.diff(self.cu_seqlens_q), np.diff(self.cu_seqlens_k)
 
+        packed = self.cu_seqlens_q is not None
         self.causal = flag("causal", causal)
         self.window = window_sides(window)
         if kv_lengths is None:
@@ -285,6 +317,8 @@ class Call:
         self.kv_starts = np.zeros(batch, np.int64) if kv_starts is None else integers("kv_starts", kv_starts, batch, 0, kv_len)
         if kv_starts is not None and (self.kv_starts > self.kv_lengths).any():
             raise ValueError(f"kv_starts must be at most kv_lengths, {self.kv_lengths.tolist()}; got {kv_starts!r}")
+        if paged is not None:
+            self._check_pages(names)
         self.q_lengths = np.full(batch, q_len, np.int64) if q_lengths is None else integers("q_lengths", q_lengths, batch, 0, q_len)
         if query_offset is None:
             self.query_offset = self.kv_lengths - self.q_lengths
@@ -321,7 +355,7 @@ class Call:
         self.lse = np.empty(lse_shape, np.float32) if return_lse else None
         self._given_out = out
         self._copy_to = None
-        if packed is not None:  # rows come before heads
+        if packed:  # rows come before heads
             out_shape = (1, q_rows, num_heads, v_head_dim)
         if out is None:
             self.out = np.empty(out_shape, self.q.dtype)
@@ -333,7 +367,7 @@ class Call:
             target = target[(None,) * (4 - self._rank)]
             self.out = target if ready else np.empty(out_shape, self.q.dtype)
             self._copy_to = None if ready else target
-        if packed is not None:
+        if packed:
             self.out = self.out.swapaxes(1, 2)
 
     def _take_activation(self, activation, bias, power, batch, return_lse):
@@ -358,16 +392,40 @@ class Call:
             if self.sinks is not None:
                 raise ValueError(f"sinks must be None where no softmax has a denominator; got some with activation={activation!r}")
 
-    def _take_qkv(self, given, backend, packed):
+    def _pages(self, block_table, cu_seqlens_q):
+        """A private table of pages, int32, in which -1 is whatever names none; and the other argument as it is."""
+        table, pages = as_array("block_table", block_table), self.k.shape[0]
+        if table.dtype.kind not in "iu":
+            raise TypeError(f"block_table must hold ints; got {table.dtype}")
+        if table.ndim != 2:
+            raise ValueError(f"block_table must have shape (B, most_pages); got {table.shape}")
+        return np.where((table >= 0) & (table < min(pages, 2**31)), table, -1).astype(np.int32, order="C"), cu_seqlens_q
+
+    def _check_pages(self, names):
+        """Every key that an entry is said to have has a page."""
+        size = self.k.shape[2]
+        column = np.arange(self.block_table.shape[1])
+        wanted = (column >= self.kv_starts[:, None] // size) & (column < -(-self.kv_lengths[:, None] // size))
+        absent = np.argwhere(wanted & (self.block_table < 0) & (self.kv_starts < self.kv_lengths)[:, None])
+        if absent.size:
+            b, n = absent[0]
+            raise ValueError(
+                f"block_table must name pages of {names.k}, 0 to {self.k.shape[0] - 1}, for all {self.kv_lengths[b]} keys of entry {b}; "
+                f"its page {n} is none of them"
+            )
+
+    def _take_qkv(self, given, backend, packed, paged):
         """Check the three arrays against each other and keep them with rank 4."""
         (q_name, q), (k_name, k), (v_name, v) = given.items()
         self._rank = q.ndim
-        if packed and q.ndim != 3:
+        if (packed or paged) and q.ndim != 3:
             raise ValueError(f"{q_name} must have shape (total_q, Hq, D); got {q.shape}")
         if q.ndim not in (2, 3, 4):
             raise ValueError(f"{q_name} must have shape (B, Hq, Lq, D), (Hq, Lq, D) or (Lq, D); got {q.shape}")
         for name, array in ((k_name, k), (v_name, v)):
-            if array.ndim != q.ndim:
+            if paged and (array.ndim != 4 or array.shape[1] == 0):
+                raise ValueError(f"{name} must have shape (num_pages, page_size, Hkv, D) and pages of 1 row or more; got {array.shape}")
+            if array.ndim != q.ndim and not paged:
                 raise ValueError(f"{name} must have as many axes as {q_name}, {q.ndim}; got shape {array.shape}")
         for name, array in given.items():
             check_dtype(name, array, backend)
@@ -379,19 +437,21 @@ class Call:
         self.q, self.k, self.v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
         if q.ndim < 4:
             lift = (None,) * (4 - q.ndim)
-            self.q, self.k, self.v = self.q[lift], self.k[lift], self.v[lift]
-        if packed:
+            self.q = self.q[lift]
+            if not paged:
+                self.k, self.v = self.k[lift], self.v[lift]
+        if packed or paged:
             self.q, self.k, self.v = self.q.swapaxes(1, 2), self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
         batch, num_heads, _, head_dim = self.q.shape
         num_kv_heads, kv_len = self.k.shape[1:3]
-        if self.k.shape[0] != batch:
+        if self.k.shape[0] != batch and not paged:
             raise ValueError(f"{k_name} must have the batch size of {q_name}, {batch}; got shape {k.shape}")
         if self.k.shape[3] != head_dim:
             raise ValueError(f"{k_name} must have the head size of {q_name}, {head_dim}; got shape {k.shape}")
         if num_heads % num_kv_heads if num_kv_heads else num_heads:
             divides = f"a number of heads that divides that of {q_name}, {num_heads}"
             raise ValueError(f"{k_name} must have {divides}; got {num_kv_heads}, shape {k.shape}")
-        if self.v.shape[:3] != (batch, num_kv_heads, kv_len):
+        if self.v.shape[:3] != self.k.shape[:3]:
             raise ValueError(f"{v_name} must have the shape of {k_name}, {k.shape}, in all but the last axis; got {v.shape}")
 
     def _take_mask(self, name, mask, given):
@@ -420,17 +480,26 @@ class Call:
     @property
     def pairs(self):
         """All (row, key) pairs of a head, seen or not, padding included."""
-        kv_rooms = self.k.shape[2] if self.cu_seqlens_k is None else np.diff(self.cu_seqlens_k)
+        kv_rooms = self.kv_len if self.cu_seqlens_k is None else np.diff(self.cu_seqlens_k)
         return int((self.q_rooms * kv_rooms).sum())
 
+    @property
+    def kv_len(self):
+        """The keys that each entry has room for; of packed sequences the keys of all."""
+        return self.k.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
     def entry(self, b):
-        """Views of what belongs to entry `b` of the arrays, without the batch axis: an `Entry`."""
-        arrays = (self.q, self.k, self.v, self.out, self.lse)
-        tables = (self.cu_seqlens_q, self.cu_seqlens_k, self.cu_seqlens_k, self.cu_seqlens_q, self.cu_seqlens_q)
-        return Entry(*(
-            None if array is None else array[b] if table is None else array[0, :, table[b] : table[b + 1]]
-            for array, table in zip(arrays, tables)
-        ))  # fmt: skip
+        """What belongs to entry `b` of the arrays, without the batch axis: an `Entry`."""
+
+        def part(array, table):
+            return None if array is None else array[b] if table is None else array[0, :, table[b] : table[b + 1]]
+
+        def in_pages(array):
+            return [PagedRows(array[:, h], self.block_table[b], int(self.kv_lengths[b])) for h in range(array.shape[1])]
+
+        k, v = (part(x, self.cu_seqlens_k) if self.block_table is None else in_pages(x) for x in (self.k, self.v))
+        q, out, lse = (part(x, self.cu_seqlens_q) for x in (self.q, self.out, self.lse))
+        return Entry(q, k, v, out, lse)
 
     def clear_padding(self):
         """Fill the rows beyond `q_lengths`, which no backend computes."""

@@ -121,6 +121,8 @@ cdef extern from "fastattn.h" nogil:
         int64_t additive_stride
         fastattn_score_function score_function
         void *score_context
+        const int32_t *block_table
+        int64_t block_table_stride, num_pages, page_size
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -421,6 +423,12 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     if call.cu_seqlens_k is not None:
         array = call.cu_seqlens_k
         args.cu_seqlens_k = <const int64_t *>np.PyArray_DATA(array)
+    if call.block_table is not None:
+        array = call.block_table
+        args.block_table = <const int32_t *>np.PyArray_DATA(array)
+        args.block_table_stride = 4 * array.shape[1]
+        args.num_pages, args.page_size = k.shape[0], k.shape[2]
+        args.kv_len = args.page_size * array.shape[1]
     if call.mask is not None:
         array = call.mask
         args.mask = np.PyArray_DATA(array)

@@ -1,11 +1,11 @@
-"""Attention over packed sequences: rows of all of them one after the other, nothing padded."""
+"""Attention over packed sequences: rows of all of them one after the other, nothing padded; and over keys and values in pages."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import runtime
-from ._check import Call
+from ._check import Call, Names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ._typing import Activation, Array, Ints, PackedRules, Precision, Window
+
+_PAGED_NAMES = Names(k="k_pages", v="v_pages")
 
 
 @overload
@@ -131,6 +133,95 @@ def attention_varlen(
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         precision=precision, activation=activation, activation_bias=activation_bias, power=power, score_function=score_function,
         return_lse=return_lse, out=out,
+    )  # fmt: skip
+    backend.attention(call)
+    return call.result()
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    kv_lengths: Ints,
+    *,
+    cu_seqlens_q: Ints | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    query_offset: Ints | None = None,
+    kv_starts: Ints | None = None,
+    q_lengths: Ints | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    precision: Precision = "highest",
+    activation: Activation = "softmax",
+    activation_bias: Array | None = None,
+    power: int = 3,
+    score_function: Any = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """:func:`attention` of packed queries to keys and values in pages, wherever these lie.
+
+    Key ``j`` of sequence ``b`` is row ``j % page_size`` of page ``block_table[b, j // page_size]``, as in Kwon et al., "Efficient
+    Memory Management for Large Language Model Serving with PagedAttention", 2023. Sequences may share pages. Few queries read them
+    where they lie, many gather a tile at a time. Each sequence gets bitwise what :func:`attention` gives of the same keys side by
+    side, whatever the size of the pages.
+
+    Parameters
+    ----------
+    q : array_like, (total_q, Hq, Dk)
+        Queries of all sequences, one sequence after the other: prefill and decoding may be mixed.
+    k_pages : array_like, (num_pages, page_size, Hkv, Dk)
+        Of any strides; pages whose heads lie one after the other, as those of :class:`PagedKVCache`, are read fastest. `Hq` must be a
+        multiple of `Hkv`, and the dtype that of `q` or a narrower one.
+    v_pages : array_like, (num_pages, page_size, Hkv, Dv)
+    block_table : array_like of int, (B, most_pages)
+        The pages of each sequence; what stands beyond its last (commonly -1) is not looked at.
+    kv_lengths : int or array_like of int, (B,)
+        Keys of each sequence, at most ``most_pages * page_size``.
+    cu_seqlens_q : array_like of int, (B + 1,), optional
+        Cumulative numbers of queries: from 0, never decreasing, ending at `total_q`. Default: each sequence has an equal share.
+    causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks, precision
+        As in :func:`attention_varlen`; pages that lie wholly before `kv_starts` need not be there.
+    activation, activation_bias, power, score_function
+        Likewise.
+    return_lse : bool
+        Return also the natural logarithm of the softmax denominator.
+    out : array, (total_q, Hq, Dv), optional
+        Where to write the result.
+
+    Returns
+    -------
+    out : ndarray, (total_q, Hq, Dv)
+        Of the dtype of `q`; the caller's object if `out` was given.
+    lse : ndarray, (Hq, total_q)
+        float32, only with ``return_lse=True``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a page is not there, a length exceeds the table, and as :func:`attention_varlen` does. Nothing is written then.
+
+    Examples
+    --------
+    Two sequences of 40 and 21 keys that share their first page of 16, one query each:
+
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal(shape, np.float32) for shape in ((2, 8, 64), (6, 16, 2, 64), (6, 16, 2, 64)))
+    >>> fastattn.paged_attention(q, k, v, [[0, 3, 5], [0, 2, -1]], [40, 21], causal=True).shape
+    (2, 8, 64)
+    """
+    backend = runtime.backend()
+    if kv_lengths is None:
+        raise TypeError("kv_lengths must be an int or an integer array; got None")
+    call = Call(
+        backend, q, k_pages, v_pages, _PAGED_NAMES, paged=(block_table, cu_seqlens_q), causal=causal, window=window,
+        query_offset=query_offset, kv_lengths=kv_lengths, kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, precision=precision, activation=activation, activation_bias=activation_bias, power=power,
+        score_function=score_function, return_lse=return_lse, out=out,
     )  # fmt: skip
     backend.attention(call)
     return call.result()

@@ -44,7 +44,7 @@ PLAN = np.dtype(
         "q_code", "kv_code", "mask_code", "head_dim", "v_head_dim", "kv_group", "causal", "window_left", "window_right",
         # Units of work. `groups` x `group` are the query heads of a batch entry. The query rows of a head form bands of
         # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into panels.
-        "entries", "n_entries", "groups", "group", "band", "units", "parts",
+        "block_table", "table_row", "page_size", "entries", "n_entries", "groups", "group", "band", "units", "parts",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
         "activation", "power", "activation_bias", "additive", "additive_head",
@@ -393,12 +393,38 @@ def see_mask(plan, panel, j, n, bits, at, row):
     return any_visible
 
 
+Stored = namedtuple("Stored", "address batch head row n_columns")  # keys or values: where, the strides of the axes, numbers in a row
+
+
+@inline
+def row_at(plan, entry, kv_head, stored, key):
+    """The address of a key, or of its values."""
+    head = stored.address + kv_head * stored.head
+    if not plan.block_table:
+        return head + entry.batch * stored.batch + (entry.key + key) * stored.row
+    page, row = divmod(entry.key + key, plan.page_size)
+    return head + elements(plan.block_table + entry.batch * plan.table_row, int32)[page] * stored.batch + row * stored.row
+
+
 @jit
-def widen_rows(stored, code, n_columns, target):
-    """A copy of rows as float32."""
-    for j in range(stored.n):
-        widen_row(stored.address + j * stored.stride, code, n_columns, target + 4 * j * n_columns)
-    return Rows(target, 4 * n_columns, stored.n, 4 * n_columns)
+def find_rows(plan, entry, kv_head, stored, j, n, target):
+    """The rows of n keys from j on: where they lie, or, if that is in several pages or they have to be float32, as a copy."""
+    itemsize = 4 if plan.kv_code == FLOAT32 else 2
+    scattered = plan.block_table != 0 and (entry.key + j) % plan.page_size + n > plan.page_size
+    if not (scattered or plan.widened):
+        return Rows(row_at(plan, entry, kv_head, stored, j), stored.row, n, itemsize * stored.n_columns)
+    if plan.widened:
+        itemsize = 4
+    nbytes = itemsize * stored.n_columns
+    for i in range(n):
+        source, to = row_at(plan, entry, kv_head, stored, j + i), target + i * nbytes
+        if plan.widened:
+            widen_row(source, plan.kv_code, stored.n_columns, to)
+        else:
+            halves, copy = elements(source, uint16), elements(to, uint16)
+            for byte in range(0, nbytes, 2):
+                copy[byte // 2] = halves[byte // 2]
+    return Rows(target, nbytes, n, nbytes)
 
 
 @jit
@@ -417,20 +443,16 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
     if not partial:
         store(at.seen, splat(1.0, row))
 
-    kv_head = panel.head0 // plan.kv_group
+    kv_head, entry = panel.head0 // plan.kv_group, panel.entry
+    stored_k = Stored(plan.k, plan.k_batch, plan.k_head, plan.k_row, plan.head_dim)
+    stored_v = Stored(plan.v, plan.v_batch, plan.v_head, plan.v_row, plan.v_head_dim)
+    k, v = find_rows(plan, entry, kv_head, stored_k, j, n, at.k), find_rows(plan, entry, kv_head, stored_v, j, n, at.v)
     itemsize = 4 if plan.kv_code == FLOAT32 else 2
-    entry = panel.entry
-    k_address = plan.k + entry.batch * plan.k_batch + kv_head * plan.k_head + (entry.key + j) * plan.k_row
-    v_address = plan.v + entry.batch * plan.v_batch + kv_head * plan.v_head + (entry.key + j) * plan.v_row
-    k = Rows(k_address, plan.k_row, n, itemsize * plan.head_dim)
-    v = these_values = Rows(v_address, plan.v_row, n, itemsize * plan.v_head_dim)
-    next_keys = Rows(k_address + n * plan.k_row, plan.k_row, n, k.nbytes if j + n < high else int64(0))
-    code = plan.kv_code
-    if plan.widened:
-        k, v = widen_rows(k, code, plan.head_dim, at.k), widen_rows(v, code, plan.v_head_dim, at.v)
-        code = FLOAT32
+    ahead = int64(0) if plan.block_table != 0 or j + n >= high else itemsize * plan.head_dim
+    next_keys = Rows(row_at(plan, entry, kv_head, stored_k, j) + n * plan.k_row, plan.k_row, n, ahead)
+    code = FLOAT32 if plan.widened else plan.kv_code
 
-    scores(plan, at, k, panel.n_rows, these_values, tile, row, storage)
+    scores(plan, at, k, panel.n_rows, v, tile, row, storage)
     n_vectors = -(-n * plan.slots // lanes(row))
     full = n_vectors * lanes(row) == n * plan.slots
     if partial or not full or plan.softcap != 0.0 or plan.alibi != 0:

@@ -263,9 +263,9 @@ class _Work:
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
-        widened = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened else 0
+        copies = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened or call.block_table is not None else 0
         weights = row_bytes * self.head_pitch if self.additive is not None else 0
-        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + max(widened, weights)
+        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + max(copies, weights)
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
@@ -319,6 +319,8 @@ class _Work:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
         if call.cu_seqlens_k is not None:
             fields |= {"k_batch": 0, "v_batch": 0}
+        if call.block_table is not None:
+            fields |= _place("block_table", call.block_table, "table_row") | {"page_size": call.k.shape[2]}
         for name in _OWN_FIELDS:
             fields[name] = getattr(self, name)
         if mask is not None:

@@ -151,8 +151,8 @@ def linear_attention(call):
 def explain(call):
     """How `call` is computed."""
     _, num_heads, q_len, head_dim = call.q.shape
-    kv_len, v_head_dim = call.v.shape[2:]
-    tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, kv_len)
+    v_head_dim = call.v.shape[3]
+    tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, call.kv_len)
     computed = 0
     for b, _, i0, i1 in _tiles(call):
         low, high = _key_range(call, b, i0, i1)
@@ -304,7 +304,8 @@ def _attend_tile(call, entry, b, h, i0, i1):
     overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
     if overflown.any():
         # The mean of finite values is no larger than the largest of them, though their sum may be: that of smaller ones is not.
-        values = np.abs(entry.v[h // (call.q.shape[1] // call.v.shape[1])].astype(out.dtype))
+        keys = np.arange(call.kv_starts[b], call.kv_lengths[b])
+        values = np.abs(entry.v[h // (call.q.shape[1] // call.v.shape[1])][keys].astype(out.dtype))
         largest = values.max(where=np.isfinite(values), initial=0)
         down = np.ldexp(out.dtype.type(1), np.finfo(out.dtype).minexp // 2)
         small, _ = _mean_values(call, entry, b, h, i0, i1, down)

@@ -27,7 +27,7 @@ static int finite_queries(fa_work *w) {
     int finite = 1;
     fastattn_panel_queries(call, &w->panel);
     for (int r = 0; r < w->panel.rows; r++) {
-        const fa_matrix row = {w->panel.rows_of[r], 0, call->args->q_dtype};
+        const fa_matrix row = fa_matrix_at(w->panel.rows_of[r], 0, call->args->q_dtype);
         finite &= call->uk->finite(row, 1, call->args->head_dim);
     }
     return finite;
@@ -141,12 +141,15 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
                            float v_scale) {
     const fa_shape *shape = &entry->shape;
     const fa_ways ways = fastattn_ways(call, shape);
+    char *scratch = scratch_of(call, worker);
     fa_run run;
     run.keys = 0;
+    run.k_rows = (const char **)(void *)(scratch + call->scratch.k_rows);
+    run.v_rows = (const char **)(void *)(scratch + call->scratch.v_rows);
     for (int way = 0; way < FA_WAYS; way++) {
         run.ways[way].products = ways.of[way];
-        run.ways[way].k_room = shape->prepared[way] ? (float *)(scratch_of(call, worker) + call->scratch.k[way]) : NULL;
-        run.ways[way].v_room = shape->prepared[way] ? (float *)(scratch_of(call, worker) + call->scratch.v[way]) : NULL;
+        run.ways[way].k_room = shape->prepared[way] ? (float *)(scratch + call->scratch.k[way]) : NULL;
+        run.ways[way].v_room = shape->prepared[way] ? (float *)(scratch + call->scratch.v[way]) : NULL;
     }
     fa_work works[FA_MOST_BUNDLE];
     uint32_t overflown = 0;

@@ -17,7 +17,8 @@ typedef struct fa_way {
 typedef struct fa_run {
     int64_t first, keys;
     fa_matrix stored_k, stored_v;
-    int finite_k, finite_v; /* -1: not known yet */
+    const char **k_rows, **v_rows; /* room for pointers to rows in pages */
+    int finite_k, finite_v;        /* -1: not known yet */
     fa_way ways[FA_WAYS];
 } fa_run;
 
@@ -58,12 +59,6 @@ typedef struct fa_operands {
     int careful; /* values are not taken as they are: some row must not be touched by one that is not finite, or the products
                     cannot take it, or they are scaled */
 } fa_operands;
-
-/* Rows of memory from one on. */
-static inline fa_matrix fa_rows_from(fa_matrix m, int64_t row) {
-    m.at += row * m.stride;
-    return m;
-}
 
 /* The rules from a row and key on, in the layout of these products. */
 static inline fa_score_rules fa_rules_at(const fa_operands *x, int row, int64_t key, int ld) {

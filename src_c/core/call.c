@@ -41,8 +41,9 @@ static void plan_splits(const fa_call *call, fa_shape *shape) {
 static int apart(int64_t stride, int64_t dim, int64_t size) { return stride > dim * size || stride < -dim * size; }
 
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
- * often such that all rows want the same few lines of a cache. */
+ * often such that all rows want the same few lines of a cache; and those in pages have no stride. (Products by rows need none.) */
 static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
+    if (call->args->block_table) return 0;
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
 }
 
@@ -178,6 +179,9 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
+    const int64_t pointers = a->block_table ? fastattn_row_pointers(keys) : 0;
+    m->k_rows = take(&bytes, pointers, sizeof(char *));
+    m->v_rows = take(&bytes, pointers, sizeof(char *));
     m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));

@@ -61,7 +61,7 @@ typedef struct fa_entry {
 
 /* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
-    size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], finite_v, panels;
+    size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], k_rows, v_rows, finite_v, panels;
     size_t bytes;
     struct { size_t q[FA_WAYS], o, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
@@ -75,7 +75,7 @@ typedef struct fastattn_plan {
     int64_t heads_a_kv_head;
     int64_t group;         /* query heads in a packed sequence */
     int64_t sequences;     /* packed sequences per batch entry */
-    int apart;             /* there are gaps between the rows of keys or values */
+    int apart;             /* there are gaps between the rows of keys or values, as between pages */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     int ruled;             /* the rules change every score */
     float sign;            /* multiplies q while packing */

@@ -21,6 +21,8 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
         a->kv_len > most_length)
         return FASTATTN_ERROR_SHAPE;
+    if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
+        return FASTATTN_ERROR_SHAPE;
     if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
         product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
         return FASTATTN_ERROR_SHAPE;
@@ -53,16 +55,17 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t q_batch = a->cu_seqlens_q ? 1 : batch, kv_batch = a->cu_seqlens_k ? 1 : batch;
     const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
+    const int64_t kv_parts = a->block_table ? a->num_pages : kv_batch, kv_rows = a->block_table ? a->page_size : keys;
     const fa_table arrays[] = {
         {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0},
-        {a->k, a->k_strides, 3, {kv_batch, kv_heads, keys}, used * a->head_dim, kv_size, 1, 0},
-        {a->v, a->v_strides, 3, {kv_batch, kv_heads, keys}, used * a->v_head_dim, kv_size, 1, 0},
+        {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->head_dim, kv_size, 1, 0},
+        {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->v_head_dim, kv_size, 1, 0},
         {a->out, a->out_strides, 3, {q_batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
     };
     const fastattn_status status = check_tables(arrays, sizeof arrays / sizeof *arrays);
     if (status != FASTATTN_OK) return status;
     if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
-        !fastattn_ragged(a))
+        !a->block_table && !fastattn_ragged(a))
         return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
@@ -77,6 +80,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         {a->cu_seqlens_k, NULL, 0, {0}, batch + 1, 8, 0, 0},
         {a->activation_bias, NULL, 0, {0}, batch, 4, 0, 0},
         {a->additive, &a->additive_stride, 1, {heads}, used * a->head_dim, 4, 0, 0},
+        {a->block_table, &a->block_table_stride, 1, {batch}, fastattn_pages_of(a, keys), 4, 0, 0},
     };
     return check_tables(options, sizeof options / sizeof *options);
 }
@@ -117,6 +121,7 @@ static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
 /* The shape that each entry is said to have fits into what there is. */
 static fastattn_status check_lengths(const fastattn_attention_args *a) {
     if ((a->cu_seqlens_q || a->cu_seqlens_k) && (a->mask || a->block_mask)) return FASTATTN_ERROR_ARGUMENT;
+    if (a->cu_seqlens_k && a->block_table) return FASTATTN_ERROR_ARGUMENT;
     if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
         (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
         return FASTATTN_ERROR_SEQLENS;
@@ -126,6 +131,21 @@ static fastattn_status check_lengths(const fastattn_attention_args *a) {
         const int64_t length = a->kv_lengths ? a->kv_lengths[b] : kv_room, start = a->kv_starts ? a->kv_starts[b] : 0;
         if (length < 0 || length > kv_room || start < 0 || start > length) return FASTATTN_ERROR_KV_LENGTHS;
         if (a->q_lengths && (a->q_lengths[b] < 0 || a->q_lengths[b] > q_room)) return FASTATTN_ERROR_Q_LENGTHS;
+    }
+    return FASTATTN_OK;
+}
+
+/* Every page that an entry's keys are said to be in is there. */
+static fastattn_status check_block_table(const fastattn_attention_args *a) {
+    if (!a->block_table) return FASTATTN_OK;
+    const uint64_t pages = (uint64_t)a->num_pages;
+    for (int64_t b = 0; b < a->batch; b++) {
+        const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + b * a->block_table_stride);
+        const int64_t start = a->kv_starts ? a->kv_starts[b] : 0, length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
+        int absent = 0;
+        for (int64_t n = start / a->page_size; n < fastattn_pages_of(a, length) && start < length; n++)
+            absent |= (uint64_t)(int64_t)table[n] >= pages; /* as are negative ones */
+        if (absent) return FASTATTN_ERROR_BLOCK_TABLE;
     }
     return FASTATTN_OK;
 }
@@ -214,6 +234,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (status == FASTATTN_OK) status = check_numbers(a);
     if (status == FASTATTN_OK) status = check_activation(a);
     if (status == FASTATTN_OK) status = check_lengths(a);
+    if (status == FASTATTN_OK) status = check_block_table(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     return status;
 }

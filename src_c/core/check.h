@@ -32,6 +32,11 @@ static inline int64_t fastattn_kv_room(const fastattn_attention_args *a, int64_t
     return a->cu_seqlens_k ? a->cu_seqlens_k[b + 1] - a->cu_seqlens_k[b] : a->kv_len;
 }
 
+/* The pages that so many keys need. */
+static inline int64_t fastattn_pages_of(const fastattn_attention_args *a, int64_t keys) {
+    return a->block_table ? (keys + a->page_size - 1) / a->page_size : 0;
+}
+
 /* Whether a struct of this size is that of a version which had the fields up to `first`, or of a later one up to this. */
 int fastattn_known_size(size_t size, size_t first, size_t own);
 /* Copies a struct that begins with such a size, and completes it from `rest`. */

@@ -51,7 +51,7 @@ enum { CHUNK = FA_LINEAR_CHUNK }; /* the pitch of what has a column for each tok
 static const float one = 1.0f, minus_one = -1.0f;
 
 static fa_matrix rows_at(const void *at, const int64_t *strides, int64_t b, int64_t head, int64_t row, fastattn_dtype dtype) {
-    const fa_matrix rows = {(const char *)at + b * strides[0] + head * strides[1] + row * strides[2], strides[2], dtype};
+    const fa_matrix rows = fa_matrix_at((const char *)at + b * strides[0] + head * strides[1] + row * strides[2], strides[2], dtype);
     return rows;
 }
 
@@ -156,7 +156,7 @@ static void begin(fa_linear_work *w, float *scratch) {
         w->ld_from = ld;
         return;
     }
-    const fa_matrix rows = {(const char *)given, a->state_strides[2], FASTATTN_FLOAT32};
+    const fa_matrix rows = fa_matrix_at((const char *)given, a->state_strides[2], FASTATTN_FLOAT32);
     stage(w, w->s, w->width, rows, a->head_dim, w->real);
 }
 
@@ -362,7 +362,7 @@ static void run_chunk(fa_linear_work *w, int64_t row, int64_t n) {
     if (w->args->decay) multiply_factors(w);
     if (!w->apart) transpose_keys(w, w->keys, w->k, w->padded);
     if (w->args->beta) solve(w);
-    const fa_matrix u = {(const char *)w->u, w->width * (int64_t)sizeof(float), FASTATTN_FLOAT32};
+    const fa_matrix u = fa_matrix_at((const char *)w->u, w->width * (int64_t)sizeof(float), FASTATTN_FLOAT32);
     w->careful = !w->call->uk->finite(u, n, w->width);
     for (int64_t g = 0; g < w->call->group; g++) answer(w, g, row);
     absorb(w);

@@ -14,18 +14,18 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
     int odd_row[FA_PANEL_ROWS];
     fastattn_panel_queries(call, &w->panel);
     for (int r = row; r < row + rows; r++) {
-        const fa_matrix q = {w->panel.rows_of[r], 0, a->q_dtype};
+        const fa_matrix q = fa_matrix_at(w->panel.rows_of[r], 0, a->q_dtype);
         odd_row[r] = !call->uk->finite(q, 1, a->head_dim);
     }
     for (int64_t j = 0; j < keys; j++) {
-        const fa_matrix key = fa_rows_from(x->stored_k, from + j);
-        const int odd_key = !call->uk->finite(key, 1, a->head_dim);
+        const char *key = fa_row_at(x->stored_k, from + j);
+        const int odd_key = !call->uk->finite(fa_rows_from(x->stored_k, from + j), 1, a->head_dim);
         for (int r = row; r < row + rows; r++) {
             if (!odd_key && !odd_row[r]) continue;
             const char *q = w->panel.rows_of[r];
             float sum = 0.0f;
             for (int64_t d = 0; d < a->head_dim; d++)
-                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key.at + d * k_size, a->kv_dtype);
+                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, a->kv_dtype);
             s[j * of_key + (r - row) * of_row] = sum;
         }
     }
@@ -33,10 +33,10 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
 
 fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
     const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
-    const fa_matrix finite = {w->finite_v, dim * size, v.dtype};
+    const fa_matrix finite = fa_matrix_at(w->finite_v, dim * size, v.dtype);
     for (int64_t j = 0; j < keys; j++) {
         char *to = w->finite_v + j * finite.stride;
-        memcpy(to, fa_rows_from(v, j).at, (size_t)finite.stride);
+        memcpy(to, fa_row_at(v, j), (size_t)finite.stride);
         for (int64_t d = 0; d < dim; d++) {
             const float value = fa_get(to + d * size, v.dtype);
             if (!isfinite(value) || w->v_scale != 1.0f) fa_put(to + d * size, isfinite(value) ? value * w->v_scale : 0.0f, v.dtype);
@@ -60,7 +60,7 @@ void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows
     x->products->scores(w->shown, ld, rows, from, keys, &rules, unused);
     for (int64_t j = 0; j < keys; j++)
         for (int64_t d = 0; d < dim; d++) {
-            const float value = fa_get(fa_rows_from(v, from + j).at + d * size, v.dtype);
+            const float value = fa_get(fa_row_at(v, from + j) + d * size, v.dtype);
             if (isfinite(value)) continue;
             for (int r = 0; r < real; r++)
                 if (w->shown[j * of_key + r * of_row] != -INFINITY)

@@ -10,7 +10,7 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first);
+    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, run->k_rows, run->v_rows);
     run->finite_k = run->finite_v = -1;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;

@@ -102,14 +102,32 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 
-static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3],
-                          int64_t key) {
-    rows->at = (const char *)base + p->entry->batch * strides[0] + p->kv_head * strides[1] + (p->entry->key + key) * strides[2];
-    rows->stride = strides[2];
-    rows->dtype = call->args->kv_dtype;
+/* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. */
+static void find_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, const char **rows) {
+    const fastattn_attention_args *a = call->args;
+    const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
+    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
+    int64_t page = (p->entry->key + key) / a->page_size, row = (p->entry->key + key) % a->page_size, n = 0;
+    for (; n < count; page++, row = 0) {
+        const char *at = head + table[page] * strides[0] + row * strides[2];
+        for (const int64_t end = fa_min(count, n + a->page_size - row); n < end; n++, at += strides[2]) rows[n] = at;
+    }
+    for (; n < wanted; n++) rows[n] = rows[n - 1];
 }
 
-void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key) {
-    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key);
-    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key);
+static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key,
+                          const char **pointers) {
+    const char *head = (const char *)base + p->kv_head * strides[1];
+    const int in_pages = call->args->block_table != NULL;
+    if (in_pages) find_rows(call, p, head, strides, key, pointers);
+    rows->at = in_pages ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
+    rows->stride = strides[2];
+    rows->dtype = call->args->kv_dtype;
+    rows->rows = in_pages ? pointers : NULL;
+}
+
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, const char **k_rows,
+                                    const char **v_rows) {
+    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key, k_rows);
+    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key, v_rows);
 }

@@ -32,7 +32,7 @@ static void cast_row(const fa_ukernel *uk, char *to, fastattn_dtype to_dtype, co
     }
     for (int64_t d = 0; d < n; d += CHUNK) {
         const int64_t count = fa_min(CHUNK, n - d);
-        const fa_matrix row = {from + d * from_size, 0, from_dtype};
+        const fa_matrix row = fa_matrix_at(from + d * from_size, 0, from_dtype);
         float wide[CHUNK];
         float *const direct = (float *)(void *)(to + d * to_size);
         uk->widen(to_dtype == FASTATTN_FLOAT32 ? direct : wide, row, 1, count);

@@ -75,7 +75,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_Q_LENGTHS = 13,   /* a length below 0 or above q_len */
     FASTATTN_ERROR_SEQLENS = 14,     /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
     FASTATTN_ERROR_DECAY = 15,       /* a decay outside of [0, 1], or above 0 as a logarithm */
-    FASTATTN_ERROR_ACTIVATION = 16   /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
+    FASTATTN_ERROR_ACTIVATION = 16,  /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
+    FASTATTN_ERROR_BLOCK_TABLE = 17  /* within the length of an entry, a page below 0 or beyond num_pages */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -259,6 +260,15 @@ typedef struct fastattn_attention_args {
 
     fastattn_score_function score_function; /* or null. After the softcap, before mask, ALiBi and visibility */
     void *score_context;             /* what it is given */
+
+    const int32_t *block_table;      /* (batch, ceil(kv_len / page_size)), or null. Keys in pages: k and v are (num_pages, num_kv_heads,
+                                        page_size, dim), the first of their strides is that of pages, and key j of entry b is row
+                                        j % page_size of page block_table[b, j / page_size]. kv_len is the largest length that the
+                                        table has room for. Entries may share pages; what the table holds outside of an entry's
+                                        starts and lengths is not looked at. Without cu_seqlens_k. Bits are those that the same keys
+                                        give side by side, whatever the size of the pages */
+    int64_t block_table_stride;      /* from one entry's row to the next, in bytes */
+    int64_t num_pages, page_size;    /* page_size at least 1 */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -272,7 +282,7 @@ typedef struct fastattn_attention_args {
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
             NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
-            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL                                                          \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0                                           \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */

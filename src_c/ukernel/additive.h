@@ -32,14 +32,14 @@ static void additive_qk(float *s, const float *q, int ld, int rows, fa_matrix k,
 
 /* By rows: lanes are numbers, which are summed across lanes for as many keys at a time as there are lanes. Beyond head_dim weights
  * are 0. */
-FA_INLINE void additive_rows_of(float *s, const float *q, int ld, int rows, const char *k, int64_t stride, int64_t keys,
-                                int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void additive_rows_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim,
+                                fastattn_dtype dtype) {
     const int64_t pitch = fa_sums_row(head_dim), size = fa_size_of(dtype);
     for (int row = 0; row < rows; row++, s += ld, q += 2 * pitch)
         for (int64_t first = 0; first < keys; first += SIMD_LANES) {
             simd_f sum[SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) {
-                const char *key = k + (first + i < keys ? first + i : keys - 1) * stride;
+                const char *key = fa_row_at(k, first + i < keys ? first + i : keys - 1);
                 sum[i] = simd_set1(0.0f);
                 for (int64_t d = 0; d < head_dim; d += SIMD_LANES) {
                     const simd_f number = simd_add(simd_load(q + d), load_as(key + d * size, head_dim - d, dtype));
@@ -51,5 +51,5 @@ FA_INLINE void additive_rows_of(float *s, const float *q, int ld, int rows, cons
 }
 
 static void additive_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, additive_rows_of, s, q, ld, rows, k.at + from * k.stride, k.stride, keys, head_dim)
+    FA_BY_STORAGE(k.dtype, additive_rows_of, s, q, ld, rows, fa_rows_from(k, from), keys, head_dim)
 }

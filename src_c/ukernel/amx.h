@@ -214,7 +214,7 @@ FA_INLINE void amx_pv(int planes, int products, float *o, const float *alpha, co
  * lines of a cache. */
 FA_INLINE fa_matrix amx_keys(int planes, float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
     const int whole = keys % AMX_ROWS == 0 && head_dim % HALVES == 0;
-    if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && whole && stored.stride == head_dim * 2) return stored;
+    if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && whole && !stored.rows && stored.stride == head_dim * 2) return stored;
     return pairs_keys(planes, AMX_ROWS, room, stored, keys, head_dim);
 }
 
@@ -247,13 +247,14 @@ FA_INLINE void amx_transpose(char *to, int64_t to_stride, const char *from, int6
  * value of 1 for every key follows where the powers are rounded coarsely: its product is their sum. */
 FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     const int64_t row_bytes = (fa_round_up(keys, HALVES) + HALVES) * 2, size = fa_size_of(stored.dtype);
-    const fa_matrix turned = {(const char *)room, planes * row_bytes, FASTATTN_BFLOAT16};
+    const fa_matrix turned = fa_matrix_at((const char *)room, planes * row_bytes, FASTATTN_BFLOAT16);
     for (int64_t d = 0; d < fa_round_up(v_head_dim, AMX_ROWS); d += HALVES) {
         const int64_t columns = fa_round_up(v_head_dim, AMX_ROWS) - d < HALVES ? AMX_ROWS : HALVES;
         char *to = (char *)room + d * turned.stride;
         for (int64_t j = 0; j < keys; j += HALVES) {
-            const char *from = stored.at + j * stored.stride + d * size;
-            if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && keys - j >= HALVES && v_head_dim - d >= columns) {
+            const int whole = keys - j >= HALVES && v_head_dim - d >= columns;
+            if (planes == 1 && stored.dtype == FASTATTN_BFLOAT16 && whole && !stored.rows) {
+                const char *from = stored.at + j * stored.stride + d * size;
                 for (int64_t n = 0; n < columns; n += 8)
                     amx_transpose(to + n * turned.stride + j * 2, turned.stride, from + n * 2, stored.stride);
                 continue;
@@ -262,7 +263,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
             for (int i = 0; i < HALVES; i++) {
                 __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
                 if (j + i < keys)
-                    halves_of(planes, halves, from + i * stored.stride, v_head_dim - d, stored.dtype, 1.0f);
+                    halves_of(planes, halves, fa_row_at(stored, j + i) + d * size, v_head_dim - d, stored.dtype, 1.0f);
                 for (int plane = 0; plane < planes; plane++) square[plane][i] = halves[plane];
             }
             for (int plane = 0; plane < planes; plane++)

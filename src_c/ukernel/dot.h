@@ -5,7 +5,7 @@
 /* Keys whose pairs are aligned are read where they lie. */
 static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
     const int64_t misaligned = ((int64_t)(uintptr_t)stored.at | stored.stride) & 3;
-    if (stored.dtype == FASTATTN_BFLOAT16 && head_dim % 2 == 0 && !misaligned) return stored;
+    if (stored.dtype == FASTATTN_BFLOAT16 && head_dim % 2 == 0 && !misaligned && !stored.rows) return stored;
     return pairs_keys(1, 1, room, stored, keys, head_dim);
 }
 
@@ -19,14 +19,13 @@ static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int6
 /* Values of two keys side by side, 0 where there is none, and then the 1 whose product is the sum of the powers. */
 static fa_matrix dot_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     const int64_t sums = fa_sums_row(v_head_dim), size = fa_size_of(stored.dtype);
-    const fa_matrix made = {(const char *)room, (sums + SIMD_LANES) * (int64_t)sizeof(float), FASTATTN_BFLOAT16};
+    const fa_matrix made = fa_matrix_at((const char *)room, (sums + SIMD_LANES) * (int64_t)sizeof(float), FASTATTN_BFLOAT16);
     for (int64_t j = 0; j < keys; j += 2) {
         float *to = room + j / 2 * (sums + SIMD_LANES);
         for (int64_t d = 0; d < sums; d += HALVES) {
             __m512i even[2], odd[2] = {_mm512_setzero_si512()};
-            const char *from = stored.at + j * stored.stride + d * size;
-            halves_of(1, even, from, v_head_dim - d, stored.dtype, 1.0f);
-            if (j + 1 < keys) halves_of(1, odd, from + stored.stride, v_head_dim - d, stored.dtype, 1.0f);
+            halves_of(1, even, fa_row_at(stored, j) + d * size, v_head_dim - d, stored.dtype, 1.0f);
+            if (j + 1 < keys) halves_of(1, odd, fa_row_at(stored, j + 1) + d * size, v_head_dim - d, stored.dtype, 1.0f);
             _mm512_storeu_si512(to + d, pairs_of_first(even[0], odd[0]));
             if (d + SIMD_LANES < sums) _mm512_storeu_si512(to + d + SIMD_LANES, pairs_of_last(even[0], odd[0]));
         }

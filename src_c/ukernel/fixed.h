@@ -73,13 +73,12 @@ FA_INLINE void fixed_pack_of(float *q, int ld, const void *const *rows_of, int r
 
 static int64_t key_pitch(int64_t head_dim) { return 1 + fa_round_up(head_dim, HALVES) / 2; }
 
-FA_INLINE void fixed_keys_of(float *room, const char *from, int64_t stride, int64_t keys, int64_t head_dim,
-                             fastattn_dtype dtype) {
+FA_INLINE void fixed_keys_of(float *room, fa_matrix from, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     simd_f largest = simd_set1(0.0f);
     for (int64_t first = 0; first < keys; first += SIMD_LANES) {
         const char *rows[SIMD_LANES];
         float units[SIMD_LANES], factors[SIMD_LANES];
-        for (int r = 0; r < SIMD_LANES; r++) rows[r] = from + (first + r < keys ? first + r : keys - 1) * stride;
+        for (int r = 0; r < SIMD_LANES; r++) rows[r] = fa_row_at(from, first + r < keys ? first + r : keys - 1);
         const simd_f found = row_units(rows, head_dim, dtype);
         largest = simd_max(largest, found);
         simd_store(units, found);
@@ -98,15 +97,16 @@ FA_INLINE void fixed_keys_of(float *room, const char *from, int64_t stride, int6
 }
 
 /* Values of two keys side by side; and the largest value of each key, as bits: an order in which NaN is above infinity. */
-FA_INLINE void fixed_values_of(float *room, uint32_t *largest_of, const char *from, int64_t stride, int64_t keys,
-                               int64_t v_head_dim, fastattn_dtype dtype) {
+FA_INLINE void fixed_values_of(float *room, uint32_t *largest_of, fa_matrix from, int64_t keys, int64_t v_head_dim,
+                               fastattn_dtype dtype) {
     const int64_t dim = fa_sums_row(v_head_dim);
     __m512i most[FIXED_KEYS];
     for (int64_t j = 0; j < keys; j++) most[j] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < dim; d += SIMD_LANES, from += SIMD_LANES * fa_size_of(dtype)) {
+    for (int64_t d = 0; d < dim; d += SIMD_LANES) {
+        const int64_t at = d * fa_size_of(dtype);
         __m512i largest = _mm512_setzero_si512();
         for (int64_t j = 0; j < keys; j++) {
-            const __m512i x = _mm512_castps_si512(simd_abs(load_as(from + j * stride, v_head_dim - d, dtype)));
+            const __m512i x = _mm512_castps_si512(simd_abs(load_as(fa_row_at(from, j) + at, v_head_dim - d, dtype)));
             largest = _mm512_max_epu32(largest, x);
             most[j] = _mm512_max_epu32(most[j], x);
         }
@@ -117,7 +117,7 @@ FA_INLINE void fixed_values_of(float *room, uint32_t *largest_of, const char *fr
         for (int64_t j = 0; j < keys; j += 2) {
             __m512i pair[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
             for (int odd = 0; odd < 2 && j + odd < keys; odd++)
-                pair[odd] = _mm512_cvtps_epi32(simd_mul(load_as(from + (j + odd) * stride, v_head_dim - d, dtype), factor));
+                pair[odd] = _mm512_cvtps_epi32(simd_mul(load_as(fa_row_at(from, j + odd) + at, v_head_dim - d, dtype), factor));
             _mm512_storeu_si512(room + (1 + j / 2) * dim + d,
                                 _mm512_mask_blend_epi16(0xaaaaaaaa, pair[0], _mm512_slli_epi32(pair[1], 16)));
         }
@@ -131,8 +131,8 @@ static void fixed_pack(float *q, int ld, const void *const *rows_of, int rows, i
 }
 
 static fa_matrix fixed_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(stored.dtype, fixed_keys_of, room, stored.at, stored.stride, keys, head_dim)
-    const fa_matrix made = {(const char *)room, key_pitch(head_dim) * (int64_t)sizeof(float), stored.dtype};
+    FA_BY_STORAGE(stored.dtype, fixed_keys_of, room, stored, keys, head_dim)
+    const fa_matrix made = fa_matrix_at((const char *)room, key_pitch(head_dim) * (int64_t)sizeof(float), stored.dtype);
     return made;
 }
 
@@ -142,7 +142,7 @@ static fa_matrix fixed_keys(float *room, fa_matrix stored, int64_t keys, int64_t
 static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
     enum { SPREAD = 8 };
     uint32_t largest_of[FIXED_KEYS], most = 0, least = 0x7f800000;
-    FA_BY_STORAGE(stored.dtype, fixed_values_of, room, largest_of, stored.at, stored.stride, keys, v_head_dim)
+    FA_BY_STORAGE(stored.dtype, fixed_values_of, room, largest_of, stored, keys, v_head_dim)
     for (int64_t j = 0; j < keys; j++) {
         most = largest_of[j] > most ? largest_of[j] : most;
         least = largest_of[j] > 0 && largest_of[j] < least ? largest_of[j] : least;
@@ -151,7 +151,7 @@ static fa_matrix fixed_values(float *room, fa_matrix stored, int64_t keys, int64
     memcpy(&bounds[0], &least, sizeof least);
     memcpy(&bounds[1], &most, sizeof most);
     const int right = most == 0 || (bounds[1] > 0x1p-60f && bounds[1] < INFINITY && bounds[1] <= SPREAD * bounds[0]);
-    const fa_matrix made = {right ? (const char *)room : NULL, fa_sums_row(v_head_dim) * (int64_t)sizeof(float), stored.dtype};
+    const fa_matrix made = fa_matrix_at(right ? (const char *)room : NULL, fa_sums_row(v_head_dim) * (int64_t)sizeof(float), stored.dtype);
     return made;
 }
 

@@ -103,10 +103,9 @@ FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld
     }
 }
 
-FA_INLINE void widen_of(float *to, const void *from, int64_t stride, int64_t keys, int64_t head_dim,
-                        fastattn_dtype dtype) {
+FA_INLINE void widen_of(float *to, fa_matrix from, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     for (int64_t j = 0; j < keys; j++, to += head_dim) {
-        const char *row = (const char *)from + j * stride;
+        const char *row = fa_row_at(from, j);
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             simd_store(to + d, load_full(row + d * fa_size_of(dtype), dtype));
@@ -130,7 +129,7 @@ static int unpack(void *const *rows_of, int count, const float *o, int ld, const
 }
 
 static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(from.dtype, widen_of, to, from.at, from.stride, keys, head_dim)
+    FA_BY_STORAGE(from.dtype, widen_of, to, from, keys, head_dim)
 }
 
 FA_INLINE void narrow_of(void *to, const float *from, float factor, int64_t v_head_dim, simd_f *sum, fastattn_dtype dtype) {
@@ -151,19 +150,19 @@ static int narrow(void *to, const float *from, float factor, int64_t v_head_dim,
 static fa_matrix widened(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
     if (!room) return stored;
     widen(room, stored, keys, dim);
-    const fa_matrix wide = {(const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32};
+    const fa_matrix wide = fa_matrix_at((const char *)room, dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
     return wide;
 }
 
 static void fetch(fa_matrix rows, int64_t keys, int64_t bytes) {
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t at = 0; at < bytes; at += 64) simd_fetch(rows.at + j * rows.stride + at);
+        for (int64_t at = 0; at < bytes; at += 64) simd_fetch(fa_row_at(rows, j) + at);
 }
 
-FA_INLINE void all_finite_of(simd_f *sum, const char *v, int64_t stride, int64_t keys, int64_t v_head_dim,
-                         fastattn_dtype dtype) {
+FA_INLINE void all_finite_of(simd_f *sum, fa_matrix rows, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
     const simd_f zero = simd_set1(0.0f);
-    for (int64_t j = 0; j < keys; j++, v += stride) {
+    for (int64_t j = 0; j < keys; j++) {
+        const char *v = fa_row_at(rows, j);
         int64_t d = 0;
         for (; d + 4 * SIMD_LANES <= v_head_dim; d += 4 * SIMD_LANES)
             FA_UNROLL for (int i = 0; i < 4; i++)
@@ -176,6 +175,6 @@ FA_INLINE void all_finite_of(simd_f *sum, const char *v, int64_t stride, int64_t
 static int all_finite(fa_matrix v, int64_t keys, int64_t v_head_dim) {
     const simd_f zero = simd_set1(0.0f);
     simd_f sum[4] = {zero, zero, zero, zero};
-    FA_BY_STORAGE(v.dtype, all_finite_of, sum, v.at, v.stride, keys, v_head_dim)
+    FA_BY_STORAGE(v.dtype, all_finite_of, sum, v, keys, v_head_dim)
     return were_finite(simd_add(simd_add(sum[0], sum[1]), simd_add(sum[2], sum[3])));
 }

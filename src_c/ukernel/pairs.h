@@ -97,12 +97,12 @@ FA_INLINE void pairs_pack(int planes, halves_maker *make, float *q, int ld, cons
 FA_INLINE fa_matrix pairs_keys(int planes, int64_t tile_keys, float *room, fa_matrix stored, int64_t keys,
                                int64_t head_dim) {
     const int64_t dim = fa_round_up(head_dim, HALVES);
-    const fa_matrix made = {(const char *)room, planes * dim * 2, FASTATTN_BFLOAT16};
+    const fa_matrix made = fa_matrix_at((const char *)room, planes * dim * 2, FASTATTN_BFLOAT16);
     for (int64_t j = 0; j < fa_round_up(keys, tile_keys); j++)
         for (int64_t d = 0; d < dim; d += HALVES) {
             __m512i halves[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
             if (j < keys)
-                halves_of(planes, halves, stored.at + j * stored.stride + d * fa_size_of(stored.dtype), head_dim - d,
+                halves_of(planes, halves, fa_row_at(stored, j) + d * fa_size_of(stored.dtype), head_dim - d,
                           stored.dtype, 1.0f);
             for (int plane = 0; plane < planes; plane++)
                 _mm512_storeu_si512((char *)room + j * made.stride + (plane * dim + d) * 2, halves[plane]);

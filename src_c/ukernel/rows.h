@@ -18,42 +18,57 @@ enum {
     SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
 };
 
-/* n numbers from d on of SIMD_LANES keys, to as many vectors of keys. */
-FA_INLINE void turn_square(float *turned, int ld, const char *const *key, int64_t d, int64_t n, uintptr_t ahead,
+/* Where `count` keys of a block lie, from one of them on (those beyond the last are that), and what will be read in their place a block
+ * later. */
+FA_INLINE void find_keys(int count, const char **key, const char **later, fa_matrix block, int64_t first, int64_t keys) {
+    for (int i = 0; i < count; i++) {
+        const int64_t j = first + i < keys ? first + i : keys - 1;
+        key[i] = fa_row_at(block, j);
+        later[i] = block.rows ? block.rows[j + keys] : (const char *)((uintptr_t)key[i] + (uintptr_t)block.stride * (uintptr_t)keys);
+    }
+}
+
+FA_INLINE void fetch_later(const char *later, int64_t at) {
+    if (at % 64 == 0) simd_fetch((const char *)((uintptr_t)later + (uintptr_t)at));
+}
+
+/* turned[d][key] in float32, n numbers from d on of SIMD_LANES keys. */
+FA_INLINE void turn_square(float *turned, int ld, const char *const *key, const char *const *later, int64_t d, int64_t n,
                            fastattn_dtype dtype) {
     const int64_t at = d * fa_size_of(dtype);
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-        if (at % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[i] + at) + ahead));
+        fetch_later(later[i], at);
         square[i] = load_as(key[i] + at, n, dtype);
     }
     simd_transpose(square);
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * ld, square[i]);
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + i * ld, square[i]);
 }
 
-/* turned[d][key] in float32 for `count` keys, the last of which fills up the vectors, and `numbers` numbers from k on. */
-FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, int64_t count, int64_t numbers, uintptr_t ahead,
+/* turned[d - first][key] for the numbers of head_dim from `first` up to `end`, and `count` keys from key j on of a block, the last of
+ * which fills up the vectors. */
+FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, int64_t j, int64_t count, int64_t first, int64_t end,
                          fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
-    for (int64_t j = 0; j < count; j += SIMD_LANES, turned += SIMD_LANES) {
-        const char *key[SIMD_LANES];
-        int64_t d = 0;
-        for (int i = 0; i < SIMD_LANES; i++) key[i] = k + (j + i < count ? j + i : count - 1) * stride;
+    for (const int64_t last = j + count; j < last; j += SIMD_LANES, turned += SIMD_LANES) {
+        const char *key[SIMD_LANES], *later[SIMD_LANES];
+        int64_t d = first;
+        find_keys(SIMD_LANES, key, later, block, j, keys);
         if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
-            for (; d + 2 * SIMD_LANES <= numbers; d += 2 * SIMD_LANES) {
+            for (; d + 2 * SIMD_LANES <= end; d += 2 * SIMD_LANES) {
                 simd_f square[SIMD_LANES];
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                    if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[i] + d * size) + ahead));
+                    fetch_later(later[i], d * size);
                     square[i] = load_full(key[i] + d * size, FASTATTN_FLOAT32);
                 }
                 simd_transpose(square);
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                    simd_store(turned + (d + 2 * i) * ld, simd_first_bf16(square[i]));
-                    simd_store(turned + (d + 2 * i + 1) * ld, simd_second_bf16(square[i]));
+                    simd_store(turned + (d - first + 2 * i) * ld, simd_first_bf16(square[i]));
+                    simd_store(turned + (d - first + 2 * i + 1) * ld, simd_second_bf16(square[i]));
                 }
             }
-        for (; d + SIMD_LANES <= numbers; d += SIMD_LANES) turn_square(turned, ld, key, d, SIMD_LANES, ahead, dtype);
-        if (d < numbers) turn_square(turned, ld, key, d, numbers - d, ahead, dtype);
+        for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, key, later, d, SIMD_LANES, dtype);
+        if (d < end) turn_square(turned + (d - first) * ld, ld, key, later, d, end - d, dtype);
     }
 }
 
@@ -61,13 +76,14 @@ FA_INLINE void turn_keys(float *turned, int ld, const char *k, int64_t stride, i
 static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* One row and a few keys, at most SIMD_LANES: one by one, or most sums across lanes would be of nothing. */
-FA_INLINE void few_scores(float *s, const float *q, const char *k, int64_t stride, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void few_scores(float *s, const float *q, fa_matrix k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const simd_f lane = simd_load(lane_numbers);
     simd_f dots = simd_set1(0.0f);
     for (int64_t j = keys - 1; j >= 0; j--) {
+        const char *key = fa_row_at(k, j);
         simd_f sum = simd_set1(0.0f);
         for (int64_t d = 0; d < head_dim; d += SIMD_LANES)
-            sum = simd_fma(load_as(k + j * stride + d * fa_size_of(dtype), head_dim - d, dtype), simd_load(q + d), sum);
+            sum = simd_fma(load_as(key + d * fa_size_of(dtype), head_dim - d, dtype), simd_load(q + d), sum);
         dots = simd_select(simd_lt(lane, simd_set1((float)(j + 1))), simd_set1(simd_sum(sum)), dots);
     }
     simd_store(s, dots);
@@ -75,26 +91,25 @@ FA_INLINE void few_scores(float *s, const float *q, const char *k, int64_t strid
 
 /* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
  * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
-FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const char *k, int64_t stride,
-                            int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, fa_matrix k, int64_t keys, int64_t head_dim,
+                            fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
     const int64_t size = fa_size_of(dtype);
-    const uintptr_t ahead = (uintptr_t)stride * (uintptr_t)keys;
     const int tile_keys = SUMS / rows;
     if (keys <= tile_keys / 4) {
-        FA_UNROLL for (int r = 0; r < rows; r++) few_scores(s + r * ld, q + r * pitch, k, stride, keys, head_dim, dtype);
+        FA_UNROLL for (int r = 0; r < rows; r++) few_scores(s + r * ld, q + r * pitch, k, keys, head_dim, dtype);
         return;
     }
     for (int64_t first = 0; first < keys; first += tile_keys) {
-        const char *key[SUMS];
+        const char *key[SUMS], *later[SUMS];
         simd_f sum[SUMS];
         float dots[SUMS];
-        FA_UNROLL for (int j = 0; j < tile_keys; j++) key[j] = k + (first + j < keys ? first + j : keys - 1) * stride;
+        find_keys(tile_keys, key, later, k, first, keys);
         FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-                if (d * size % 64 == 0) simd_fetch((const char *)((uintptr_t)(key[j] + d * size) + ahead));
+                fetch_later(later[j], d * size);
                 const simd_f x = load_full(key[j] + d * size, dtype);
                 FA_UNROLL for (int r = 0; r < rows; r++)
                     sum[r * tile_keys + j] = simd_fma(x, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
@@ -123,13 +138,13 @@ FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_op
     }
 }
 
-FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, const char *k, int64_t stride, int64_t keys,
-                          int64_t head_dim, fastattn_dtype dtype) {
-    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim), size = fa_size_of(dtype);
+FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim,
+                          fastattn_dtype dtype) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim);
     if (rows <= SHORT_ROWS) {
-        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
-        if (rows & 2) short_scores(2, s, ld, q, pitch, k, stride, keys, head_dim, dtype);
-        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, stride, keys, head_dim, dtype);
+        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, k, keys, head_dim, dtype);
+        if (rows & 2) short_scores(2, s, ld, q, pitch, k, keys, head_dim, dtype);
+        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, keys, head_dim, dtype);
         return;
     }
     for (int64_t j = 0, n; j < keys; j += n) {
@@ -140,8 +155,7 @@ FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, const char
         do { /* once if there are no numbers, too: scores are 0 then */
             float turned[TURNED_NUMBERS * SIMD_TILE_VECTORS * SIMD_LANES];
             const int64_t steps = head_dim - d < run ? head_dim - d : run;
-            turn_keys(turned, vectors * SIMD_LANES, k + j * stride + d * size, stride, n, steps,
-                      (uintptr_t)stride * (uintptr_t)keys, dtype);
+            turn_keys(turned, vectors * SIMD_LANES, k, keys, j, n, d, d + steps, dtype);
             const tile_operands x = {.c = s + j, .c_ld = ld, .adds = d > 0, .a = q + d, .across = pitch, .along = 1,
                                      TILE_PANEL(turned, vectors * SIMD_LANES), .steps = steps, .run = run};
             rows_strip(FASTATTN_FLOAT32, vectors, rows, x);
@@ -157,21 +171,21 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, rows_qk_of, s, q, ld, rows, k.at + from * k.stride, k.stride, keys, head_dim)
+    FA_BY_STORAGE(k.dtype, rows_qk_of, s, q, ld, rows, fa_rows_from(k, from), keys, head_dim)
 }
 
-FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, int rows, const char *v, int64_t stride,
-                          int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {
+FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t keys,
+                          int64_t v_head_dim, fastattn_dtype dtype) {
     int vectors = rows_vectors(rows);
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
-                       .panel = v, .stride = stride, .steps = keys, .run = keys > 0 ? keys : 1,
-                       .ahead = (uintptr_t)stride * (uintptr_t)keys};
+                       .panel = v.rows ? NULL : v.at, .stride = v.stride, .rows = v.rows, .steps = keys, .run = keys > 0 ? keys : 1,
+                       .ahead = keys};
     int64_t left = v_head_dim;
     while (left >= SIMD_LANES) {
         while (left < vectors * SIMD_LANES) vectors /= 2;
         rows_strip(dtype, vectors, rows, x);
         x.c += vectors * SIMD_LANES;
-        x.panel += vectors * SIMD_LANES * fa_size_of(dtype);
+        x.column += vectors * SIMD_LANES * fa_size_of(dtype);
         left -= vectors * SIMD_LANES;
     }
     x.lanes = left;
@@ -181,7 +195,7 @@ FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, 
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
-    FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, v.at + from * v.stride, v.stride, keys, v_head_dim)
+    FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, fa_rows_from(v, from), keys, v_head_dim)
 }
 
 /* Scores beyond the keys, in the last vector of a row, become -inf. */

@@ -51,21 +51,33 @@ typedef struct tile_operands {
     ptrdiff_t across, along;
     const char *panel;
     int64_t stride; /* bytes from one step of the panel to the next */
+    const char *const *rows; /* of the panel by rows, a pointer for each step instead; or null */
+    int64_t column; /* bytes from the beginning of a step to the strip, by rows */
     int64_t lanes;  /* of a ragged panel */
     int64_t steps, run;
-    uintptr_t ahead; /* bytes, from the panel to what will be read next, which memory is asked for meanwhile; 0: nothing */
+    int64_t ahead; /* by rows, steps from the panel to what will be read next, which memory is asked for meanwhile; 0: nothing */
     const float *units, *lane_units;
 } tile_operands;
 
 /* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
 #define FA_TILE_UNROLL 4
 
-FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const float *a,
-                         const tile_operands *x, const char *panel) {
+/* The panel at a step, which need not be one of it: nothing is read yet. */
+FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t step) {
+    if (!kind.by_rows) return x->panel + step * x->stride;
+    const uintptr_t row = x->rows ? (uintptr_t)x->rows[step] : (uintptr_t)x->panel + (uintptr_t)step * (uintptr_t)x->stride;
+    return (const char *)(row + (uintptr_t)x->column);
+}
+
+FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step) {
     const int64_t size = fa_size_of(kind.storage), bytes = SIMD_LANES * size;
+    const char *panel = tile_panel(kind, x, step);
+    const float *a = x->a + step * x->along;
     simd_f b[4];
-    if (kind.by_rows && x->ahead)
-        FA_UNROLL for (int64_t at = 0; at < vectors * bytes; at += 64) simd_fetch((const char *)((uintptr_t)panel + x->ahead) + at);
+    if (kind.by_rows && x->ahead) {
+        const char *later = tile_panel(kind, x, step + x->ahead);
+        FA_UNROLL for (int64_t at = 0; at < vectors * bytes; at += 64) simd_fetch((const char *)((uintptr_t)later + (uintptr_t)at));
+    }
     FA_UNROLL for (int v = 0; v < vectors; v++)
         b[v] = kind.ragged ? load_as(panel, x->lanes, kind.storage) : load_full(panel + v * bytes, kind.storage);
     FA_UNROLL for (int w = 0; w < width; w++) {
@@ -84,10 +96,8 @@ FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands 
             FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
         if (width == SIMD_TILE_WIDTH(vectors))
             for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
-                FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++)
-                    tile_step(kind, width, vectors, acc, x->a + (step + u) * x->along, x, x->panel + (step + u) * x->stride);
-        for (; step < end; step++)
-            tile_step(kind, width, vectors, acc, x->a + step * x->along, x, x->panel + step * x->stride);
+                FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++) tile_step(kind, width, vectors, acc, x, step + u);
+        for (; step < end; step++) tile_step(kind, width, vectors, acc, x, step);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             const simd_f one = simd_set1(1.0f), lane_alpha = x->alpha && first && !kind.by_rows ? simd_load(x->alpha + v * SIMD_LANES) : one;
             const simd_f lane_unit = kind.multiply == TILE_INT16 ? simd_load(x->lane_units + v * SIMD_LANES) : one;

@@ -73,12 +73,28 @@ enum {
     FA_MASK_HIDES = 2  /* some element is hidden */
 };
 
-/* Rows in memory. */
+/* Rows in memory: at a stride, or, as those in pages, wherever pointers say. Rows that have pointers have them also for as many rows
+ * beyond those in use as a block has keys: what is read next. */
 typedef struct fa_matrix {
     const char *at;
     int64_t stride; /* in bytes */
     fastattn_dtype dtype;
+    const char *const *rows; /* a pointer to each, and then `at` and `stride` mean nothing; or null */
 } fa_matrix;
+
+static inline fa_matrix fa_matrix_at(const char *at, int64_t stride, fastattn_dtype dtype) {
+    const fa_matrix m = {at, stride, dtype, NULL};
+    return m;
+}
+
+static inline const char *fa_row_at(fa_matrix m, int64_t row) { return m.rows ? m.rows[row] : m.at + row * m.stride; }
+
+/* The rows from one on. */
+static inline fa_matrix fa_rows_from(fa_matrix m, int64_t row) {
+    if (m.rows) m.rows += row;
+    else m.at += row * m.stride;
+    return m;
+}
 
 /* What qk is called with. */
 typedef struct fa_scores {
@@ -91,7 +107,8 @@ typedef struct fa_scores {
 
 /* The two products and what is between them: how a panel of queries, keys, powers and values are laid out and multiplied.
  * Every panel has 4 bytes for a row (and, by rows, for a number), one float32 or a pair of halves. Keys and values of a block are
- * prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. */
+ * prepared once, into `room`, and then used from key `from` on, a multiple of FA_SUM_RUN. Stored rows may have pointers; prepared ones
+ * have not, but where products by rows use them as stored. */
 typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
@@ -114,7 +131,7 @@ typedef struct fa_products {
     void (*pack)(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype,
                  float sign);
 
-    /* The stored keys or values as qk and pv want them. */
+    /* The stored keys or values as qk and pv want them. (Where rows have pointers there is room.) */
     fa_matrix (*keys)(float *room, fa_matrix stored, int64_t keys, int64_t head_dim);
     fa_matrix (*values)(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim);
 

@@ -29,6 +29,8 @@ struct guarded {
     uint8_t *data;
     size_t size;
     int is_input;
+    void *map; /* what is released with it, if anything */
+    size_t map_size;
     struct guarded *next;
 };
 
@@ -36,15 +38,13 @@ enum { SLACK_BYTE = 0xA7 };
 
 static struct guarded *guarded_list;
 
-static void *guard_alloc(const char *name, size_t size, size_t alignment, enum guard_side side, int is_input) {
+/* Opens the accessible pages behind the inaccessible one at `map`. */
+static uint8_t *guard_open(uint8_t *map, const char *name, size_t size, size_t alignment, enum guard_side side, int is_input) {
     size_t page = system_page();
     size_t pages_size = (size + page - 1) / page * page;
-    uint8_t *map = system_pages(pages_size + 2 * page);
-    CHECK(map, "cannot map %zu bytes for %s", size, name);
-
     struct guarded *guarded = malloc(sizeof *guarded);
     CHECK(guarded != NULL, "out of memory");
-    *guarded = (struct guarded){name, map + page, pages_size, map + page, size, is_input, guarded_list};
+    *guarded = (struct guarded){name, map + page, pages_size, map + page, size, is_input, NULL, 0, guarded_list};
     if (side == GUARD_BEHIND)
         guarded->data += (pages_size - size) / alignment * alignment;
     if (pages_size > 0) {
@@ -55,12 +55,32 @@ static void *guard_alloc(const char *name, size_t size, size_t alignment, enum g
     return guarded->data;
 }
 
+/* So many buffers of this size, each between inaccessible pages, and the bytes from one to the next. */
+static void *guard_alloc(const char *name, int64_t count, size_t size, size_t alignment, enum guard_side side, int is_input,
+                         int64_t *stride) {
+    const size_t page = system_page(), step = (size + page - 1) / page * page + page, all = (size_t)count * step + page;
+    uint8_t *map = system_pages(all), *first = NULL;
+    CHECK(map, "cannot map %zu bytes for %s", all, name);
+    *stride = (int64_t)step;
+    for (int64_t n = count - 1; n >= 0; n--)
+        first = guard_open(map + (size_t)n * step, name, size, alignment, side, is_input);
+    guarded_list->map = map;
+    guarded_list->map_size = all;
+    return first;
+}
+
+void *guard_inputs(const char *name, int64_t count, size_t size, size_t alignment, enum guard_side side, int64_t *stride) {
+    return guard_alloc(name, count, size, alignment, side, 1, stride);
+}
+
 void *guard_input(const char *name, size_t size, size_t alignment, enum guard_side side) {
-    return guard_alloc(name, size, alignment, side, 1);
+    int64_t stride;
+    return guard_alloc(name, 1, size, alignment, side, 1, &stride);
 }
 
 void *guard_output(const char *name, size_t size, size_t alignment, enum guard_side side) {
-    return guard_alloc(name, size, alignment, side, 0);
+    int64_t stride;
+    return guard_alloc(name, 1, size, alignment, side, 0, &stride);
 }
 
 void guard_seal(void) {
@@ -78,11 +98,10 @@ void guard_check(void) {
 }
 
 void guard_release(void) {
-    size_t page = system_page();
     while (guarded_list) {
         struct guarded *g = guarded_list;
         guarded_list = g->next;
-        system_release(g->pages - page, g->pages_size + 2 * page);
+        if (g->map) system_release(g->map, g->map_size);
         free(g);
     }
 }

@@ -78,6 +78,8 @@ enum guard_side { GUARD_BEHIND, GUARD_BEFORE };
 
 void *guard_input(const char *name, size_t size, size_t alignment, enum guard_side side);
 void *guard_output(const char *name, size_t size, size_t alignment, enum guard_side side);
+/* One or more inputs of the same size, each between such pages; stride is the bytes from one to the next. */
+void *guard_inputs(const char *name, int64_t count, size_t size, size_t alignment, enum guard_side side, int64_t *stride);
 void guard_seal(void);    /* from now on a write to an input faults */
 void guard_check(void);   /* the slack around every live buffer is as it was */
 void guard_release(void); /* all buffers */

@@ -39,7 +39,7 @@ fa_matrix stored_rows(const char *name, int64_t keys, int64_t dim, int64_t strid
     const int64_t item = (int64_t)dtype_size(dtype), span = (keys - 1) * llabs((long long)stride);
     char *x = guard_input(name, (size_t)(span + dim * item), (size_t)item, GUARD_BEHIND);
     memset(x, 0xFF, (size_t)(span + dim * item));
-    const fa_matrix stored = {stride < 0 ? x + span : x, stride, dtype};
+    const fa_matrix stored = fa_matrix_at(stride < 0 ? x + span : x, stride, dtype);
     for (int64_t j = 0; j < keys; j++)
         for (int64_t d = 0; d < dim; d++)
             store(dtype, stored_at(stored, j, d), random_signed(&rng));

@@ -304,7 +304,7 @@ TEST_EACH_ISA(products_fit) {
         const int64_t stride = DIM * (int64_t)dtype_size(dtype);
         context("%s in operand %d, of dtype %d", changes[n].what, (int)operand, (int)dtype);
         const void *rows_of[ROWS];
-        const fa_matrix q = {random_rows(rows_of, ROWS, ROWS, DIM, stride, dtype), stride, dtype};
+        const fa_matrix q = fa_matrix_at(random_rows(rows_of, ROWS, ROWS, DIM, stride, dtype), stride, dtype);
         const fa_matrix k = stored_rows("k", KEYS, DIM, stride, dtype), v = stored_rows("v", KEYS, DIM, stride, dtype);
         const fa_matrix changed = operand == 0 ? q : operand == 1 ? k : v;
         for (int64_t d = 0; d < DIM; d++)

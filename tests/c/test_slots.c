@@ -12,7 +12,7 @@ static const int64_t edges[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,  13,
 static const fa_products *products(void) { return table()->products; }
 
 static fa_matrix matrix(const void *at, int64_t stride, fastattn_dtype dtype) {
-    return (fa_matrix){at, stride, dtype};
+    return fa_matrix_at(at, stride, dtype);
 }
 
 static float *random_floats(const char *name, int64_t count, double amplitude) {
