@@ -16,7 +16,7 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 
 Batches need no padding: :func:`attention_varlen` takes sequences one after the other, and where there is padding (`kv_starts`,
 `kv_lengths`, `q_lengths`) it costs nothing and changes no bit. :class:`KVCache` keeps the keys and values of sequences that grow;
-:func:`paged_attention` reads them from pages, wherever these lie.
+:class:`PagedKVCache` in pages of a pool, which :func:`paged_attention` reads wherever they lie.
 
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
@@ -51,6 +51,7 @@ from .attention import (
 from .inspect import attention_entropy, attention_mass, attention_scores, attention_span, attention_weights, rollout
 from .kvcache import CacheFullError, KVCache
 from .linear import causal_conv, gated_delta_rule, gated_linear_attention, linear_attention
+from .pagedcache import PagedKVCache
 from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
 from .rope import apply_rope
 from .runtime import (
@@ -75,6 +76,7 @@ __all__ = [
     "BlockMask",
     "CacheFullError",
     "KVCache",
+    "PagedKVCache",
     "additive_attention",
     "alibi_slopes",
     "apply_rope",

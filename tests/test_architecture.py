@@ -28,6 +28,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "attention": {"_check", "runtime", "backends", "sparse"},
     "kvcache": {"_check", "runtime", "attention"},
     "varlen": {"_check", "runtime"},
+    "pagedcache": {"_check", "runtime", "attention", "kvcache", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are

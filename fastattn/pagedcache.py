@@ -1,0 +1,389 @@
+"""A pool of pages that many sequences of keys and values share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import runtime
+from ._check import as_array, as_float32, check_out, flag, integers, shares
+from .attention import merge_states
+from .kvcache import CacheFullError, cache_dtype, new_rows, size
+from .varlen import paged_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from ._typing import Array, Ints
+
+# Arguments of attention under which it matters to keys that sequences share how far away a query is, or which it is.
+_NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function")
+
+
+class Sequence:
+    """The handle of a sequence in a :class:`PagedKVCache`; made by its ``new_sequence`` and ``fork``."""
+
+    __slots__ = ("_length", "_pages", "_pool")
+
+    def __init__(self, pool, pages, length):
+        self._pool, self._pages, self._length = pool, pages, length  # the pages are None once it has been freed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self):
+        return "<freed Sequence>" if self._pages is None else f"<Sequence of {self._length} tokens in {len(self._pages)} pages>"
+
+    def __copy__(self):
+        raise TypeError("a Sequence is a handle: fork() of its pool makes another one")
+
+
+class PagedKVCache:
+    """Keys and values of any number of sequences, in pages of a common pool (Kwon et al., "PagedAttention", 2023).
+
+    A sequence takes pages as it grows, so that no memory is reserved for what may never come. A fork shares the pages of its parent;
+    the last one, if it is not full, is copied when either writes to it. A sequence gives the bits that :func:`attention` gives of its
+    tokens side by side, whatever the size of the pages and whoever shares them.
+
+    Parameters
+    ----------
+    num_pages : int
+    page_size : int
+        Tokens of a page, 1 or more; 16 to 256 are usual.
+    num_kv_heads, head_dim : int
+    v_head_dim : int, optional
+        Head size of the values. Default: `head_dim`.
+    dtype : {"bfloat16", "float16", "float32"} or dtype
+
+    Notes
+    -----
+    Pages are given back by :meth:`free` and :meth:`truncate` alone: a handle that is dropped keeps its own.
+
+    Several threads may attend at once; whatever changes sequences meanwhile (appending, forking, freeing, ...) is for the caller to
+    order. To pickle or deep-copy a pool with its sequences, do it to both at once: ``pickle.dumps((pool, sequences))``.
+
+    Examples
+    --------
+    >>> pool = fastattn.PagedKVCache(num_pages=1024, page_size=16, num_kv_heads=8, head_dim=64)
+    >>> prompt = pool.new_sequence()
+    >>> pool.append([prompt], k, v)                        # (L, 8, 64) each
+    >>> answers = [pool.fork(prompt) for _ in range(4)]
+    >>> pool.append(answers, k4, v4)                       # (4, 8, 64): one token for each
+    >>> out = pool.attend(answers, q4, cascade=True)       # (4, 32, 64)
+    """
+
+    def __init__(
+        self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: Any = "bfloat16"
+    ) -> None:
+        pages, rows, heads = size("num_pages", num_pages), size("page_size", page_size, 1), size("num_kv_heads", num_kv_heads)
+        if pages >= 2**31:
+            raise ValueError(f"num_pages must be below 2**31; got {num_pages}")
+        head_dim = size("head_dim", head_dim)
+        v_head_dim = head_dim if v_head_dim is None else size("v_head_dim", v_head_dim)
+        dtype = cache_dtype(dtype)
+        # A head's keys of a page lie together, as they are read together.
+        self._k = np.empty((pages, heads, rows, head_dim), dtype)
+        self._v = np.empty((pages, heads, rows, v_head_dim), dtype)
+        self._references = np.zeros(pages, np.int64)
+        self._free = list(range(pages - 1, -1, -1))
+
+    def __repr__(self):
+        pages, heads, rows, head_dim = self._k.shape
+        return f"<PagedKVCache of {pages} pages of {rows} tokens, {self.num_free_pages} free, {heads} heads of {head_dim}, {self.dtype}>"
+
+    def __copy__(self):
+        raise TypeError("a pool is copied with its sequences: copy.deepcopy((pool, sequences))")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored keys and values."""
+        return self._k.dtype
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self._k.shape[2]
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that belong to no sequence."""
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, filled or not."""
+        return self._k.nbytes + self._v.nbytes
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence, which has no page yet."""
+        return Sequence(self, [], 0)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A sequence with the tokens of another one, whose pages it shares."""
+        (sequence,) = self._own([sequence])
+        self._references[sequence._pages] += 1
+        return Sequence(self, list(sequence._pages), sequence._length)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give back the pages of a sequence that no other one shares. The handle is then of no more use."""
+        (sequence,) = self._own([sequence])
+        self._release(sequence._pages)
+        sequence._pages, sequence._length = None, 0
+
+    def truncate(self, sequence: Sequence, n: int) -> None:
+        """Forget all but the first `n` tokens of a sequence: drafts that were rejected. Pages beyond them are given back."""
+        (sequence,) = self._own([sequence])
+        n = size("n", n)
+        if n > sequence._length:
+            raise ValueError(f"n must not exceed the length of the sequence, {sequence._length}; got {n}")
+        kept = -(-n // self.page_size)
+        self._release(sequence._pages[kept:])
+        del sequence._pages[kept:]
+        sequence._length = n
+
+    def reorder(self, sequences: Iterable[Sequence], indices: Ints) -> None:
+        """Let sequence ``n`` become what sequence ``indices[n]`` was, as in a beam search; no token is copied.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+            Each at most once.
+        indices : array_like of int, (B,)
+            Sequences may be repeated and left out.
+        """
+        sequences = self._own(sequences, once=True)
+        indices = as_array("indices", indices)
+        if indices.shape != (len(sequences),):
+            raise ValueError(f"indices must have shape ({len(sequences)},), one for each sequence; got {indices.shape}")
+        chosen = integers("indices", indices, len(sequences), 0, len(sequences) - 1).tolist()
+        states = [(list(sequences[n]._pages), sequences[n]._length) for n in chosen]
+        for pages, _ in states:
+            self._references[pages] += 1
+        for sequence, (pages, length) in zip(sequences, states):
+            self._release(sequence._pages)
+            sequence._pages, sequence._length = pages, length
+
+    def lengths(self, sequences: Iterable[Sequence]) -> NDArray[np.int64]:
+        """(B,) int64: the tokens of each sequence."""
+        return np.array([sequence._length for sequence in self._own(sequences)], np.int64)
+
+    def block_table(self, sequences: Iterable[Sequence]) -> NDArray[np.int32]:
+        """(B, most pages) int32: the pages of each sequence, -1 beyond its last."""
+        rows = [sequence._pages for sequence in self._own(sequences)]
+        table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+        for row, pages in zip(table, rows):
+            row[: len(pages)] = pages
+        return table
+
+    def append(self, sequences: Iterable[Sequence], k: Array, v: Array, cu_seqlens: Ints | None = None) -> None:
+        """Take in new tokens of several sequences.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+            Each at most once.
+        k : array_like, (total, Hkv, D)
+            The new keys, sequence after sequence, of any storage type; cast to that of the pool.
+        v : array_like, (total, Hkv, Dv)
+        cu_seqlens : array_like of int, (B + 1,), optional
+            Where the tokens of each sequence begin, and the total. Default: each sequence has an equal share.
+
+        Raises
+        ------
+        CacheFullError
+            If there are not enough free pages. Nothing has changed then.
+        """
+        sequences = self._own(sequences, once=True)
+        heads, rows, head_dim = self._k.shape[1:]
+        k = new_rows("k", k, (-1, heads, head_dim), "(total, Hkv, D)")
+        total = k.shape[0]
+        v = new_rows("v", v, (total, heads, self._v.shape[3]), "(total, Hkv, Dv) with the total of k")
+        counts = np.diff(shares("cu_seqlens", cu_seqlens, len(sequences), total, "k")).tolist()
+
+        room, taken, copies, slots, after = len(self._free), 0, [], [], []  # pages are taken from the end, when all is well
+        left = {}  # references to a page that is written to, when sequences before have their own copy of it
+        for sequence, count in zip(sequences, counts):
+            begin, end = sequence._length, sequence._length + count
+            pages, wanted = sequence._pages, -(-end // rows) - len(sequence._pages)
+            shared = begin % rows and count and left.setdefault(pages[-1], int(self._references[pages[-1]])) > 1
+            if shared:
+                left[pages[-1]] -= 1
+                copies.append((pages[-1], taken, begin % rows))
+                wanted += 1
+                pages = pages[:-1]
+            taken += wanted
+            if taken <= room:
+                new = self._free[room - taken : room - taken + wanted][::-1]
+                after.append((pages, new, end))
+                own = (pages + new)[begin // rows :]
+                slots += [own[j // rows] * rows + j % rows for j in range(begin % rows, begin % rows + count)]
+        if taken > room:
+            raise CacheFullError(f"the pool has {room} free pages of {self._references.size}; {taken} are wanted")
+
+        for old, n, filled in copies:
+            for cache in (self._k, self._v):
+                cache[self._free[room - 1 - n], :, :filled] = cache[old, :, :filled]
+        store, table = runtime.backend().store, np.array(slots, np.int64)[None]
+        for new_ones, cache in ((k, self._k), (v, self._v)):
+            store(new_ones[None], cache.swapaxes(1, 2), table)
+        for old, _, _ in copies:
+            self._references[old] -= 1
+        self._references[self._free[room - taken :]] = 1
+        del self._free[room - taken :]
+        for sequence, (pages, new, end) in zip(sequences, after):
+            sequence._pages, sequence._length = pages + new, end
+
+    def attend(
+        self,
+        sequences: Iterable[Sequence],
+        q: Array,
+        cu_seqlens_q: Ints | None = None,
+        *,
+        causal: bool = True,
+        cascade: bool = False,
+        **keywords: Any,
+    ) -> Any:
+        """Attention of the latest tokens' queries to the sequences that they belong to.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+        q : array_like, (total_q, Hq, D)
+            The queries of the last positions of each sequence, sequence after sequence: prefill and decoding may be mixed.
+        cu_seqlens_q : array_like of int, (B + 1,), optional
+            Where the queries of each sequence begin, and their total. Default: each sequence has an equal share.
+        causal : bool
+        cascade : bool
+            Read the pages that sequences have in common, from their first on, once for all of them, and merge (Juravsky et al.,
+            "Hydragen", 2024). Bits then depend on the company. Without effect where the distance from query to key matters to
+            shared keys: with `window`, `alibi_slopes`, `kv_starts`, `q_lengths`, a `score_function` or another `activation`.
+        **keywords
+            As for :func:`paged_attention`, but query_offset and kv_lengths, which the pool knows better.
+
+        Returns
+        -------
+        out : ndarray, (total_q, Hq, Dv)
+            Of the dtype of `q`.
+        lse : ndarray, (Hq, total_q)
+            float32, only with ``return_lse=True``.
+        """
+        for name in ("query_offset", "kv_lengths", "block_table"):
+            if name in keywords:
+                raise TypeError(f"attend() has no argument {name}: the pool knows where its tokens are")
+        sequences = self._own(sequences)
+        q = as_array("q", q)
+        if q.ndim != 3:
+            raise ValueError(f"q must have shape (total_q, Hq, D); got {q.shape}")
+        starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
+        table, lengths = self.block_table(sequences), self.lengths(sequences)
+        plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"
+        if flag("cascade", cascade) and plain:
+            # The pages that every query of a sequence sees may be shared.
+            seen = np.maximum(lengths - np.diff(starts) + 1, 0) if flag("causal", causal) else lengths
+            levels = list(_levels(table, np.minimum(seen, lengths) // self.page_size))
+            if len(levels) > 1:
+                return self._attend_levels(levels, q, starts, table, lengths, causal, keywords)
+        return self._paged(q, table, lengths, starts, causal=causal, **keywords)
+
+    def _paged(self, q, table, lengths, starts, **keywords):
+        k, v = self._k.swapaxes(1, 2), self._v.swapaxes(1, 2)
+        return paged_attention(q, k, v, table, lengths, cu_seqlens_q=starts, **keywords)
+
+    def _attend_levels(self, levels, q, starts, table, lengths, causal, keywords):
+        """Attention level by level of a tree of shared pages, merged."""
+        sinks, return_lse, given_out = (keywords.pop(name, None) for name in ("sinks", "return_lse", "out"))
+        total, num_heads, _ = q.shape
+        wide = q
+        if q.itemsize == 2:  # parts are rounded once, when they have been merged; "medium" keeps products of bfloat16 exact
+            wide = q.astype(np.float32)
+            if q.dtype.name == "bfloat16":
+                keywords["precision"] = "medium"
+        outs, lses = [], []
+        for runs in levels:
+            rows = [np.concatenate([np.arange(starts[m], starts[m + 1]) for m in run.members]) for run in runs]
+            counts, rows = np.array([row.size for row in rows]), np.concatenate(rows)
+            pages = np.full((len(runs), max(run.pages for run in runs)), -1, np.int32)
+            for row, run in zip(pages, runs):
+                row[: run.pages] = table[run.members[0], run.first : run.first + run.pages]
+            held = [min(run.pages * self.page_size, lengths[run.members[0]] - run.first * self.page_size) for run in runs]
+            # Behind its last key a query sees all, and so do those of a run that sequences share.
+            offset = [n if len(run.members) > 1 else n - count for run, n, count in zip(runs, held, counts)]
+            part, part_lse = self._paged(
+                wide[rows], pages, held, np.append(0, counts.cumsum()), query_offset=offset, causal=causal, return_lse=True, **keywords
+            )
+            out, lse = np.zeros((total, num_heads, part.shape[2]), np.float32), np.full((total, num_heads), -np.inf, np.float32)
+            out[rows], lse[rows] = part, part_lse.T
+            outs.append(out)
+            lses.append(lse)
+        if sinks is not None:  # one more key, whose value is 0
+            sinks = as_float32("sinks", sinks)
+            if sinks.shape != (num_heads,) or not (sinks < np.inf).all():
+                raise ValueError(f"sinks must have shape ({num_heads},), one for each query head, finite or -inf; got {sinks}")
+            outs.append(np.zeros_like(outs[0]))
+            lses.append(np.broadcast_to(sinks, (total, num_heads)))
+        merged, lse = merge_states(outs, lses)
+        out = merged.astype(q.dtype, copy=False)
+        if given_out is not None:
+            target = check_out(given_out, merged.shape, q.dtype, (("q", q), ("the pool", self._k), ("the pool", self._v)))
+            target[...] = out
+            out = given_out
+        return (out, lse.T) if flag("return_lse", return_lse or False) else out
+
+    def _own(self, sequences, once=False):
+        """The sequences as a list, if they are of this pool and alive."""
+        if isinstance(sequences, Sequence):
+            raise TypeError("sequences must be a list of sequences; got a single one")
+        sequences = list(sequences)
+        for n, sequence in enumerate(sequences):
+            if not isinstance(sequence, Sequence):
+                raise TypeError(f"sequences must hold handles from new_sequence() and fork(); got {sequence!r} at {n}")
+            if sequence._pool is not self:
+                raise ValueError(f"sequences must be of this pool; that at {n} is of another")
+            if sequence._pages is None:
+                raise ValueError(f"sequences must not have been freed; that at {n} has")
+        if once and len(set(map(id, sequences))) < len(sequences):
+            raise ValueError("sequences must not hold one twice")
+        return sequences
+
+    def _release(self, pages):
+        self._references[pages] -= 1
+        self._free += [page for page in reversed(pages) if self._references[page] == 0]
+
+
+class _Run(NamedTuple):
+    """Consecutive pages that some sequences have in common."""
+
+    members: list
+    first: int
+    pages: int
+
+
+def _levels(table, most):
+    """The tree of shared pages, from the root on: lists of runs. The pages of a sequence make one run on each level down to its own.
+
+    Of sequence ``m`` the first ``most[m]`` pages may be shared.
+    """
+    counts = (table >= 0).sum(axis=1)
+    groups = [(list(range(len(table))), 0)]
+    while groups:
+        runs, next_groups = [], []
+        for members, first in groups:
+            by_page = {}
+            for m in members:
+                shareable = first < most[m]
+                by_page.setdefault((int(table[m, first]) if shareable else m, shareable), []).append(m)
+            for (_, shareable), group in by_page.items():
+                if not shareable or len(group) == 1:
+                    runs += [_Run([m], first, int(counts[m]) - first) for m in group if counts[m] > first]
+                    continue
+                last = int(min(most[m] for m in group))
+                same = (table[group, first:last] == table[group[0], first:last]).all(axis=0)
+                pages = last - first if same.all() else int(same.argmin())
+                runs.append(_Run(group, first, pages))
+                next_groups.append((group, first + pages))
+        if runs:
+            yield runs
+        groups = next_groups
