@@ -61,14 +61,28 @@ class Embedder:
         ndarray, (texts, width)
             float32, each of length 1.
         """
-        vectors, start = [], 0
-        lengths = np.array([len(sequence) for sequence in sequences])
+        vectors, done = [np.empty((0, self.encoder.embedding.table.shape[1]), np.float32)], 0
+        for hidden, bounds in self._hidden(sequences):
+            means = np.add.reduceat(hidden, bounds[:-1]) / np.diff(bounds)[:, None].astype(np.float32)
+            vectors.append(means / np.linalg.norm(means, axis=1, keepdims=True))
+            done += len(means)
+            progress(done)
+        return np.concatenate(vectors)
+
+    def words(self, texts):
+        """The parts of words in texts: their hidden states (parts, width), what they are, and where each text begins and ends."""
+        encodings = self._tokenizer.encode_batch(list(texts))
+        hidden = [rows for rows, _ in self._hidden([encoding.ids for encoding in encodings])]
+        special = np.concatenate([encoding.special_tokens_mask for encoding in encodings]) == 1  # those at the beginning and end
+        names = np.concatenate([encoding.tokens for encoding in encodings])
+        counts = [len(encoding.ids) - sum(encoding.special_tokens_mask) for encoding in encodings]
+        return np.concatenate(hidden)[~special], names[~special], np.cumsum([0, *counts])
+
+    def _hidden(self, sequences):
+        """Hidden states of a batch of sequences after the other, and where its sequences begin and end."""
+        start, lengths = 0, np.array([len(sequence) for sequence in sequences])
         while start < len(sequences):
             stop = start + max(1, int(np.searchsorted(lengths[start:].cumsum(), BATCH_TOKENS, side="right")))
             bounds = np.concatenate([[0], lengths[start:stop].cumsum()])
-            hidden = self.encoder(np.concatenate(sequences[start:stop]), cu_seqlens=bounds)
-            means = np.add.reduceat(hidden, bounds[:-1]) / lengths[start:stop, None].astype(np.float32)
-            vectors.append(means / np.linalg.norm(means, axis=1, keepdims=True))
+            yield self.encoder(np.concatenate(sequences[start:stop]), cu_seqlens=bounds), bounds
             start = stop
-            progress(start)
-        return np.concatenate(vectors) if vectors else np.empty((0, self.encoder.embedding.table.shape[1]), np.float32)

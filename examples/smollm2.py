@@ -200,15 +200,22 @@ class Tokenizer:
 
     def chat(self, prompt, system=SYSTEM):
         """Token numbers of the model's chat template: a system turn, the user's turn, the start of the answer."""
+        return self.chat_parts([prompt], system)[0]
+
+    def chat_parts(self, parts, system=SYSTEM):
+        """The same of a prompt in several parts, which are encoded one by one, and the part that each token is of, -1 for none."""
         try:
             start, end = self._controls["<|im_start|>"], self._controls["<|im_end|>"]
         except KeyError as error:
             raise ModelError(f"the vocabulary has no {error}: this is no chat model") from None
-        turns = [("system", system), ("user", prompt)]
-        tokens = []
-        for role, text in turns:
-            tokens += [start, *self.encode(f"{role}\n{text}"), end, *self.encode("\n")]
-        return [*tokens, start, *self.encode("assistant\n")]
+        tokens, part = [start, *self.encode(f"system\n{system}"), end, *self.encode("\n"), start], []
+        part += [-1] * len(tokens)
+        for n, text in enumerate(parts):
+            new = self.encode(f"user\n{text}" if n == 0 else text)
+            tokens += new
+            part += [n] * len(new)
+        last = [end, *self.encode("\n"), start, *self.encode("assistant\n")]
+        return [*tokens, *last], np.array(part + [-1] * len(last))
 
     def decoder(self):
         """A function from token number to text that holds back the bytes of an unfinished character."""

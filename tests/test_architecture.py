@@ -35,7 +35,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "scores": {"_arrays", "_check", "runtime"},
     "linear": {"_arrays", "_check", "runtime"},
-    "layers": {"_check", "attention", "kvcache", "positions", "rope", "varlen"},
+    "layers": {"_check", "runtime", "attention", "kvcache", "positions", "rope", "varlen"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},
     "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
     "transformers": {"torch", "varlen"},

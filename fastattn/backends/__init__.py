@@ -11,6 +11,11 @@ Every backend is a module with these names and no others:
     `slots`, ``(B, L)`` int64, has for it; -1 leaves it out.
 ``apply_rope(x, cos, sin, out, interleaved)``
     Turn the pairs of `x` ``(B, H, L, D)`` by the angles of the tables ``(B, H, L, pairs)`` into `out`, which may be `x`.
+``normalize(x, add, add_bias, total, weight, bias, out, eps, centred)``
+    Fill `out` ``(n, m, width)`` with the rows of `x` normalised, or with those of ``x + add + add_bias``, which go to `total` as well
+    unless it is None. `out` or `total` may be `x` or `add`.
+``pointwise(x, bias, out, kind, gated)``
+    Fill `out` ``(n, width)`` with an activation of ``x + bias``; gated, that of its first half times the second.
 ``linear_attention(call)``
     Fill ``call.out`` and, unless it is None, ``call.new_state``; `call` is a :class:`fastattn.linear.LinearCall`. Decays outside of
     their range are an error, before anything is written.

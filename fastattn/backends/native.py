@@ -11,6 +11,7 @@ from .._native import (  # first, for its error names a missing extension
     set_threading,
 )
 from .. import _native
+from .numpy import normalize as normalize, pointwise as pointwise  # what NumPy does as well
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 

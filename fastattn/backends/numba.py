@@ -23,7 +23,7 @@ from numba import config, njit
 from .. import _settings
 from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd, numpy
 from ._numba_kernels import ACTIVATIONS, MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
-from .numpy import store as store  # a cast and a scatter, which NumPy does as well
+from .numpy import normalize as normalize, pointwise as pointwise, store as store  # what NumPy does as well
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")

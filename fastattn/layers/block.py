@@ -123,13 +123,20 @@ class TransformerBlock:
             y += attend(h)
             y += x
             return y
-        for layer, norm in ((attend, self.attention_norm), (attend_across, self.cross_norm), (self.feed_forward, self.feed_forward_norm)):
-            if norm is None:
-                continue
-            y = layer(norm(x) if self.norm_first else x)
-            y += x
-            x = y if self.norm_first else norm(y)
-        return x
+        steps = [(attend, self.attention_norm), (attend_across, self.cross_norm), (self.feed_forward, self.feed_forward_norm)]
+        steps = [(layer, norm) for layer, norm in steps if norm is not None]
+        if not self.norm_first:
+            for layer, norm in steps:
+                x = norm.of_sum(x, layer(x), keep=False)
+            return x
+        h = self.attention_norm(x)
+        for (layer, _), (_, following) in zip(steps, steps[1:]):
+            y = layer(h)
+            h = following.of_sum(x, y, keep=True)
+            x = y
+        y = self.feed_forward(h)
+        y += x
+        return y
 
     @classmethod
     def from_torch(cls, module: Any) -> TransformerBlock:

@@ -109,6 +109,11 @@ class LayerNorm:
         """(..., n) to (..., n)."""
         return functional.normalize(x, self.weight, self.bias, self.eps, centred=self.centred)
 
+    def of_sum(self, x: NDArray[Any], y: NDArray[Any], *, keep: bool) -> NDArray[Any]:
+        """The norm of ``x + y`` for rows (rows, n), in one pass; the sum takes the place of `y`, or if it is not kept the norm does."""
+        keywords = {"add": y, "keep_sum": True} if keep else {"add": y, "out": y}
+        return functional.normalize(x, self.weight, self.bias, self.eps, centred=self.centred, **keywords)
+
 
 class RMSNorm(LayerNorm):
     """``x / sqrt(mean(x**2) + eps) * weight`` of each row (Zhang and Sennrich, 2019).

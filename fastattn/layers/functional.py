@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import runtime
+from .._check import check_dtype, kernel_ready
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -28,43 +31,38 @@ def activation(name: str) -> str:
     return _ACTIVATIONS[name]
 
 
-def normalize(x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, eps: float, *, centred: bool) -> NDArray[Any]:
-    """Layer or RMS normalisation over the last axis."""
-    n = x.dtype.type(x.shape[-1])
-    if centred:
-        x = x - x.mean(axis=-1, keepdims=True)
-    square = np.einsum("...i,...i->...", x, x)[..., None] / n
-    y = x / np.sqrt(square + x.dtype.type(eps))
-    y *= weight
-    if bias is not None:
-        y += bias
-    return y
+def normalize(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    eps: float,
+    *,
+    centred: bool,
+    add: NDArray[Any] | None = None,
+    keep_sum: bool = False,
+    out: NDArray[Any] | None = None,
+) -> Any:
+    """Rows (..., n) normalised over the last axis: those of `x`, or of ``x + add``.
+
+    `add` is (rows, n), as `x` is then; with `keep_sum` their sum takes its place.
+    """
+    if x.shape[-1:] != weight.shape:
+        raise ValueError(f"x must have a last axis of {weight.size}; got shape {x.shape}")
+    backend, x = runtime.backend(), kernel_ready(x.astype(weight.dtype, copy=False))
+    check_dtype("weight", weight, backend)
+    given = x.reshape(math.prod(x.shape[:-2]), *(1, *x.shape)[-2:]) if x.ndim != 3 else x
+    result = np.empty(x.shape, x.dtype) if out is None else out
+    added = None if add is None else add[None]
+    backend.normalize(given, added, None, added if keep_sum else None, weight, bias, result.reshape(given.shape), eps, centred)
+    return result
 
 
 def activate(x: NDArray[Any], kind: str, *, bias: NDArray[Any] | None = None, gated: bool = False) -> NDArray[Any]:
     """An activation of ``x + bias``; `x` is overwritten. Gated: that of the first half of each row, times the second half."""
-    if bias is not None:
-        x += bias
-    half = x.shape[-1] // 2
-    gate = x[..., :half] if gated else x
-    y = _KINDS[kind](gate)
-    return y * x[..., half:] if gated else y
-
-
-_erf = np.frompyfunc(math.erf, 1, 1)
-
-
-def _gelu(x):
-    return x * (0.5 + 0.5 * _erf(x * math.sqrt(0.5)).astype(np.float64)).astype(x.dtype)
-
-
-def _gelu_tanh(x):
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    return 0.5 * x * (1 + np.tanh(inner))
-
-
-def _silu(x):
-    return x * (0.5 + 0.5 * np.tanh(0.5 * x))  # x * sigmoid(x); exp could overflow
-
-
-_KINDS = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "relu": lambda x: np.maximum(x, 0)}
+    backend = runtime.backend()
+    check_dtype("x", x, backend)
+    width = x.shape[-1] // 2 if gated else x.shape[-1]
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    out = np.empty((len(rows), width), x.dtype) if gated else rows
+    backend.pointwise(rows, bias, out, kind, gated)
+    return out.reshape(*x.shape[:-1], width)
