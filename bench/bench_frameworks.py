@@ -12,6 +12,7 @@ sides alternate in one process on the same inputs, each waiting until the thread
 import argparse
 import atexit
 import importlib.util
+import inspect
 import itertools
 import shutil
 import statistics
@@ -227,10 +228,11 @@ def decode(args):
         for layer in range(model.config.num_hidden_layers):
             cache.update(*(torch.randn(8, 3, 4096, 64).to(dtype) for _ in range(2)), layer)
         token = torch.randint(1, 49152, (8, 1))
+        keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
-        def step(model=model, cache=cache, token=token):
-            model(token, past_key_values=cache, use_cache=True)
-            cache.crop(4096)
+        def step(model=model, cache=cache, token=token, keyword=keyword):
+            model(token, use_cache=True, **{keyword: cache})
+            cache.crop(-1)
 
         compare_attention(
             f"decode step, batch 8, 4096 cached tokens, SmolLM2-135M's shape, {dtype}", model, step, "tokens", 8, args.rounds,
