@@ -16,7 +16,7 @@ import numpy as np
 from ._check import as_array, finite, flag, integers, seqlens
 from .attention import attention as _attention
 from .rope import apply_rope
-from .varlen import attention_varlen
+from .varlen import attention_varlen, paged_attention
 
 __all__ = [
     "flash_attn_func",
@@ -171,11 +171,13 @@ def flash_attn_varlen_func(
     q, k, v, starts = array("q", q), array("k", k), array("v", v), array("cu_seqlens_k", cu_seqlens_k)
     if "alibi_slopes" in keywords:
         keywords["alibi_slopes"] = array("alibi_slopes", keywords["alibi_slopes"])
-    if block_table is not None:
-        lengths = np.diff(seqlens("cu_seqlens_k", starts, starts[-1] if starts.ndim == 1 and starts.size else 0, "the pages"))
-        table = _pages(array("block_table", block_table), k, len(lengths), lengths)
-        k, v = (_gather(pages, table, lengths) for pages in (k, v))
-    out = attention_varlen(q, k, v, array("cu_seqlens_q", cu_seqlens_q), starts, return_lse=return_attn_probs, **keywords)
+    starts_q, options = array("cu_seqlens_q", cu_seqlens_q), {"return_lse": return_attn_probs, **keywords}
+    if block_table is None:
+        out = attention_varlen(q, k, v, starts_q, starts, **options)
+    else:
+        total = starts[-1] if starts.ndim == 1 and starts.size else 0
+        lengths = np.diff(seqlens("cu_seqlens_k", starts, total, "the pages"))
+        out = paged_attention(q, k, v, array("block_table", block_table), lengths, cu_seqlens_q=starts_q, **options)
     return (result(out[0]), result(out[1]), None) if return_attn_probs else result(out)
 
 
@@ -301,26 +303,14 @@ def flash_attn_with_kvcache(
 
     if "alibi_slopes" in keywords:
         keywords["alibi_slopes"] = array("alibi_slopes", keywords["alibi_slopes"])
-    if paged:
-        k_cache, v_cache = (_gather(pages, table, new_lengths) for pages in (k_cache, v_cache))
-        out, lse = attention_varlen(
-            q.reshape(-1, *q.shape[2:]), k_cache, v_cache, np.arange(batch + 1) * q_len, np.append(0, new_lengths.cumsum()),
+    if paged or cache_batch_idx is not None:  # rows of a cache are pages, of which each entry has one
+        out, lse = paged_attention(
+            q.reshape(-1, *q.shape[2:]), k_cache, v_cache, table if paged else rows[:, None], new_lengths, kv_starts=starts,
             return_lse=True, **keywords,
         )  # fmt: skip
         out, lse = out.reshape(*q.shape[:3], -1), lse.reshape(-1, batch, q_len).swapaxes(0, 1)
-    elif cache_batch_idx is None:
+    else:
         out, lse = _dense(q, k_cache, v_cache, {"kv_starts": starts, "kv_lengths": new_lengths, **keywords})
-    else:  # rows of the cache are read where they lie
-        slopes = keywords.pop("alibi_slopes", None)
-        slopes = None if slopes is None else np.broadcast_to(slopes, (batch, q.shape[2]))
-        out = np.empty((*q.shape[:3], v_cache.shape[3]), q.dtype)
-        lse = np.empty((batch, q.shape[2], q_len), np.float32)
-        for b, row in enumerate(rows):
-            k_b, v_b = (x[row, starts[b] : new_lengths[b]] for x in (k_cache, v_cache))
-            _, lse[b] = _attention(
-                *(x.swapaxes(0, 1) for x in (q[b], k_b, v_b)), out=out[b].swapaxes(0, 1), return_lse=True,
-                alibi_slopes=None if slopes is None else slopes[b], **keywords,
-            )  # fmt: skip
     return (result(out), result(lse)) if return_softmax_lse else result(out)
 
 
@@ -372,13 +362,6 @@ def _pages(block_table, pages, batch, lengths):
     if used.size and not 0 <= used.min() <= used.max() < num_pages:
         raise ValueError(f"block_table must hold pages from 0 to {num_pages - 1}; got {used.min()} to {used.max()}")
     return block_table
-
-
-def _gather(pages, table, lengths):
-    """The keys ``(total, H, D)`` of all sequences in pages, one after the other."""
-    counts = -(-lengths // max(pages.shape[1], 1))
-    rows = [pages[used[:count]].reshape(-1, *pages.shape[2:])[:n] for used, count, n in zip(table, counts, lengths)]
-    return np.concatenate(rows) if rows else pages.reshape(-1, *pages.shape[2:])[:0]
 
 
 def _rotate(x, cos, sin, positions, interleaved):

@@ -6,7 +6,7 @@
 is also a function of NumPy arrays, with the inputs of the operator in their order and its attributes as keywords; absent inputs are None.
 
 Made for opsets 23 to 28 of ai.onnx, and for ``MultiHeadAttention`` and ``GroupQueryAttention`` of com.microsoft as their documentation
-defines them, without quantised caches.
+defines them, without quantised caches, buffers that are shared and beams.
 """
 
 import numpy as np
@@ -108,11 +108,11 @@ def _heads(name, x, num_heads):
         return x
     if x.ndim != 3 or not num_heads or x.shape[2] % num_heads:
         raise ValueError(f"{name} must have 4 axes, or 3 of which the last is a multiple of {num_heads} heads; got shape {x.shape}")
-    return x.reshape(*x.shape[:2], num_heads, -1).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads).swapaxes(1, 2)
 
 
 def _packed(x):
-    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], x.shape[1] * x.shape[3])
 
 
 def _whole_mask(mask, total):
@@ -260,8 +260,8 @@ def linear_attention(
 
 
 def multi_head_attention(
-    query, key=None, value=None, bias=None, key_padding_mask=None, attention_bias=None, past_key=None, past_value=None, *,
-    num_heads, mask_filter_value=-10000.0, scale=0.0, unidirectional=0,
+    query, key=None, value=None, bias=None, key_padding_mask=None, attention_bias=None, past_key=None, past_value=None,
+    past_sequence_length=None, cache_indirection=None, *, num_heads, mask_filter_value=-10000.0, scale=0.0, unidirectional=0, num_outputs=4,
 ):  # fmt: skip
     """``MultiHeadAttention`` of com.microsoft.
 
@@ -276,18 +276,25 @@ def multi_head_attention(
         How many keys of each entry are real, or 1 where a key is.
     attention_bias : ndarray, broadcast to (B, H, L, total), optional
     past_key, past_value : ndarray, (B, H, past, D), optional
+    past_sequence_length, cache_indirection
+        Refused: a buffer that is shared, and beams that share it.
     mask_filter_value : float
         What is added to the scores of keys that `key_padding_mask` hides.
     scale : float
         0 is ``1 / sqrt(D)``.
     unidirectional : int
         Query ``i`` sees keys up to ``i`` and those of the past.
+    num_outputs : int
+        The fourth output is computed only where it is asked for.
 
     Returns
     -------
     output : ndarray, (B, L, H * Dv)
     present_key, present_value : ndarray, (B, H, total, D)
+    qk : ndarray, (B, H, L, total), or None
+        The scores, scaled, before anything is added to them.
     """
+    _refuse(past_sequence_length=past_sequence_length, cache_indirection=cache_indirection)
     if query.ndim == 5:
         query, key, value = (_packed(query[:, :, :, n].swapaxes(1, 2)) for n in range(3))
     elif key is not None and key.ndim == 5:
@@ -313,13 +320,16 @@ def multi_head_attention(
             seen = key_padding_mask.reshape(q.shape[0], 1, -1, total) != 0
             hidden = np.where(seen, np.float32(0), np.float32(mask_filter_value))
             keywords["mask"] = hidden if attention_bias is None else attention_bias + hidden
-    return _packed(_compute(q, k, v, False, keywords)), k, v
+    qk = _scores(q, k, 0, False, keywords) if num_outputs > 3 else None
+    return _packed(_compute(q, k, v, False, keywords)), k, v, qk
 
 
 def group_query_attention(
     query, key=None, value=None, past_key=None, past_value=None, seqlens_k=None, total_sequence_length=None, cos_cache=None,
-    sin_cache=None, position_ids=None, attention_bias=None, head_sink=None, *, num_heads, kv_num_heads, do_rotary=0,
-    rotary_interleaved=0, local_window_size=-1, scale=0.0, softcap=0.0, smooth_softmax=0,
+    sin_cache=None, position_ids=None, attention_bias=None, head_sink=None, k_scale=None, v_scale=None, q_norm_weight=None,
+    k_norm_weight=None, query_seqlens=None, *, num_heads, kv_num_heads, causal=1, do_rotary=0, rotary_interleaved=0,
+    local_window_size=-1, scale=0.0, softcap=0.0, smooth_softmax=0, qk_norm_epsilon=1e-6, q_norm_epsilon=None, k_norm_epsilon=None,
+    qk_output=0, sliding_window_cache=0, k_quant_type="NONE", v_quant_type="NONE", kv_cache_bit_width=0, num_outputs=4,
 ):  # fmt: skip
     """``GroupQueryAttention`` of com.microsoft: causal attention behind a cache, with rotation.
 
@@ -339,18 +349,33 @@ def group_query_attention(
     attention_bias : ndarray, broadcast to (B, Hq, L, total_sequence_length), optional
     head_sink : ndarray, (Hq,), optional
         A logit for each head, of no key.
+    q_norm_weight, k_norm_weight : ndarray, (D,), optional
+        Queries and keys are normalised by their root mean square, and multiplied by these, before they are rotated.
+    query_seqlens : ndarray of int, (B,), optional
+        How many of the L new tokens of each entry are real; the others are padding on the right, and their outputs are 0.
+    causal : int
+        Query ``i`` sees keys up to its own; otherwise all.
+    qk_norm_epsilon, q_norm_epsilon, k_norm_epsilon : float
+        What is added to the mean square; the latter two take the place of the first.
     local_window_size : int
         How many keys a query sees, its own included; -1 is all.
     scale, softcap
         0 is ``1 / sqrt(D)``, and none.
     smooth_softmax : int
         A logit 0 of no key, for every head.
+    qk_output : {0, 1, 2}
+        The fourth output holds nothing, the scores with all that is done to them, or the probabilities.
+    k_scale, v_scale, k_quant_type, v_quant_type, kv_cache_bit_width, sliding_window_cache
+        Refused: caches that are quantised, or as long as the window.
 
     Returns
     -------
     output : ndarray, (B, L, Hq * D)
     present_key, present_value : ndarray, (B, Hkv, the larger of capacity and total_sequence_length, D)
+    output_qk : ndarray, (B, Hq, L, total_sequence_length), or None
     """
+    quantised = [x for x in (k_quant_type, v_quant_type) if x != "NONE"]
+    _refuse(k_scale=k_scale, v_scale=v_scale, k_quant_type=quantised or None, sliding_window_cache=sliding_window_cache or None)
     if key is None:
         size = query.shape[2] // (num_heads + 2 * kv_num_heads)
         query, key, value = np.split(query, [num_heads * size, (num_heads + kv_num_heads) * size], axis=2)
@@ -358,7 +383,12 @@ def group_query_attention(
     batch, length = q.shape[0], q.shape[2]
     total = int(np.reshape(total_sequence_length, ()))
     lengths = np.reshape(seqlens_k, -1).astype(np.int64) + 1
-    offsets = np.zeros(batch, np.int64) if length == total else lengths - length
+    counts = np.full(batch, length) if query_seqlens is None else np.reshape(query_seqlens, -1).astype(np.int64)
+    prompt = length == total and query_seqlens is None
+    offsets = np.zeros(batch, np.int64) if prompt else lengths - counts
+    if q_norm_weight is not None:
+        epsilons = (qk_norm_epsilon if x is None else x for x in (q_norm_epsilon, k_norm_epsilon))
+        q, k = (_normed(x, w, epsilon) for x, w, epsilon in zip((q, k), (q_norm_weight, k_norm_weight), epsilons))
     if do_rotary:
         if position_ids is None:
             position_ids = np.maximum(offsets[:, None] + np.arange(length), 0)
@@ -369,17 +399,33 @@ def group_query_attention(
 
     capacity = max(0 if past_key is None else past_key.shape[2], total)
     present_key, present_value = (np.zeros((batch, kv_num_heads, capacity, x.shape[3]), x.dtype) for x in (k, v))
-    for b, offset in enumerate(offsets):
+    for b, (offset, count) in enumerate(zip(offsets, counts)):
         for present, past, new in ((present_key, past_key, k), (present_value, past_value, v)):
             if past is not None:
                 present[b, :, :offset] = past[b, :, :offset]
-            present[b, :, offset : offset + length] = new[b]
+            present[b, :, offset : offset + count] = new[b, :, :count]
     keywords = {
-        "causal": True, "query_offset": offsets, "kv_lengths": lengths, "scale": scale or None, "softcap": softcap or None,
+        "causal": bool(causal), "query_offset": offsets, "kv_lengths": lengths, "scale": scale or None, "softcap": softcap or None,
         "window": (local_window_size - 1, None) if local_window_size > 0 else None, "mask": _whole_mask(attention_bias, capacity),
         "sinks": head_sink if head_sink is not None else np.zeros(num_heads, np.float32) if smooth_softmax else None,
+        "q_lengths": None if query_seqlens is None else counts,
     }  # fmt: skip
-    return _packed(_compute(q, present_key, present_value, False, keywords)), present_key, present_value
+    qk = None
+    if num_outputs > 3 and qk_output:
+        qk = _scores(q, present_key, {1: 2, 2: 3}[qk_output], False, keywords)[..., :total]
+    return _packed(_compute(q, present_key, present_value, False, keywords)), present_key, present_value, qk
+
+
+def _refuse(**given):
+    for name, x in given.items():
+        if x is not None:
+            raise NotImplementedError(f"{name} is not served; it must not be given")
+
+
+def _normed(x, weight, epsilon):
+    single = x.astype(np.float32)
+    mean = np.square(single).mean(axis=3, keepdims=True)
+    return (single / np.sqrt(mean + np.float32(epsilon)) * weight.astype(np.float32)).astype(x.dtype)
 
 
 # ---- Graphs ---------------------------------------------------------------------------------------------------------
@@ -406,8 +452,8 @@ ops = [
     _operator("RotaryEmbedding", rotary_embedding),
     _operator("CausalConvWithState", causal_conv_with_state),
     _operator("LinearAttention", linear_attention),
-    _operator("MultiHeadAttention", multi_head_attention, "com.microsoft"),
-    _operator("GroupQueryAttention", group_query_attention, "com.microsoft"),
+    _operator("MultiHeadAttention", multi_head_attention, "com.microsoft", outputs="num_outputs"),
+    _operator("GroupQueryAttention", group_query_attention, "com.microsoft", outputs="num_outputs"),
 ]
 
 

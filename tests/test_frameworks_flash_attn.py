@@ -291,9 +291,13 @@ def test_sequences_go_in_one_call(monkeypatch, kind):
         monkeypatch.setattr(module, "_attention", seen(fastattn.attention))
         name = "_attention_varlen" if module is not flash_attn else "attention_varlen"
         monkeypatch.setattr(module, name, seen(fastattn.attention_varlen))
+    monkeypatch.setattr(flash_attn, "paged_attention", seen(fastattn.paged_attention))
     flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], kind(np.array([0, 1, 2])), kind(np.array([0, 9, 16])))
     flash_attn.flash_attn_with_kvcache(q, k, v, cache_seqlens=kind(np.array([3, 14, 7])), cache_leftpad=kind(np.array([1, 4, 0])))
     assert len(calls) == 2
+    where = {"cache_seqlens": kind(np.array([3, 14, 7])), "cache_batch_idx": kind(np.array([2, 0, 1]))}
+    flash_attn.flash_attn_with_kvcache(q, k, v, **where)
+    assert len(calls) == 3
 
 
 def test_is_reached_from_the_package():

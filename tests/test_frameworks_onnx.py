@@ -126,6 +126,13 @@ def test_multi_head_attention(unidirectional, past, bias):
     expected, actual = agree("MultiHeadAttention", inputs, {"num_heads": 3, "unidirectional": unidirectional}, 3)
     for a, b in zip(actual, expected):
         np.testing.assert_array_equal(a, b)
+    q, k = (x.reshape(2, 5, 3, 8).swapaxes(1, 2) for x in inputs[:2])
+    if bias:
+        q, k = (x + part.reshape(3, 1, 8) for x, part in zip((q, k), np.split(inputs[3], 3)))
+    scores = q @ (k if not past else np.concatenate((before[0], k), axis=2)).swapaxes(2, 3) / np.sqrt(8)
+    np.testing.assert_allclose(
+        fastattn.onnx.multi_head_attention(*inputs, num_heads=3, unidirectional=unidirectional)[3], scores, atol=1e-5
+    )
 
 
 def test_multi_head_attention_packed_and_padded():
@@ -160,6 +167,61 @@ def test_group_query_attention(options, rotary, prompt, packed):
             np.testing.assert_allclose(a[n, :, :total], b[n, :, :total], atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [1, 2])
+@pytest.mark.parametrize("options", [{"causal": 0}, {"softcap": 2.0}, {"local_window_size": 3}], ids=str)
+def test_group_query_attention_gives_scores(options, mode):
+    """Over a cache."""
+    lengths = np.array([9, 6])
+    inputs = [normal(2, 1, 64), normal(2, 1, 32, seed=1), normal(2, 1, 32, seed=2), *(normal(2, 2, 9, 16, seed=n) for n in (3, 4))]
+    inputs += [(lengths - 1).astype(np.int32), np.array([9], np.int32)]
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "qk_output": mode, **options}
+    expected, actual = agree("GroupQueryAttention", inputs, attributes, 4)
+    for b, n in enumerate(lengths):
+        ours, theirs = (x[2][b, :, :, :n] for x in (actual, expected))
+        seen = ours > -np.inf
+        np.testing.assert_allclose(ours[seen], theirs[seen], atol=2e-6)
+
+
+def test_group_query_attention_normalises():
+    """Which onnxruntime has on GPUs only."""
+    q, k, v = normal(2, 5, 64), normal(2, 5, 32, seed=1), normal(2, 5, 32, seed=2)
+    weights, caches = (normal(16, seed=5), normal(16, seed=6)), (normal(16, 8, seed=5), normal(16, 8, seed=6))
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}
+
+    def normed(x, weight, epsilon):
+        heads = x.astype(np.float64).reshape(2, 5, -1, 16)
+        return (heads / np.sqrt((heads**2).mean(-1, keepdims=True) + epsilon) * weight).reshape(x.shape).astype(np.float32)
+
+    def attend(q, k, *weights, **epsilons):
+        given = (q, k, v, None, None, np.array([4, 4]), 5, *caches, None, None, None, None, None, *weights)
+        return fastattn.onnx.group_query_attention(*given, **attributes, **epsilons)[0]
+
+    expected = attend(normed(q, weights[0], 0.25), normed(k, weights[1], 0.5))
+    np.testing.assert_allclose(attend(q, k, *weights, qk_norm_epsilon=0.25, k_norm_epsilon=0.5), expected, atol=1e-6)
+
+
+def test_group_query_attention_of_padded_chunks():
+    """As each entry's own tokens alone."""
+    lengths, counts = np.array([8, 5, 4]), np.array([4, 2, 0])
+    q, k, v = normal(3, 4, 64), normal(3, 4, 32, seed=1), normal(3, 4, 32, seed=2)
+    past, caches = [normal(3, 2, 9, 16, seed=n) for n in (3, 4)], [normal(16, 8, seed=5), normal(16, 8, seed=6)]
+    attributes = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 1}
+
+    def attend(rows, length, query_seqlens):
+        return fastattn.onnx.group_query_attention(
+            *(x[rows, :length] for x in (q, k, v)), *(x[rows] for x in past), lengths[rows] - 1, 9, *caches, None, None, None,
+            query_seqlens=query_seqlens, **attributes,
+        )  # fmt: skip
+
+    out, present_key, present_value, _ = attend(slice(None), 4, counts)
+    for b in range(3):
+        alone = attend(slice(b, b + 1), counts[b], None)
+        np.testing.assert_array_equal(out[b, : counts[b]], alone[0][0])
+        for ours, theirs in ((present_key, alone[1]), (present_value, alone[2])):
+            np.testing.assert_array_equal(ours[b, :, : lengths[b]], theirs[0, :, : lengths[b]])
+    assert not out[2].any() and not out[1, 2:].any()
+
+
 def test_what_is_refused():
     x = normal(1, 2, 3, 4)
     with pytest.raises(ValueError, match="past_key"):
@@ -171,6 +233,10 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="cos_cache"):
         fastattn.onnx.rotary_embedding(x, normal(1, 3, 3), normal(1, 3, 3))
     tokens = normal(1, 5, 8)
+    with pytest.raises(NotImplementedError, match="cache_indirection"):
+        fastattn.onnx.multi_head_attention(tokens, tokens, tokens, cache_indirection=np.zeros((1, 1, 1), np.int32), num_heads=2)
+    with pytest.raises(NotImplementedError, match="k_quant_type"):
+        fastattn.onnx.group_query_attention(tokens, tokens, tokens, num_heads=2, kv_num_heads=2, k_quant_type="PER_TENSOR")
     with pytest.raises(ValueError, match="update_rule"):
         fastattn.onnx.linear_attention(tokens, tokens, tokens, q_num_heads=2, kv_num_heads=2, update_rule="gate")
     with pytest.raises(ValueError, match="beta must be given"):
