@@ -64,6 +64,7 @@ static const float *queries_at(const fa_work *w, const fa_operands *x, int row) 
 static void add_values(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
                        int64_t keys) {
     fa_state *t = &w->state;
+    if (x->products->o_by_rows) rows = (int)fa_min(rows, w->panel.rows - row);
     x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows, x->v, x->skip + from, keys, t->v_head_dim);
 }
 

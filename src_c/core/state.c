@@ -21,9 +21,11 @@ void fastattn_state_at(fa_state *state, void *memory, const fa_products *product
     state->l = (float *)((char *)memory + vector);
     state->seen = (float *)((char *)memory + 2 * vector);
     state->o = (float *)((char *)memory + 3 * vector);
-    state->of_row = products ? fa_row_of_numbers(products, v_head_dim) : 1;
-    state->of_number = products ? fa_number_of_numbers(products, ld) : ld;
-    state->norm = products && products->sums ? state->o + fa_sums_row(v_head_dim) * state->of_number : state->l;
+    state->of_row = products ? fa_row_of_o(products, v_head_dim) : 1;
+    state->of_number = products ? fa_number_of_o(products, ld) : ld;
+    const int sums = products && products->sums;
+    state->norm = sums ? state->o + fa_sums_of_o(products, v_head_dim) * state->of_number : state->l;
+    state->of_norm = sums ? state->of_row : 1;
 }
 
 void fastattn_state_clear(fa_state *state) {
@@ -34,7 +36,7 @@ void fastattn_state_clear(fa_state *state) {
     }
     const int64_t all = state->of_row == 1 ? state->v_head_dim * state->of_number : state->rows * state->of_row;
     memset(state->o, 0, (size_t)all * sizeof(float));
-    if (state->norm != state->l) memset(state->norm, 0, (size_t)state->rows * sizeof(float));
+    for (int64_t r = 0; r < state->rows && state->norm != state->l; r++) state->norm[r * state->of_norm] = 0.0f;
 }
 
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
@@ -44,7 +46,8 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
         const float base = m == -INFINITY ? 0.0f : m;
         const float mine = exp2f((state->m[r] - base) * c), theirs = exp2f((other->m[r] - base) * c);
         state->m[r] = m;
-        if (state->norm != state->l) state->norm[r] = state->norm[r] * mine + other->norm[r] * theirs;
+        const int64_t norm = r * state->of_norm;
+        if (state->norm != state->l) state->norm[norm] = state->norm[norm] * mine + other->norm[norm] * theirs;
         state->l[r] = state->l[r] * mine + other->l[r] * theirs;
         state->seen[r] = 1.0f;
         const int64_t step = state->of_number;
@@ -63,10 +66,10 @@ float fastattn_state_finish(const fa_state *state, int64_t r, double unit, const
     const double m = state->m[r] * unit;
     if (!sink) {
         if (lse) *lse = (float)(m + log(state->l[r]));
-        return 1.0f / state->norm[r];
+        return 1.0f / state->norm[r * state->of_norm];
     }
     const double top = m > *sink ? m : *sink;
     const double mine = exp(m - top), others = exp(*sink - top);
     if (lse) *lse = (float)(top + log(state->l[r] * mine + others));
-    return (float)(mine / (state->norm[r] * mine + others));
+    return (float)(mine / (state->norm[r * state->of_norm] * mine + others));
 }

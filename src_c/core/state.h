@@ -12,7 +12,9 @@ typedef struct fa_state {
     float *seen; /* [rows] 1 where a key was visible: -inf scores alone cannot tell */
     float *o;    /* number d of row r at o[r * of_row + d * of_number] */
     int64_t of_row, of_number; /* one of them is 1 */
-    float *norm; /* [rows] the sum of the powers as they were multiplied by the values, rounded: what o is divided by. Or l */
+    float *norm; /* the sum of row r's powers as they were multiplied by the values, rounded, at norm[r * of_norm]: what o is divided
+                    by. Or l */
+    int64_t of_norm;
 } fa_state;
 
 /* Room for a state of at most so many rows, a multiple of FA_ROW_STEP or 1. */

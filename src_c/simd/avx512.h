@@ -86,6 +86,14 @@ static inline simd_f simd_dot_int16(simd_f a, simd_f b, simd_f c) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
+/* The halves of both, in turn: the first 16 of each, and the last. */
+static inline void simd_zip_halves(simd_f *a, simd_f *b) {
+    const __m512i firsts = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008,
+                                            0x270007, 0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
+    const __m512i lasts = _mm512_or_si512(firsts, _mm512_set1_epi16(16)), x = _mm512_castps_si512(*a), y = _mm512_castps_si512(*b);
+    *a = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, firsts, y));
+    *b = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, lasts, y));
+}
 static inline simd_f simd_of_integers(simd_f x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 #endif
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm512_fmsub_ps(a, b, c); }

@@ -2,6 +2,12 @@
  * head_dim or of keys. Included by avx512.c. */
 #ifdef SIMD_PAIRS
 
+enum {
+    DOT_KEYS = 64,    /* of a block */
+    FEWEST_ALONE = 8, /* rows of a panel that is alone */
+    MOST_ALONE = 24
+};
+
 /* Keys whose pairs are aligned are read where they lie. */
 static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
     const int64_t misaligned = ((int64_t)(uintptr_t)stored.at | stored.stride) & 3;
@@ -12,7 +18,8 @@ static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t h
 static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
     const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1,
-                             TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2};
+                             TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2,
+                             .ahead = keys};
     tile_product(TILE_BFLOAT16, rows, keys, x);
 }
 
@@ -26,8 +33,10 @@ static fa_matrix dot_values(float *room, fa_matrix stored, int64_t keys, int64_t
             __m512i even[2], odd[2] = {_mm512_setzero_si512()};
             halves_of(1, even, fa_row_at(stored, j) + d * size, v_head_dim - d, stored.dtype, 1.0f);
             if (j + 1 < keys) halves_of(1, odd, fa_row_at(stored, j + 1) + d * size, v_head_dim - d, stored.dtype, 1.0f);
-            _mm512_storeu_si512(to + d, pairs_of_first(even[0], odd[0]));
-            if (d + SIMD_LANES < sums) _mm512_storeu_si512(to + d + SIMD_LANES, pairs_of_last(even[0], odd[0]));
+            simd_f first = _mm512_castsi512_ps(even[0]), last = _mm512_castsi512_ps(odd[0]);
+            simd_zip_halves(&first, &last);
+            simd_store(to + d, first);
+            if (d + SIMD_LANES < sums) simd_store(to + d + SIMD_LANES, last);
         }
         _mm512_storeu_si512(to + sums, _mm512_set1_epi32(0x3f803f80));
     }
@@ -45,11 +54,76 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 
 PAIRS_SLOTS(dot, 1)
 
-const fa_products fastattn_products_bfloat16_avx512 = {
-    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES,
-    .fewest_rows_over_many = FEWEST_LANES, .panel_rows = FA_PANEL_ROWS,
-    .block_keys = 64, .score_keys = 64, .pair_rows = 1, .sums = 1,
-    .pack = dot_pack, .keys = dot_keys, .values = dot_values, .qk = dot_qk, .softmax = dot_softmax, .pv = dot_pv,
-    .power = dot_power, FA_LANES_SLOTS};
+/* Where a panel is alone, values of two keys need not be put side by side for others: rows and numbers change sides in the second
+ * product, pairs are made as values are read, front to back, and no row is multiplied that is not there. */
+static fa_matrix dot_rows(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
+    return stored.dtype == FASTATTN_BFLOAT16 ? stored : pairs_keys(1, 1, room, stored, keys, v_head_dim);
+}
 
+/* 32 numbers of all rows. */
+static void dot_strip(int rows, tile_operands x) {
+    const tile_kind kind = {TILE_BFLOAT16, FASTATTN_BFLOAT16, 1, 0, 1};
+    tile_strip(kind, 2, rows, x);
+}
+
+static void dot_sums(float *sums, int64_t pitch, const float *alpha, const float *p, int ld, int rows, int64_t keys) {
+    const simd_f ones = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80));
+    for (int row = 0; row < rows; row += SIMD_LANES) {
+        float of_lane[SIMD_LANES];
+        simd_f sum = simd_set1(0.0f);
+        for (int64_t j = 0; j < keys; j += 2) sum = simd_dot_bf16(ones, simd_load(p + j / 2 * ld + row), sum);
+        simd_store(of_lane, sum);
+        for (int r = row; r < rows && r < row + SIMD_LANES; r++) sums[r * pitch] = sums[r * pitch] * alpha[r] + of_lane[r - row];
+    }
+}
+
+/* Rows that end within a vector, and the last without a partner, are copied to where there are zeros beyond them. */
+static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                        int64_t v_head_dim) {
+    const int64_t sums = fa_round_up(v_head_dim, FA_TILE), pitch = sums + FA_ROW_STEP;
+    v = fa_rows_from(v, from);
+    dot_sums(o + sums, pitch, alpha, p, ld, rows, keys);
+    for (int64_t d = 0; d < v_head_dim; d += HALVES) {
+        const int64_t in_place = v_head_dim - d < HALVES ? 0 : keys - keys % 2;
+        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld,
+                           .panel = v.rows ? NULL : v.at, .stride = v.stride, .rows = v.rows, .column = d * 2, .steps = in_place / 2,
+                           .run = DOT_KEYS, .ahead = keys};
+        if (in_place > 0 || keys == 0) dot_strip(rows, x);
+        if (in_place == keys) continue;
+        __m512i copy[DOT_KEYS];
+        for (int64_t j = in_place; j < keys + keys % 2; j++) {
+            __m512i halves[2] = {_mm512_setzero_si512()};
+            if (j < keys) halves_of(1, halves, fa_row_at(v, j) + d * 2, v_head_dim - d, FASTATTN_BFLOAT16, 1.0f);
+            copy[j - in_place] = halves[0];
+        }
+        x.a += in_place / 2 * ld;
+        x.panel = (const char *)copy, x.stride = sizeof *copy, x.rows = NULL, x.column = x.ahead = 0;
+        x.steps = (keys + 1 - in_place) / 2;
+        if (in_place > 0) x.alpha = NULL, x.adds = 1;
+        dot_strip(rows, x);
+    }
+}
+
+static int dot_rows_unpack(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
+                           fastattn_dtype dtype) {
+    (void)ld;
+    int finite = 1;
+    for (int row = 0; row < count; row++, o += fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP)
+        finite &= narrow(outputs[row], o, factor[row], v_head_dim, dtype);
+    return finite;
+}
+
+#define DOT_SLOTS .pack = dot_pack, .keys = dot_keys, .qk = dot_qk, .softmax = dot_softmax, .power = dot_power, .mask = mask, .scores = scores
+
+const fa_products fastattn_products_bfloat16_rows_avx512 = {
+    .name = "bfloat16_rows_avx512", .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE,
+    .fewest_rows_over_many = FEWEST_ALONE, .panel_rows = MOST_ALONE, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1,
+    .sums = 1, .values = dot_rows, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
+
+const fa_products fastattn_products_bfloat16_avx512 = {
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
+    .alone = &fastattn_products_bfloat16_rows_avx512, .panel_rows = FA_PANEL_ROWS, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS,
+    .pair_rows = 1, .sums = 1, .values = dot_values, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
+
+#undef DOT_SLOTS
 #endif

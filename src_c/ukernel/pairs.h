@@ -13,19 +13,6 @@ FA_INLINE __m512i upper_halves(__m512i even, __m512i odd) {
     return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd);
 }
 
-/* The first, or last, 16 halves of `even` and `odd` in turn. */
-FA_INLINE __m512i pairs_of_first(__m512i even, __m512i odd) {
-    const __m512i order = _mm512_set_epi32(0x2f000f, 0x2e000e, 0x2d000d, 0x2c000c, 0x2b000b, 0x2a000a, 0x290009, 0x280008, 0x270007,
-                                           0x260006, 0x250005, 0x240004, 0x230003, 0x220002, 0x210001, 0x200000);
-    return _mm512_permutex2var_epi16(even, order, odd);
-}
-
-FA_INLINE __m512i pairs_of_last(__m512i even, __m512i odd) {
-    const __m512i order = _mm512_set_epi32(0x3f001f, 0x3e001e, 0x3d001d, 0x3c001c, 0x3b001b, 0x3a001a, 0x390019, 0x380018, 0x370017,
-                                           0x360016, 0x350015, 0x340014, 0x330013, 0x320012, 0x310011, 0x300010);
-    return _mm512_permutex2var_epi16(even, order, odd);
-}
-
 /* x as a sum of two bfloat16, to 16 bits. The first is rounded, so that what the product of two second ones adds has no bias, but
  * for numbers that would round to infinity, where x may be so large. */
 FA_INLINE void split(simd_f x, int large, __m512i *high, __m512i *low) {

@@ -128,7 +128,7 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
 
 /* A strip of so many vectors, one, two or the most. */
 FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_operands x) {
-    const tile_kind kind = {TILE_FLOAT32, storage, 1, 0};
+    const tile_kind kind = {TILE_FLOAT32, storage, 1, 0, 0};
     switch (vectors) {
     case 1: tile_strip(kind, 1, rows, x); break;
     case 2: tile_strip(kind, 2, rows, x); break;
@@ -189,7 +189,7 @@ FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, 
         left -= vectors * SIMD_LANES;
     }
     x.lanes = left;
-    const tile_kind ragged = {TILE_FLOAT32, dtype, 1, 1};
+    const tile_kind ragged = {TILE_FLOAT32, dtype, 1, 1, 0};
     if (left > 0) tile_strip(ragged, 1, rows, x);
 }
 

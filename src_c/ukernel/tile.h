@@ -22,6 +22,7 @@ typedef struct tile_kind {
     fastattn_dtype storage; /* of the panel */
     int by_rows;            /* elements across are rows, which alpha is for, not for the lanes */
     int ragged;             /* the only vector of the panel has fewer lanes */
+    int paired;             /* by rows: a step is of two rows of the panel, whose bfloat16 become pairs; of an even number of vectors */
 } tile_kind;
 
 #ifdef SIMD_PAIRS
@@ -51,35 +52,66 @@ typedef struct tile_operands {
     ptrdiff_t across, along;
     const char *panel;
     int64_t stride; /* bytes from one step of the panel to the next */
-    const char *const *rows; /* of the panel by rows, a pointer for each step instead; or null */
+    const char *const *rows; /* of the panel by rows, a pointer for each instead; or null */
     int64_t column; /* bytes from the beginning of a step to the strip, by rows */
     int64_t lanes;  /* of a ragged panel */
     int64_t steps, run;
-    int64_t ahead; /* by rows, steps from the panel to what will be read next, which memory is asked for meanwhile; 0: nothing */
+    int64_t ahead; /* rows from those in use, of the panel by rows or else of elements (whose `along` is 1), to what will be read next,
+                      which memory is asked for meanwhile; 0: nothing */
     const float *units, *lane_units;
 } tile_operands;
 
 /* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
 #define FA_TILE_UNROLL 4
 
-/* The panel at a step, which need not be one of it: nothing is read yet. */
-FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t step) {
-    if (!kind.by_rows) return x->panel + step * x->stride;
-    const uintptr_t row = x->rows ? (uintptr_t)x->rows[step] : (uintptr_t)x->panel + (uintptr_t)step * (uintptr_t)x->stride;
+/* Row n of the panel, which need not be one of it: nothing is read yet. */
+FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t n) {
+    if (!kind.by_rows) return x->panel + n * x->stride;
+    const uintptr_t row = x->rows ? (uintptr_t)x->rows[n] : (uintptr_t)x->panel + (uintptr_t)n * (uintptr_t)x->stride;
     return (const char *)(row + (uintptr_t)x->column);
 }
 
-FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step) {
-    const int64_t size = fa_size_of(kind.storage), bytes = SIMD_LANES * size;
-    const char *panel = tile_panel(kind, x, step);
-    const float *a = x->a + step * x->along;
-    simd_f b[4];
-    if (kind.by_rows && x->ahead) {
-        const char *later = tile_panel(kind, x, step + x->ahead);
-        FA_UNROLL for (int64_t at = 0; at < vectors * bytes; at += 64) simd_fetch((const char *)((uintptr_t)later + (uintptr_t)at));
+/* By rows, what lies `ahead` of a row. Else rows of elements come as their lines are used up: one line with each step, those of up to 16
+ * rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
+FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n) {
+    enum { LINE = 16 };
+    if (!x->ahead) return;
+    if (kind.by_rows) {
+        const uintptr_t later = (uintptr_t)tile_panel(kind, x, n + x->ahead);
+        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage);
+        FA_UNROLL for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+    } else if (vectors <= 2) {
+        const int64_t element = n + (n % LINE + x->ahead) * x->across;
+        simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)element * sizeof(float)));
     }
+}
+
+/* A step's vectors of the panel. */
+FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile_operands *x, int64_t step) {
+    const int64_t bytes = SIMD_LANES * fa_size_of(kind.storage);
+#ifdef SIMD_PAIRS
+    if (kind.paired) {
+        const char *even = tile_panel(kind, x, 2 * step), *odd = tile_panel(kind, x, 2 * step + 1);
+        tile_fetch(kind, vectors, x, 2 * step);
+        tile_fetch(kind, vectors, x, 2 * step + 1);
+        FA_UNROLL for (int v = 0; v < vectors; v += 2) {
+            b[v] = load_full(even + v * bytes, FASTATTN_FLOAT32);
+            b[v + 1] = load_full(odd + v * bytes, FASTATTN_FLOAT32);
+            simd_zip_halves(&b[v], &b[v + 1]);
+        }
+        return;
+    }
+#endif
+    const char *panel = tile_panel(kind, x, step);
+    tile_fetch(kind, vectors, x, step);
     FA_UNROLL for (int v = 0; v < vectors; v++)
         b[v] = kind.ragged ? load_as(panel, x->lanes, kind.storage) : load_full(panel + v * bytes, kind.storage);
+}
+
+FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step) {
+    const float *a = x->a + step * x->along;
+    simd_f b[4];
+    tile_vectors(kind, vectors, b, x, step);
     FA_UNROLL for (int w = 0; w < width; w++) {
         const simd_f element = simd_set1(a[w * x->across]);
         FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind.multiply, element, b[v], acc[w][v]);
@@ -138,14 +170,14 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
         x.a += width * x.across;
         if (kind.by_rows && x.alpha) x.alpha += width;
         if (kind.multiply == TILE_INT16) x.units += width * x.across;
-        x.ahead = 0; /* once is enough */
+        if (kind.by_rows) x.ahead = 0; /* once is enough */
         count -= width;
     }
 }
 
 /* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
 FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
-    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0};
+    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0, 0};
     for (int row = 0; row < rows;) {
         int vectors = (rows - row) / SIMD_LANES;
         if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;

@@ -16,7 +16,7 @@
  *
  * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they lie
  * are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it says itself
- * (by_rows); the loop, which only moves pointers, asks for the strides below. Sums are formed in the same order either way, so that
+ * (by_rows; o_by_rows: the second product alone); the loop, which only moves pointers, asks for the strides below. Sums are formed in the same order either way, so that
  * float32 tables give a row the same bits, if there are five or more.
  *
  *                   lanes are rows                  by rows
@@ -113,14 +113,16 @@ typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
     int by_rows;     /* panels lie row by row: see above */
+    int o_by_rows;   /* o does, although the others do not: values are read front to back */
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
+    const struct fa_products *alone; /* for a panel over FA_MANY_KEYS or more that has no other beside it, if its rows are so few; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
     int pair_rows;  /* of the panel of powers, for two keys */
     int in_place;   /* p may be s, and where there is no room (null) for float32 keys or values, they are used as stored */
-    int sums;       /* pv also sums p as it is multiplied, rounded, into row fa_sums_row of o: the better divisor */
+    int sums;       /* pv also sums p as it is multiplied, rounded, as one more number of o: the better divisor */
     int in_parts;   /* numbers are sums of parts: where q or k is infinite s is not, and v has to be finite */
 
     /* Around everything else, on the thread that does it; or null. */
@@ -153,7 +155,7 @@ typedef struct fa_products {
                            const fa_scores *next);
 
     /* o[d][row] = o[d][row] * alpha[row] + sum over keys of v[from + key][d] * p[key][row]. The sum of a block is formed apart
-     * and added once, which keeps the error of long sequences small. */
+     * and added once, which keeps the error of long sequences small. Where o alone is by rows, any number of them. */
     void (*pv)(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                int64_t v_head_dim);
 
@@ -199,10 +201,18 @@ typedef struct fa_rotation {
 /* Where things lie in the panels of a table, in floats. */
 static inline int64_t fa_row_of_scores(const fa_products *by, int ld) { return by->by_rows ? ld : 1; }
 static inline int64_t fa_key_of_scores(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
+/* Of q; and of o, where the sums of powers come after the numbers, rounded up. */
 static inline int64_t fa_row_of_numbers(const fa_products *by, int64_t dim) {
     return by->by_rows ? fa_round_up(dim, FA_ROW_STEP) : 1;
 }
 static inline int64_t fa_number_of_numbers(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
+static inline int64_t fa_sums_of_o(const fa_products *by, int64_t dim) {
+    return by->o_by_rows ? fa_round_up(dim, FA_TILE) : fa_sums_row(dim);
+}
+static inline int64_t fa_row_of_o(const fa_products *by, int64_t dim) {
+    return by->o_by_rows ? fa_sums_of_o(by, dim) + FA_ROW_STEP : fa_row_of_numbers(by, dim);
+}
+static inline int64_t fa_number_of_o(const fa_products *by, int ld) { return by->o_by_rows ? 1 : fa_number_of_numbers(by, ld); }
 
 /* Algebra on dense matrices, row-major in float32, for what is not attention's loop. Lanes are columns: n is a multiple of
  * FA_ROW_STEP, and so many columns are read and written. Leading dimensions (ld) and steps are in floats, and nothing need be
@@ -297,7 +307,8 @@ extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
-extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_int16_avx512;
+extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512;
+extern const fa_products fastattn_products_int16_avx512;
 extern const fa_products fastattn_products_bfloat16_amx;
 extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;
 

@@ -41,6 +41,11 @@ static inline int64_t number_at(const fa_products *by, int ld, int64_t dim, int6
     return row * fa_row_of_numbers(by, dim) + d * fa_number_of_numbers(by, ld);
 }
 
+/* The same of o. */
+static inline int64_t o_at(const fa_products *by, int ld, int64_t dim, int64_t row, int64_t d) {
+    return row * fa_row_of_o(by, dim) + d * fa_number_of_o(by, ld);
+}
+
 /* A sum in double precision, and the magnitudes of its terms, which the error of the same sum in float32 grows with. */
 struct sum {
     double value, magnitude;

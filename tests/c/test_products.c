@@ -33,6 +33,8 @@ static float old_o(int row, int64_t d) { return row % 3 == 0 ? 0 : (float)d; }
 /* Integers have a rounding that they share, as fixed.h says. */
 static int integers(const fa_products *by) { return strncmp(by->name, "int16_", 6) == 0; }
 
+static float *o_of(const struct chain *x, int r, int64_t d) { return &x->o[o_at(x->by, x->c.ld, x->v_head_dim, r, d)]; }
+
 static void prepare(struct chain *x) {
     const struct columns c = x->c;
     const int64_t item = (int64_t)dtype_size(x->dtype), tiled = fa_round_up(x->block + FA_TILE, FA_TILE) + FA_TILE;
@@ -65,7 +67,7 @@ static void prepare(struct chain *x) {
     for (int r = c.first; r < rows; r++) {
         x->old_m[r] = x->m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -x->growth / unit : 4 * random_signed(&rng));
         x->l[r] = old_l(r);
-        for (int64_t d = 0; d < fa_sums_row(x->v_head_dim) + 1; d++) x->o[d * c.ld + r] = old_o(r, d);
+        for (int64_t d = 0; d < fa_sums_of_o(x->by, x->v_head_dim) + 1; d++) *o_of(x, r, d) = old_o(r, d);
     }
     guard_seal();
 }
@@ -165,8 +167,8 @@ static void check_softmax_again(struct chain *x) {
 /* Powers are taken as the table has rounded them. */
 static void check_values(struct chain *x) {
     const struct columns c = x->c;
-    const int64_t sums_row = fa_sums_row(x->v_head_dim);
-    x->by->pv(x->o + c.first, x->alpha + c.first, x->p + c.first, c.ld, c.rows, x->values_made, x->from, x->keys,
+    const int64_t sums_at = fa_sums_of_o(x->by, x->v_head_dim);
+    x->by->pv(o_of(x, c.first, 0), x->alpha + c.first, x->p + c.first, c.ld, c.rows, x->values_made, x->from, x->keys,
               x->v_head_dim);
     for (int r = c.first; r < c.first + c.rows; r++) {
         const double alpha = x->alpha[r];
@@ -175,15 +177,15 @@ static void check_values(struct chain *x) {
             powers[j] = x->by->power(x->p, c.ld, r, j);
             sum_of_powers += powers[j];
         }
-        const double sums = old_o(r, sums_row) * alpha + sum_of_powers;
-        if (x->by->sums) check_close("sums", 0, r, x->o[sums_row * c.ld + r], sums, 4e-6 * sums);
+        const double sums = old_o(r, sums_at) * alpha + sum_of_powers;
+        if (x->by->sums) check_close("sums", 0, r, *o_of(x, r, sums_at), sums, 4e-6 * sums);
         for (int64_t d = 0; d < x->v_head_dim; d++) {
             struct sum sum = {0, 0};
             double largest = 0;
             for (int64_t j = 0; j < x->block; j++) largest = fmax(largest, fabs(stored_number(x->v, j, d)));
             add(&sum, old_o(r, d) * alpha);
             for (int64_t j = 0; j < x->keys; j++) add(&sum, powers[j] * stored_number(x->v, x->from + j, d));
-            check_close("o", d, r, x->o[d * c.ld + r], sum.value,
+            check_close("o", d, r, *o_of(x, r, d), sum.value,
                         (rounding_of_sum(x->keys) + x->rounding) * sum.magnitude +
                             (integers(x->by) ? 0x1p-12 * largest * sum_of_powers : 0));
         }
@@ -230,7 +232,11 @@ TEST_EACH_ISA(products_as_a_chain) {
 #if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
     if (test_isa != FASTATTN_ISA_AVX512) return;
     /* Chosen or not. */
-    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_table(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
+    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) {
+        check_table(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
+        check_table(&fastattn_products_bfloat16_rows_avx512, FASTATTN_BFLOAT16, 0);
+        check_table(&fastattn_products_bfloat16_rows_avx512, FASTATTN_FLOAT16, 0x1p-7);
+    }
     for (size_t n = 0; n < COUNT(dtypes) && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
         check_table(&fastattn_products_int16_avx512, dtypes[n], 0);
 #endif

@@ -461,8 +461,8 @@ static void check_unpack(const fa_products *by) {
             const int64_t dim = edges[e], item = (int64_t)dtype_size(dtype), gap = (int64_t)(e % 3) * item;
             void *rows_of[FA_PANEL_ROWS];
             context("%s, unpack %lld x %d to dtype %d", by->name, (long long)dim, count, (int)dtype);
-            const float *const o = by->by_rows ? random_panel("o", count, (int)fa_round_up(dim, FA_ROW_STEP), 2)
-                                          : random_panel("o", dim, ld, 2);
+            const int by_rows = by->by_rows || by->o_by_rows;
+            const float *const o = random_panel("o", by_rows ? count : dim, by_rows ? (int)fa_row_of_o(by, dim) : ld, 2);
             const float *const factor = random_panel("factor", 1, ld, 1);
             const size_t size = (size_t)(count * (dim * item + gap) - gap);
             char *out = guard_output("out", size, (size_t)item, GUARD_BEHIND);
@@ -473,7 +473,7 @@ static void check_unpack(const fa_products *by) {
             for (int r = 0; r < count; r++) {
                 for (int64_t d = 0; d < dim; d++) {
                     double wanted; /* the product in float32, then to nearest even */
-                    const volatile float product = o[number_at(by, ld, dim, r, d)] * factor[r];
+                    const volatile float product = o[o_at(by, ld, dim, r, d)] * factor[r];
                     store(dtype, &wanted, product);
                     check_close("out", r, d, load(dtype, (char *)rows_of[r] + d * item), load(dtype, &wanted), 0);
                 }
@@ -489,6 +489,9 @@ TEST_EACH_ISA(slot_unpack) {
     const fa_ukernel *uk = table();
     check_unpack(uk->products);
     check_unpack(uk->few);
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    if (test_isa == FASTATTN_ISA_AVX512) check_unpack(&fastattn_products_bfloat16_rows_avx512);
+#endif
 }
 
 TEST_EACH_ISA(slot_narrow) {
