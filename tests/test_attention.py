@@ -57,7 +57,9 @@ def test_very_many_keys(q_len):
     assert_matches(q, k, v, window=(12_345, None), sinks=np.zeros(4, np.float32))
 
 
-@pytest.mark.parametrize("q_len, head_dim, v_head_dim", [(8, 64, 64), (9, 33, 40), (13, 64, 17), (16, 30, 96), (17, 64, 1), (24, 63, 70), (25, 64, 64)])
+@pytest.mark.parametrize(
+    "q_len, head_dim, v_head_dim", [(8, 64, 64), (9, 33, 40), (13, 64, 17), (16, 30, 96), (17, 64, 1), (24, 63, 70), (25, 64, 64)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_some_rows_over_many_keys(dtype, q_len, head_dim, v_head_dim):
     """As many as share what is read of keys and values, but fill no panel; in two parts, the last of them ragged."""
@@ -66,7 +68,7 @@ def test_some_rows_over_many_keys(dtype, q_len, head_dim, v_head_dim):
     assert_matches(q, k, v)
     assert_matches(q, k, v, causal=True, query_offset=1500, sinks=sinks)
     assert_matches(q, k, v, window=(700, 3), mask=np.arange(2083) % 5 != 2, softcap=5.0)
-    assert_matches(q[:, :, :q_len // 2], k, v, alibi_slopes=sinks + 3)
+    assert_matches(q[:, :, : q_len // 2], k, v, alibi_slopes=sinks + 3)
     v[0, 0, 2080:] = np.nan  # which causal rows do not see
     v[0, 1, 5, 0] = np.inf
     out = fastattn.attention(q, k, v, causal=True, query_offset=2083 - q_len - 4)
