@@ -8,9 +8,12 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     fa_run *run = w->run;
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
+    const int64_t block_keys = w->panel.entry->shape.block_keys;
+    const int follows = run->keys == block_keys && block->run_first == run->first + run->keys;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, run->k_rows, run->v_rows);
+    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
+                                   run->v_rows);
     run->finite_k = run->finite_v = -1;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;

@@ -2,6 +2,8 @@
 
 #include "ints.h"
 
+#include <string.h>
+
 static void *take(char **memory, int64_t count, size_t size) {
     void *at = *memory;
     *memory += (size_t)count * size;
@@ -102,32 +104,40 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 
-/* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. */
-static void find_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, const char **rows) {
+/* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. The first are those that the last
+ * so many of before have been, as of runs that follow each other. */
+static void find_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, int64_t known,
+                      const char **rows) {
     const fastattn_attention_args *a = call->args;
     const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
-    int64_t page = (p->entry->key + key) / a->page_size, row = (p->entry->key + key) % a->page_size, n = 0;
-    for (; n < count; page++, row = 0) {
+    int64_t n = known;
+    memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
+    if (n < count) {
+        int64_t page = (p->entry->key + key + n) / a->page_size;
+        const int64_t row = (p->entry->key + key + n) % a->page_size;
         const char *at = head + table[page] * strides[0] + row * strides[2];
-        for (const int64_t end = fa_min(count, n + a->page_size - row); n < end; n++, at += strides[2]) rows[n] = at;
+        for (int64_t left = a->page_size - row; n < count; n++, at += strides[2], left--) {
+            if (left == 0) at = head + table[++page] * strides[0], left = a->page_size;
+            rows[n] = at;
+        }
     }
     for (; n < wanted; n++) rows[n] = rows[n - 1];
 }
 
 static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key,
-                          const char **pointers) {
+                          int64_t known, const char **pointers) {
     const char *head = (const char *)base + p->kv_head * strides[1];
     const int in_pages = call->args->block_table != NULL;
-    if (in_pages) find_rows(call, p, head, strides, key, pointers);
+    if (in_pages) find_rows(call, p, head, strides, key, known, pointers);
     rows->at = in_pages ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
     rows->rows = in_pages ? pointers : NULL;
 }
 
-void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, const char **k_rows,
-                                    const char **v_rows) {
-    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key, k_rows);
-    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key, v_rows);
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int64_t known,
+                                    const char **k_rows, const char **v_rows) {
+    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key, known, k_rows);
+    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key, known, v_rows);
 }

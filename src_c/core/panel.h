@@ -39,9 +39,9 @@ void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
 void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
 
 /* k and v become the caller's rows of keys and values from `key` on. Those in pages have pointers, as many as fastattn_row_pointers, which
- * are put into k_rows and v_rows. */
-void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, const char **k_rows,
-                                    const char **v_rows);
+ * are put into k_rows and v_rows; the last `known` of what these hold are already those of the first rows. */
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, int64_t known,
+                                    const char **k_rows, const char **v_rows);
 
 /* Pointers for the keys of a block and of the next. */
 static inline int64_t fastattn_row_pointers(int64_t block_keys) { return 2 * block_keys; }

@@ -18,28 +18,46 @@ enum {
     SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
 };
 
-/* Where `count` keys of a block lie, from one of them on (those beyond the last are that), and what will be read in their place a block
- * later. */
-FA_INLINE void find_keys(int count, const char **key, const char **later, fa_matrix block, int64_t first, int64_t keys) {
+/* Where keys of a block lie, and what will be read in their place a block later. Whether rows have pointers is a constant wherever this
+ * is inlined: see ROWS_BY_STORAGE. */
+typedef struct key_places {
+    const char *key[16], *later[16];
+    uintptr_t ahead; /* bytes from one to the other, where they have none */
+    int scattered;
+} key_places;
+
+/* `count` of them from one on, of which those beyond the last are that. */
+FA_INLINE void find_keys(key_places *x, int count, fa_matrix block, int64_t first, int64_t keys) {
+    x->scattered = block.rows != NULL;
+    x->ahead = (uintptr_t)block.stride * (uintptr_t)keys;
     for (int i = 0; i < count; i++) {
         const int64_t j = first + i < keys ? first + i : keys - 1;
-        key[i] = fa_row_at(block, j);
-        later[i] = block.rows ? block.rows[j + keys] : (const char *)((uintptr_t)key[i] + (uintptr_t)block.stride * (uintptr_t)keys);
+        x->key[i] = fa_row_at(block, j);
+        if (x->scattered) x->later[i] = block.rows[j + keys];
     }
 }
 
-FA_INLINE void fetch_later(const char *later, int64_t at) {
-    if (at % 64 == 0) simd_fetch((const char *)((uintptr_t)later + (uintptr_t)at));
+FA_INLINE void fetch_later(const key_places *x, int i, int64_t at) {
+    if (at % 64 == 0) simd_fetch((const char *)((x->scattered ? (uintptr_t)x->later[i] : (uintptr_t)x->key[i] + x->ahead) + (uintptr_t)at));
 }
 
+/* Calls f(..., rows, dtype, ...) with constants for the storage type and for whether the rows from `from` on have pointers. */
+#define ROWS_BY_STORAGE(m, from, f, ...)                                                             \
+    if (m.rows) {                                                                                    \
+        const fa_matrix rows_from = fa_rows_from(m, from);                                           \
+        FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
+    } else {                                                                                         \
+        const fa_matrix rows_from = fa_matrix_at(m.at + from * m.stride, m.stride, m.dtype);         \
+        FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
+    }
+
 /* turned[d][key] in float32, n numbers from d on of SIMD_LANES keys. */
-FA_INLINE void turn_square(float *turned, int ld, const char *const *key, const char *const *later, int64_t d, int64_t n,
-                           fastattn_dtype dtype) {
+FA_INLINE void turn_square(float *turned, int ld, const key_places *x, int64_t d, int64_t n, fastattn_dtype dtype) {
     const int64_t at = d * fa_size_of(dtype);
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-        fetch_later(later[i], at);
-        square[i] = load_as(key[i] + at, n, dtype);
+        fetch_later(x, i, at);
+        square[i] = load_as(x->key[i] + at, n, dtype);
     }
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + i * ld, square[i]);
@@ -51,15 +69,15 @@ FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, i
                          fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
     for (const int64_t last = j + count; j < last; j += SIMD_LANES, turned += SIMD_LANES) {
-        const char *key[SIMD_LANES], *later[SIMD_LANES];
+        key_places x;
         int64_t d = first;
-        find_keys(SIMD_LANES, key, later, block, j, keys);
+        find_keys(&x, SIMD_LANES, block, j, keys);
         if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
             for (; d + 2 * SIMD_LANES <= end; d += 2 * SIMD_LANES) {
                 simd_f square[SIMD_LANES];
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                    fetch_later(later[i], d * size);
-                    square[i] = load_full(key[i] + d * size, FASTATTN_FLOAT32);
+                    fetch_later(&x, i, d * size);
+                    square[i] = load_full(x.key[i] + d * size, FASTATTN_FLOAT32);
                 }
                 simd_transpose(square);
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
@@ -67,8 +85,8 @@ FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, i
                     simd_store(turned + (d - first + 2 * i + 1) * ld, simd_second_bf16(square[i]));
                 }
             }
-        for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, key, later, d, SIMD_LANES, dtype);
-        if (d < end) turn_square(turned + (d - first) * ld, ld, key, later, d, end - d, dtype);
+        for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, &x, d, SIMD_LANES, dtype);
+        if (d < end) turn_square(turned + (d - first) * ld, ld, &x, d, end - d, dtype);
     }
 }
 
@@ -101,24 +119,24 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
         return;
     }
     for (int64_t first = 0; first < keys; first += tile_keys) {
-        const char *key[SUMS], *later[SUMS];
+        key_places x;
         simd_f sum[SUMS];
         float dots[SUMS];
-        find_keys(tile_keys, key, later, k, first, keys);
+        find_keys(&x, tile_keys, k, first, keys);
         FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-                fetch_later(later[j], d * size);
-                const simd_f x = load_full(key[j] + d * size, dtype);
+                fetch_later(&x, j, d * size);
+                const simd_f numbers = load_full(x.key[j] + d * size, dtype);
                 FA_UNROLL for (int r = 0; r < rows; r++)
-                    sum[r * tile_keys + j] = simd_fma(x, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
+                    sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
             }
         if (d < head_dim)
             FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-                const simd_f x = load_as(key[j] + d * size, head_dim - d, dtype);
+                const simd_f numbers = load_as(x.key[j] + d * size, head_dim - d, dtype);
                 FA_UNROLL for (int r = 0; r < rows; r++)
-                    sum[r * tile_keys + j] = simd_fma(x, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
+                    sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
             }
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         FA_UNROLL for (int r = 0; r < rows; r++)
@@ -138,7 +156,7 @@ FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_op
     }
 }
 
-FA_INLINE void rows_qk_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim,
+FA_INLINE void rows_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                           fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim);
     if (rows <= SHORT_ROWS) {
@@ -171,14 +189,14 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, rows_qk_of, s, q, ld, rows, fa_rows_from(k, from), keys, head_dim)
+    ROWS_BY_STORAGE(k, from, rows_qk_of, s, q, ld, rows, keys, head_dim)
 }
 
-FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t keys,
+FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
     int vectors = rows_vectors(rows);
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
-                       .panel = v.rows ? NULL : v.at, .stride = v.stride, .rows = v.rows, .steps = keys, .run = keys > 0 ? keys : 1,
+                       .panel = v.at, .stride = v.stride, .rows = v.rows, .steps = keys, .run = keys > 0 ? keys : 1,
                        .ahead = keys};
     int64_t left = v_head_dim;
     while (left >= SIMD_LANES) {
@@ -195,7 +213,7 @@ FA_INLINE void rows_pv_of(float *o, const float *alpha, const float *p, int ld, 
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
-    FA_BY_STORAGE(v.dtype, rows_pv_of, o, alpha, p, ld, rows, fa_rows_from(v, from), keys, v_head_dim)
+    ROWS_BY_STORAGE(v, from, rows_pv_of, o, alpha, p, ld, rows, keys, v_head_dim)
 }
 
 /* Scores beyond the keys, in the last vector of a row, become -inf. */
