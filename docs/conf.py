@@ -17,7 +17,7 @@ html_theme = "furo"
 html_title = "fastattn"
 
 myst_heading_anchors = 3
-autodoc_mock_imports = [name for name in ("torch", "transformers", "onnx") if importlib.util.find_spec(name) is None]
+autodoc_mock_imports = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
 autodoc_typehints = "none"  # numpydoc has the types
 autodoc_member_order = "bysource"
 autosummary_generate = False

@@ -218,6 +218,47 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace, size_t workspace_size)
 
 
+cdef extern from "core/layers.h" nogil:
+    ctypedef struct fastattn_norm_args:
+        size_t size
+        int64_t outer, inner, width
+        const float *x
+        const float *add
+        float *sum
+        float *out
+        int64_t x_strides[2]
+        int64_t add_strides[2]
+        int64_t sum_strides[2]
+        int64_t out_strides[2]
+        const float *add_bias
+        const float *weight
+        const float *bias
+        float eps
+        int centred
+        fastattn_isa isa
+        int num_threads
+        fastattn_threading threading
+
+    ctypedef enum fastattn_pointwise_kind:
+        FASTATTN_POINTWISE_GELU
+
+    ctypedef struct fastattn_pointwise_args:
+        size_t size
+        int64_t rows, width
+        fastattn_pointwise_kind kind
+        int gated
+        const float *x
+        float *out
+        int64_t x_stride, out_stride
+        const float *bias
+        fastattn_isa isa
+        int num_threads
+        fastattn_threading threading
+
+    fastattn_status fastattn_normalize(const fastattn_norm_args *args)
+    fastattn_status fastattn_pointwise(const fastattn_pointwise_args *args)
+
+
 OK = FASTATTN_OK
 ERROR_MEMORY = FASTATTN_ERROR_MEMORY
 ERROR_DECAY = FASTATTN_ERROR_DECAY
@@ -875,6 +916,58 @@ def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, int
     args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     with nogil:
         status = fastattn_rope(&args)
+    return <int>status
+
+
+cdef inline float *floats_of(array) except? NULL:
+    """Where the numbers of a float32 array are; null for None."""
+    return NULL if array is None else <float *>np.PyArray_DATA(<np.ndarray?>array)
+
+
+POINTWISE = ("gelu", "gelu_tanh", "silu", "relu")  # as the library numbers them
+
+
+def normalize(np.ndarray x, add, add_bias, total, weight, bias, np.ndarray out, float eps, bint centred):
+    """Fill `out`, and `total` if it is not None, with rows of rank 3, all of float32; the status."""
+    cdef fastattn_norm_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.outer, args.inner, args.width = x.shape[0], x.shape[1], x.shape[2]
+    args.x, args.add, args.sum, args.out = floats_of(x), floats_of(add), floats_of(total), floats_of(out)
+    copy_strides(args.x_strides, x, 2)
+    copy_strides(args.out_strides, out, 2)
+    if add is not None:
+        copy_strides(args.add_strides, add, 2)
+    if total is not None:
+        copy_strides(args.sum_strides, total, 2)
+    args.add_bias, args.weight, args.bias = floats_of(add_bias), floats_of(weight), floats_of(bias)
+    args.eps, args.centred = eps, centred
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    with nogil:
+        status = fastattn_normalize(&args)
+    return <int>status
+
+
+def pointwise(np.ndarray x, bias, np.ndarray out, str kind, bint gated):
+    """Fill `out` with what becomes of the rows of `x`, both of rank 2 and of float32; the status."""
+    cdef fastattn_pointwise_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.rows, args.width = out.shape[0], out.shape[1]
+    args.kind = <fastattn_pointwise_kind><int>POINTWISE.index(kind)
+    args.gated = gated
+    args.x, args.out, args.bias = floats_of(x), floats_of(out), floats_of(bias)
+    copy_strides(&args.x_stride, x, 1)
+    copy_strides(&args.out_stride, out, 1)
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    with nogil:
+        status = fastattn_pointwise(&args)
     return <int>status
 
 

@@ -11,7 +11,6 @@ from .._native import (  # first, for its error names a missing extension
     set_threading,
 )
 from .. import _native
-from .numpy import normalize as normalize, pointwise as pointwise  # what NumPy does as well
 
 dtypes = frozenset({"float16", "bfloat16", "float32"})
 
@@ -37,6 +36,16 @@ def store(rows, cache, slots):
 def apply_rope(x, cos, sin, out, interleaved):
     """Fill `out` with the rows of `x` turned by the angles of the tables."""
     _raise_unless_ok(_native.apply_rope(x, cos, sin, out, interleaved))
+
+
+def normalize(x, add, add_bias, total, weight, bias, out, eps, centred):
+    """Fill `out`, and `total` unless it is None, with normalised rows and what they were before."""
+    _raise_unless_ok(_native.normalize(x, add, add_bias, total, weight, bias, out, eps, centred))
+
+
+def pointwise(x, bias, out, kind, gated):
+    """Fill `out` with an activation of rows."""
+    _raise_unless_ok(_native.pointwise(x, bias, out, kind, gated))
 
 
 def linear_attention(call):
