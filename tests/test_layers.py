@@ -588,3 +588,66 @@ def test_damaged_gguf_files(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match="is not a readable GGUF file"):
             layers.read_checkpoint(path)
+
+
+def bert_state():
+    state = {f"embeddings.{name}_embeddings.weight": random(n, WIDTH) for name, n in (("word", 30), ("position", 16), ("token_type", 2))}
+    names = {f"attention.self.{name}": (WIDTH, WIDTH) for name in ("query", "key", "value")} | {"attention.output.dense": (WIDTH, WIDTH)}
+    names |= {"intermediate.dense": (HIDDEN, WIDTH), "output.dense": (WIDTH, HIDDEN)}
+    norms = ["embeddings.LayerNorm", *(f"encoder.layer.{n}.{part}.LayerNorm" for n in range(2) for part in ("attention.output", "output"))]
+    for n in range(2):
+        for seed, (name, shape) in enumerate(names.items()):
+            state[f"encoder.layer.{n}.{name}.weight"] = random(*shape, seed=seed + 10 * n)
+            state[f"encoder.layer.{n}.{name}.bias"] = random(shape[0], seed=seed + 10 * n)
+    for seed, name in enumerate(norms):
+        state |= {f"{name}.weight": 1 + random(WIDTH, seed=seed), f"{name}.bias": random(WIDTH, seed=seed + 50)}
+    return state
+
+
+def gpt2_state():
+    state = {"wte.weight": random(30, WIDTH), "wpe.weight": random(16, WIDTH), "ln_f.weight": 1 + random(WIDTH), "ln_f.bias": random(WIDTH)}
+    shapes = {"attn.c_attn": (WIDTH, 3 * WIDTH), "attn.c_proj": (WIDTH, WIDTH), "mlp.c_fc": (WIDTH, HIDDEN), "mlp.c_proj": (HIDDEN, WIDTH)}
+    for n in range(2):
+        for seed, (name, shape) in enumerate(shapes.items()):
+            state |= {f"h.{n}.{name}.weight": random(*shape, seed=seed + 9 * n), f"h.{n}.{name}.bias": random(shape[1], seed=seed + 9 * n)}
+        for seed, name in enumerate(("ln_1", "ln_2")):
+            state |= {f"h.{n}.{name}.weight": 1 + random(WIDTH, seed=seed + n), f"h.{n}.{name}.bias": random(WIDTH, seed=seed + 5)}
+    return state
+
+
+def qwen3_state():
+    state = llama_state()
+    for n in range(2):
+        state |= {f"model.layers.{n}.self_attn.{part}_norm.weight": 1 + random(6, seed=n + 3) for part in "qk"}
+    return state
+
+
+PLAIN = {"block_count": 2, "attention.head_count": 4}
+CONVERTED = {  # architecture: state, fields of the file, kind of stack, layout, configuration
+    "bert": (
+        bert_state, {**PLAIN, "attention.layer_norm_epsilon": 1e-12}, layers.Encoder, "bert",
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-12},
+    ),
+    "gpt2": (
+        gpt2_state, {**PLAIN, "attention.layer_norm_epsilon": 1e-5}, layers.Decoder, "gpt2",
+        {"n_layer": 2, "n_head": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5},
+    ),
+    "qwen3": (qwen3_state, LLAMA_FIELDS, layers.Decoder, "llama", CONFIG),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CONVERTED)
+def test_gguf_files_of_other_architectures(tmp_path, architecture):
+    """Written by the names of the package gguf, which has a table of its own."""
+    gguf = pytest.importorskip("gguf")
+    make, fields, kind, layout, config = CONVERTED[architecture]
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), 2)
+    tensors = {}
+    for name, array in make().items():
+        part, _, suffix = name.rpartition(".")
+        transposed = architecture == "gpt2" and ".c_" in name and array.ndim == 2
+        tensors[f"{names.get_name(part)}.{suffix}"] = np.ascontiguousarray(array.T) if transposed else array
+    path = write_gguf(tmp_path / "model.gguf", architecture, fields, tensors)
+    tokens = np.arange(12).reshape(2, 6)
+    expected = kind.from_state_dict(make(), layout=layout, config=config)(tokens)
+    np.testing.assert_array_equal(kind.from_pretrained(path)(tokens), expected)

@@ -133,32 +133,34 @@ TEST(layers_refuse_what_they_cannot_do) {
                                                .out_stride = 64};
     CHECK_STATUS(fastattn_normalize(NULL), FASTATTN_ERROR_ARGUMENT);
     CHECK_STATUS(fastattn_pointwise(NULL), FASTATTN_ERROR_ARGUMENT);
-#define REFUSED(call, good, change, status)               \
+#define REFUSED(type, call, good, change, status)         \
     do {                                                  \
-        __typeof__(good) a = good;                        \
+        type a = good;                                    \
         change;                                           \
         context("%s", #change);                           \
         CHECK_STATUS(call(&a), status);                   \
     } while (0)
-    REFUSED(fastattn_normalize, norm, a.size = 8, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.x = NULL, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.weight = NULL, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.weight = (const float *)((const char *)weight + 2), FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.add_bias = weight, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.sum = out, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.out_strides[0] = 0, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_normalize, norm, a.width = -1, FASTATTN_ERROR_SHAPE);
-    REFUSED(fastattn_normalize, norm, (a.outer = (int64_t)1 << 30, a.inner = (int64_t)1 << 30), FASTATTN_ERROR_SHAPE);
-    REFUSED(fastattn_normalize, norm, a.isa = (fastattn_isa)77, FASTATTN_ERROR_ISA);
-    REFUSED(fastattn_normalize, norm, a.threading = (fastattn_threading)77, FASTATTN_ERROR_THREADING);
-    REFUSED(fastattn_normalize, norm, (a.outer = 0, a.x = NULL, a.out = NULL, a.weight = NULL), FASTATTN_OK);
-    REFUSED(fastattn_pointwise, pointwise, a.size = 8, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_pointwise, pointwise, a.kind = (fastattn_pointwise_kind)4, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_pointwise, pointwise, a.out = NULL, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_pointwise, pointwise, a.x_stride = 6, FASTATTN_ERROR_ARGUMENT);
-    REFUSED(fastattn_pointwise, pointwise, a.rows = (int64_t)1 << 60, FASTATTN_ERROR_SHAPE);
-    REFUSED(fastattn_pointwise, pointwise, a.isa = (fastattn_isa)77, FASTATTN_ERROR_ISA);
-    REFUSED(fastattn_pointwise, pointwise, (a.rows = 0, a.x = NULL, a.out = NULL), FASTATTN_OK);
+#define NORM_REFUSED(change, status) REFUSED(fastattn_norm_args, fastattn_normalize, norm, change, status)
+#define POINTWISE_REFUSED(change, status) REFUSED(fastattn_pointwise_args, fastattn_pointwise, pointwise, change, status)
+    NORM_REFUSED(a.size = 8, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.x = NULL, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.weight = NULL, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.weight = (const float *)((const char *)weight + 2), FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.add_bias = weight, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.sum = out, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.out_strides[0] = 0, FASTATTN_ERROR_ARGUMENT);
+    NORM_REFUSED(a.width = -1, FASTATTN_ERROR_SHAPE);
+    NORM_REFUSED((a.outer = (int64_t)1 << 30, a.inner = (int64_t)1 << 30), FASTATTN_ERROR_SHAPE);
+    NORM_REFUSED(a.isa = (fastattn_isa)77, FASTATTN_ERROR_ISA);
+    NORM_REFUSED(a.threading = (fastattn_threading)77, FASTATTN_ERROR_THREADING);
+    NORM_REFUSED((a.outer = 0, a.x = NULL, a.out = NULL, a.weight = NULL), FASTATTN_OK);
+    POINTWISE_REFUSED(a.size = 8, FASTATTN_ERROR_ARGUMENT);
+    POINTWISE_REFUSED(a.kind = (fastattn_pointwise_kind)4, FASTATTN_ERROR_ARGUMENT);
+    POINTWISE_REFUSED(a.out = NULL, FASTATTN_ERROR_ARGUMENT);
+    POINTWISE_REFUSED(a.x_stride = 6, FASTATTN_ERROR_ARGUMENT);
+    POINTWISE_REFUSED(a.rows = (int64_t)1 << 60, FASTATTN_ERROR_SHAPE);
+    POINTWISE_REFUSED(a.isa = (fastattn_isa)77, FASTATTN_ERROR_ISA);
+    POINTWISE_REFUSED((a.rows = 0, a.x = NULL, a.out = NULL), FASTATTN_OK);
     for (size_t n = 0; n < 4 * 16 * 4; n++) CHECK(((unsigned char *)out)[n] == 0x5a, "byte %d was written", (int)n);
     guard_check();
     guard_release();
