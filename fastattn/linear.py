@@ -377,11 +377,15 @@ class LinearCall:
 
     def _lift(self, array):
         """`array` with the axes (B, H, L, ...), whatever it has come with."""
-        return array.swapaxes(0, 1)[None] if self._packed else array[(None,) * self._missing]
+        if self._packed:
+            return array.swapaxes(0, 1)[None]
+        return array[(None,) * self._missing] if self._missing else array
 
     def _lower(self, array):
         """The reverse of `_lift`, for results."""
-        return array[0].swapaxes(0, 1) if self._packed else array[(0,) * self._missing]
+        if self._packed:
+            return array[0].swapaxes(0, 1)
+        return array[(0,) * self._missing] if self._missing else array
 
     def _take_qkv(self, given, backend):
         q, k, v = given.values()
@@ -411,8 +415,9 @@ class LinearCall:
         k_heads, v_heads = self.k.shape[1], self.v.shape[1]
         self.states = max(k_heads, v_heads)
         self.heads = max(q_heads, self.states)
-        for name, heads, whole in (("k", k_heads, self.states), ("v", v_heads, self.states), ("q", q_heads, self.heads),
-                                   ("k and v", self.states, self.heads)):  # fmt: skip
+        alike = k_heads == v_heads == q_heads
+        for name, heads, whole in () if alike else (("k", k_heads, self.states), ("v", v_heads, self.states), ("q", q_heads, self.heads),
+                                                    ("k and v", self.states, self.heads)):  # fmt: skip
             if whole and (not heads or whole % heads):
                 raise ValueError(f"{name} must have a number of heads that divides {whole}; got {heads}")
 
@@ -445,11 +450,8 @@ class LinearCall:
         axes = given["q"].ndim - 1
         batch, _, kv_len, _ = self.k.shape
         shape = (batch, self.states, kv_len)
-        shown = str((kv_len, self.states) if self._packed else shape[self._missing :])
-        if head_dim is not None:
-            shown = f"{shown} or {shown[:-1]}, {head_dim})"
         if array.ndim not in (axes, axes + (head_dim is not None)):
-            raise ValueError(f"{name} must have shape {shown}; got {array.shape}")
+            raise ValueError(f"{name} must have shape {self._gates_shown(head_dim)}; got {array.shape}")
         if array.ndim == axes + 1 and array.shape[-1] == 1:
             array = array[..., 0]  # one factor for all rows
         ready = array.flags.aligned and array.dtype.isnative
@@ -457,22 +459,31 @@ class LinearCall:
             array, shape = kernel_ready(array), (*shape, head_dim)
         elif not ready:
             array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
+        array = self._lift(array)
+        if array.shape == shape:
+            return array
         try:
-            return np.broadcast_to(self._lift(array), shape)
+            return np.broadcast_to(array, shape)
         except ValueError as error:
-            raise ValueError(f"{name} must have shape {shown}; got {given[name].shape}") from error
+            raise ValueError(f"{name} must have shape {self._gates_shown(head_dim)}; got {given[name].shape}") from error
+
+    def _gates_shown(self, head_dim):
+        """The shapes of gates, for messages."""
+        batch, _, kv_len, _ = self.k.shape
+        shown = str((kv_len, self.states) if self._packed else (batch, self.states, kv_len)[self._missing :])
+        return shown if head_dim is None else f"{shown} or {shown[:-1]}, {head_dim})"
 
     def _take_states(self, state, state_out, given):
         count = self.lengths.size if self._packed else self.q.shape[0]
         shape = (count, self.states, self.k.shape[3], self.v.shape[3] + self.normalize)
         missing = 0 if self._packed else self._missing
         self.state = self.new_state = self._given_state = None
-        hint = "; with normalize the last column holds the sums of the keys" if self.normalize else ""
         if state is not None:
             array = given["state"] = as_array("state", state)
             if array.dtype.kind not in "fiu" and dtype_name(array.dtype) != "bfloat16":
                 raise TypeError(f"state must hold real numbers; got {array.dtype}")
             if array.shape != shape[missing:]:
+                hint = "; with normalize the last column holds the sums of the keys" if self.normalize else ""
                 raise ValueError(f"state must have shape {shape[missing:]}; got {array.shape}{hint}")
             array = array if array.dtype == self.dtype else array.astype(self.dtype)
             self.state = kernel_ready(array)[(None,) * missing]

@@ -70,7 +70,7 @@ def additive_attention(
     Notes
     -----
     Projections (NumPy's products, of the float32 values of 16-bit storage), tanh, softmax and sums are float32; in the C library and
-    the Numba backend tanh is within 4 units in the last place. The result has the same bits for any number of threads of ours.
+    the Numba backend tanh is within 6 units in the last place. The result has the same bits for any number of threads of ours.
 
     Bahdanau, Cho and Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate", 2014.
 

@@ -2,8 +2,11 @@
 
 import ctypes
 import importlib.util
+import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,3 +283,14 @@ def test_explain_says_what_runs():
     q, k, v = random_qkv(q_len=5, kv_len=9)
     with fastattn.use_backend("numpy"):
         assert fastattn.explain(q, k, v, score_function=alibi)["backend"] == "numpy"
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "score_functions.py"
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not beside the tests")
+def test_the_example():
+    pytest.importorskip("numba", reason="numba is not installed")
+    run = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, check=True)
+    apart = [float(x) for x in re.findall(r"apart by (\S+)", run.stdout)]
+    assert len(apart) == 4 and max(apart) < 1e-5, run.stdout

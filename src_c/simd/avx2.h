@@ -72,6 +72,7 @@ static inline simd_f simd_div(simd_f a, simd_f b) { return _mm256_div_ps(a, b); 
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm256_fmadd_ps(a, b, c); }
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm256_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm256_max_ps(a, b); }
+static inline simd_f simd_min(simd_f a, simd_f b) { return _mm256_min_ps(a, b); }
 static inline simd_f simd_abs(simd_f a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }

@@ -98,6 +98,7 @@ static inline simd_f simd_of_integers(simd_f x) { return _mm512_cvtepi32_ps(_mm5
 #endif
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return _mm512_fmsub_ps(a, b, c); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return _mm512_max_ps(a, b); }
+static inline simd_f simd_min(simd_f a, simd_f b) { return _mm512_min_ps(a, b); }
 static inline simd_f simd_abs(simd_f a) { return _mm512_abs_ps(a); }
 static inline simd_m simd_lt(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

@@ -70,6 +70,7 @@ static inline simd_f simd_div(simd_f a, simd_f b) { return vdivq_f32(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(c, a, b); }
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return vnegq_f32(vfmsq_f32(c, a, b)); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline simd_f simd_min(simd_f a, simd_f b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline simd_f simd_abs(simd_f a) { return vabsq_f32(a); }
 static inline simd_m simd_lt(simd_f a, simd_f b) { return vcltq_f32(a, b); }
 static inline simd_m simd_eq(simd_f a, simd_f b) { return vceqq_f32(a, b); }

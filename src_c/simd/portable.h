@@ -56,6 +56,8 @@ static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { SIMD_EACH(i) a.lan
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { SIMD_EACH(i) a.lane[i] = a.lane[i] * b.lane[i] - c.lane[i]; return a; }
 /* The larger one; b where either is NaN. */
 static inline simd_f simd_max(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+/* The smaller one; b where either is NaN. */
+static inline simd_f simd_min(simd_f a, simd_f b) { SIMD_EACH(i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
 static inline simd_f simd_abs(simd_f a) { SIMD_EACH(i) a.lane[i] = fabsf(a.lane[i]); return a; }
 static inline simd_m simd_lt(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] < b.lane[i]; return r; }
 static inline simd_m simd_eq(simd_f a, simd_f b) { simd_m r; SIMD_EACH(i) r.lane[i] = a.lane[i] == b.lane[i]; return r; }

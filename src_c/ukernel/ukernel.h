@@ -252,7 +252,7 @@ typedef struct fa_ukernel {
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
 
-    /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to three
+    /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to six
      * units in the last place: in the panel of queries those of w follow the numbers of q, from number fa_sums_row(head_dim) on. */
     const fa_products *additive, *additive_few;
 

@@ -125,6 +125,21 @@ struct rounding oracle_rounding(const fastattn_attention_args *a) {
     return rounding;
 }
 
+/* The weight of a score where there is no softmax, and how far an error of the score may move it. */
+static double activated(const fastattn_attention_args *a, int64_t b, double n, double s, double error, double *moved) {
+    switch (a->activation) {
+    case FASTATTN_SIGMOID: {
+        double x = s + (a->activation_bias ? a->activation_bias[b] : -log(n)), weight = 1 / (1 + exp(-x));
+        *moved = weight * (error + 2 * FLT_EPSILON * fabs(x));
+        return weight;
+    }
+    case FASTATTN_RELU: *moved = error / n; return s < 0 ? 0 : s / n;
+    default:
+        *moved = a->power * pow(fabs(s) + error, a->power - 1) * (error + 2 * FLT_EPSILON * fabs(s)) / sqrt(n);
+        return pow(s, a->power) / sqrt(n);
+    }
+}
+
 /* The largest value of a column among the visible keys, and those that may share a block with them. */
 static double largest_nearby(const fastattn_attention_args *a, int64_t b, int64_t h_kv, int64_t d, const char *visible,
                              int64_t length) {
@@ -173,8 +188,14 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
 
         double dot = 0, magnitude = 0;
         for (int64_t d = 0; d < a->head_dim; d++) {
-            double term = load(a->q_dtype, element(a->q, a->q_strides, a->q_dtype, b, h, i, d)) *
-                          load(a->kv_dtype, element(a->k, a->k_strides, a->kv_dtype, b, h_kv, j, d));
+            double x = load(a->q_dtype, element(a->q, a->q_strides, a->q_dtype, b, h, i, d));
+            double y = load(a->kv_dtype, element(a->k, a->k_strides, a->kv_dtype, b, h_kv, j, d));
+            double term = x * y;
+            if (a->additive) {
+                double weight = ((const float *)((const char *)a->additive + h * a->additive_stride))[d];
+                term = weight * tanh(x + y);
+                magnitude += 6 * fabs(weight); /* of a tanh of a rounded sum */
+            }
             dot += term;
             magnitude += fabs(term);
         }
@@ -183,6 +204,12 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
         if (a->softcap > 0) {
             score = a->softcap * tanh(score / a->softcap);
             magnitude += a->softcap;
+        }
+        if (a->score_function) {
+            float changed = (float)score;
+            a->score_function(&changed, 1, b, h, i, j, a->score_context);
+            score = changed;
+            magnitude += fabs(score);
         }
         score += bias;
         magnitude += fabs(bias);
@@ -213,6 +240,22 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
     if (result->visible == 0) {
         result->lse = a->sinks && i < queries ? s[length] : -(double)INFINITY;
         result->lse_tolerance = 0;
+    } else if (a->activation != FASTATTN_SOFTMAX) {
+        const double accumulation = FLT_EPSILON / 2 * (8 + sqrt((double)length));
+        for (int64_t j = 0; j < length; j++) {
+            if (!visible[j])
+                continue;
+            double moved, weight = activated(a, b, (double)(length - start), s[j], 2 * rounding.score * terms[j], &moved);
+            for (int64_t d = 0; d < a->v_head_dim; d++) {
+                double value = load(a->kv_dtype, element(a->v, a->v_strides, a->kv_dtype, b, h_kv, j, d));
+                result->out[d] += weight * value;
+                result->out_tolerance[d] += fabs(value) * (moved + fabs(weight) * accumulation);
+            }
+        }
+        for (int64_t d = 0; d < a->v_head_dim; d++)
+            result->out_tolerance[d] += fabs(result->out[d]) * (a->q_dtype == FASTATTN_FLOAT16    ? 0x1p-11
+                                                                : a->q_dtype == FASTATTN_BFLOAT16 ? 0x1p-8
+                                                                                                  : 0x1p-24) + 0x1p-25;
     } else {
         const double accumulation = FLT_EPSILON / 2 * (8 + sqrt((double)length)); /* of sums over the keys */
         for (int64_t j = 0; j <= length; j++) {

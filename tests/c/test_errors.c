@@ -49,6 +49,27 @@ static void check_refused(int expected) {
 /* The address so many bytes before a table. */
 #define SHIFTED(table, bytes) (table = (void *)((char *)(uintptr_t)(table) - (bytes)))
 
+/* A bias of two entries, the second of which is no number. */
+static const float odd_bias[] = {0.5f, INFINITY, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f};
+
+static void without_softmax(fastattn_activation activation) {
+    p.args.lse = NULL, p.args.sinks = NULL;
+    p.args.activation = activation;
+    p.args.power = 3;
+}
+
+TEST(errors_activations) {
+    REFUSED(FASTATTN_ERROR_ACTIVATION, without_softmax((fastattn_activation)4));
+    REFUSED(FASTATTN_ERROR_ACTIVATION, without_softmax((fastattn_activation)-1));
+    REFUSED(FASTATTN_ERROR_ACTIVATION, p.args.activation = FASTATTN_RELU); /* with lse and sinks */
+    REFUSED(FASTATTN_ERROR_ACTIVATION, (without_softmax(FASTATTN_POLYNOMIAL), p.args.power = 0));
+    REFUSED(FASTATTN_ERROR_ACTIVATION, (without_softmax(FASTATTN_POLYNOMIAL), p.args.power = 65));
+    REFUSED(FASTATTN_ERROR_ACTIVATION, (without_softmax(FASTATTN_SIGMOID), p.args.activation_bias = odd_bias));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, (without_softmax(FASTATTN_SIGMOID), p.args.activation_bias = (const float *)((const char *)odd_bias + 2)));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.additive = (const float *)((const char *)odd_bias + 1));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.additive = odd_bias, p.args.additive_stride = 6));
+}
+
 TEST(errors_arguments) {
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = 0);
     REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.size = FIRST_ARGS - 8);
