@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {"frameworks.md": ("torch", "transformers", "onnx")}  # what the code of a page needs beyond the package's own extras
 GIVEN = {"README.md": "import numpy as np, fastattn; q = k = v = np.ones((1, 2, 8, 16), np.float32)"}  # for a line at the top of a page
-KEYWORDS = {"scaling", "sinks", "softcap", "k", "v", "q_norm", "k_norm"}  # of functions, which mechanisms.md names like these
+KEYWORDS = {"activation", "scaling", "sinks", "softcap", "k", "v", "q_norm", "k_norm"}  # of functions, which mechanisms.md names like these
 
 pytestmark = pytest.mark.skipif(not PAGES[0].exists(), reason="the pages are not beside the tests")
 
