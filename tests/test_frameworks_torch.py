@@ -236,7 +236,8 @@ def test_the_operator_is_what_it_says():
     side_by_side = q.transpose(1, 2).contiguous().transpose(1, 2)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for queries in (q, side_by_side):
-        torch.library.opcheck(torch.ops.fastattn.attention.default, (queries, k, v), {"causal": True}, test_utils=utilities)
+        for op in (torch.ops.fastattn.attention.default, torch.ops.fastattn.scaled_dot_product_attention.default):
+            torch.library.opcheck(op, (queries, k, v), {"causal": True}, test_utils=utilities)
         torch.library.opcheck(torch.ops.fastattn.attention_lse.default, (queries, k, v), {"scale": 0.5}, test_utils=utilities)
     packed = (*(x[0].transpose(0, 1) for x in (q, k, v)), torch.tensor([0, 2, 5]), torch.tensor([0, 9, 17]))
     for op in (torch.ops.fastattn.attention_varlen.default, torch.ops.fastattn.attention_varlen_lse.default):
