@@ -50,7 +50,7 @@ static int as_stored(const fa_call *call, const fa_shape *shape, const fa_produc
 static fa_shape plan_shape(const fa_call *call, int64_t q_len, int64_t kv_len) {
     fa_shape shape = {.q_len = q_len, .kv_len = kv_len, .products = call->products, .splits = 1};
     if (q_len == 0) return shape;
-    const fa_products *alone = call->products->alone;
+    const fa_products *alone = call->args->kv_dtype == FASTATTN_BFLOAT16 ? call->products->alone : NULL;
     if (alone && kv_len >= FA_MANY_KEYS && q_len * call->group <= alone->panel_rows) shape.products = alone;
     shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
     if (shape.rows.panel_rows < shape.products->fewest_rows) {

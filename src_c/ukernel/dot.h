@@ -54,11 +54,8 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 
 PAIRS_SLOTS(dot, 1)
 
-/* Where a panel is alone, values of two keys need not be put side by side for others: rows and numbers change sides in the second
- * product, pairs are made as values are read, front to back, and no row is multiplied that is not there. */
-static fa_matrix dot_rows(float *room, fa_matrix stored, int64_t keys, int64_t v_head_dim) {
-    return stored.dtype == FASTATTN_BFLOAT16 ? stored : pairs_keys(1, 1, room, stored, keys, v_head_dim);
-}
+/* Where a panel is alone, bfloat16 values of two keys need not be put side by side for others: rows and numbers change sides in the
+ * second product, pairs are made as values are read, front to back, and no row is multiplied that is not there. */
 
 /* 32 numbers of all rows. */
 static void dot_strip(int rows, tile_operands x) {
@@ -113,12 +110,13 @@ static int dot_rows_unpack(void *const *outputs, int count, const float *o, int 
     return finite;
 }
 
-#define DOT_SLOTS .pack = dot_pack, .keys = dot_keys, .qk = dot_qk, .softmax = dot_softmax, .power = dot_power, .mask = mask, .scores = scores
+#define DOT_SLOTS                                                                                                             \
+    .pack = dot_pack, .keys = dot_keys, .qk = dot_qk, .softmax = dot_softmax, .power = dot_power, .mask = mask, .scores = scores
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
     .name = "bfloat16_rows_avx512", .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE,
     .fewest_rows_over_many = FEWEST_ALONE, .panel_rows = MOST_ALONE, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1,
-    .sums = 1, .values = dot_rows, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
+    .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
 
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,

@@ -14,10 +14,10 @@
  * L1, once for every group of keys or values that a register tile holds (six with AVX-512). That is 2 bytes a cycle of
  * L2 traffic at full speed, so keys may stream and only the panels must stay near.
  *
- * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they lie
- * are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it says itself
- * (by_rows; o_by_rows: the second product alone); the loop, which only moves pointers, asks for the strides below. Sums are formed in the same order either way, so that
- * float32 tables give a row the same bits, if there are five or more.
+ * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they
+ * lie are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it
+ * says itself (by_rows; o_by_rows: the second product alone); the loop, which only moves pointers, asks for the strides below.
+ * Sums are formed in the same order either way, so that float32 tables give a row the same bits, if there are five or more.
  *
  *                   lanes are rows                  by rows
  *     q             [head_dim][ld]                  [rows][head_dim, whole vectors]
@@ -116,7 +116,7 @@ typedef struct fa_products {
     int o_by_rows;   /* o does, although the others do not: values are read front to back */
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
-    const struct fa_products *alone; /* for a panel over FA_MANY_KEYS or more that has no other beside it, if its rows are so few; or null */
+    const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
