@@ -142,19 +142,24 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
     const fa_shape *shape = &entry->shape;
     const fa_ways ways = fastattn_ways(call, shape);
     char *scratch = scratch_of(call, worker);
-    fa_run run;
-    run.keys = 0;
-    run.k_rows = (const char **)(void *)(scratch + call->scratch.k_rows);
-    run.v_rows = (const char **)(void *)(scratch + call->scratch.v_rows);
-    for (int way = 0; way < FA_WAYS; way++) {
-        run.ways[way].products = ways.of[way];
-        run.ways[way].k_room = shape->prepared[way] ? (float *)(scratch + call->scratch.k[way]) : NULL;
-        run.ways[way].v_room = shape->prepared[way] ? (float *)(scratch + call->scratch.v[way]) : NULL;
+    const int64_t runs = panels > 1 && shape->rows.panels == 1 ? panels : 1; /* heads abreast have their own */
+    fa_run run[FA_MOST_ABREAST];
+    for (int64_t n = 0; n < runs; n++) {
+        run[n].keys = 0;
+        run[n].abreast_before = n;
+        run[n].abreast_after = runs - 1 - n;
+        run[n].k_rows = (const char **)(void *)(scratch + call->scratch.k_rows);
+        run[n].v_rows = (const char **)(void *)(scratch + call->scratch.v_rows);
+        for (int way = 0; way < FA_WAYS; way++) {
+            run[n].ways[way].products = ways.of[way];
+            run[n].ways[way].k_room = shape->prepared[way] ? (float *)(scratch + call->scratch.k[way]) : NULL;
+            run[n].ways[way].v_room = shape->prepared[way] ? (float *)(scratch + call->scratch.v[way]) : NULL;
+        }
     }
     fa_work works[FA_MOST_BUNDLE];
     uint32_t overflown = 0;
     if (shape->products->enter) shape->products->enter();
-    for (int64_t n = 0; n < panels; n++) start(&works[n], call, entry, first + n, part, n, worker, &run, v_scale);
+    for (int64_t n = 0; n < panels; n++) start(&works[n], call, entry, first + n, part, n, worker, &run[n < runs ? n : 0], v_scale);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)
@@ -198,11 +203,10 @@ static void run_item(const void *context, int64_t item, int worker) {
     }
     const fa_entry *entry = fastattn_entry_of(call, FA_COMPUTE, item);
     item -= entry->first[FA_COMPUTE];
-    const int64_t splits = entry->shape.splits, of_sequence = entry->shape.rows.panels;
-    const int64_t whole = fa_divide(item, splits), part = item - whole * splits;
-    const int64_t sequence = fa_divide(whole, entry->bundles), bundle = whole - sequence * entry->bundles;
-    const int64_t first = bundle * entry->bundle, panels = fa_min(entry->bundle, of_sequence - first);
-    const int64_t panel = sequence * of_sequence + first;
+    const int64_t splits = entry->shape.splits, whole = fa_divide(item, splits), part = item - whole * splits;
+    const int64_t line = fa_divide(whole, entry->bundles), bundle = whole - line * entry->bundles;
+    const int64_t first = bundle * entry->bundle, panels = fa_min(entry->bundle, entry->line - first);
+    const int64_t panel = line * entry->line + first;
     uint32_t overflown = run_panels(call, entry, panel, panels, part, worker, 1.0f);
     for (int64_t n = 0; overflown; n++, overflown >>= 1)
         if (overflown & 1) run_again(call, entry, panel + n, worker);

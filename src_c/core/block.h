@@ -13,9 +13,10 @@ typedef struct fa_way {
     int made; /* they are there */
 } fa_way;
 
-/* A run of keys and values, which all panels of an item that come to one of its blocks share. */
+/* A run of keys and values, which all panels of a sequence in an item that come to one of its blocks share. */
 typedef struct fa_run {
     int64_t first, keys;
+    int64_t abreast_before, abreast_after; /* heads of the item beside it */
     fa_matrix stored_k, stored_v;
     const char **k_rows, **v_rows; /* room for pointers to rows in pages */
     int finite_k, finite_v;        /* -1: not known yet */

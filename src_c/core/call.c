@@ -142,6 +142,19 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     if (call->most_bundle < 1 || !totals->most.prepared[FA_PREFERRED]) call->most_bundle = 1;
 }
 
+/* Heads whose rows lie beside each other are read together, if each is a panel of few rows: one row of each alone would be a piece of a
+ * page that nothing foresees, and share its first line and its last with the rows of other heads. */
+static void plan_abreast(fa_call *call, const fa_totals *totals) {
+    enum { ITEMS_A_THREAD = 2, BYTES = 2048 };
+    const fastattn_attention_args *a = call->args;
+    const int64_t size = fa_size_of(a->kv_dtype), k_bytes = a->head_dim * size, v_bytes = a->v_head_dim * size;
+    call->abreast = 1;
+    if (!call->apart || a->block_table || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
+    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
+    const double enough = totals->parts / (fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
+    call->abreast = fa_max(1, enough < (double)most ? (int64_t)enough : most);
+}
+
 /* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` multiplications to do, some 20
  * microseconds. Nobody needs to interrupt what ends in milliseconds. Results do not depend on either. */
 static void plan_team(fa_call *call, double work) {
@@ -188,7 +201,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
     m->panel.bytes = panel;
-    m->panels = take(&bytes, call->most_bundle, panel);
+    m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), panel);
     m->bytes = bytes;
     const size_t workers = (size_t)call->workers, most = SIZE_MAX / 8;
     if ((size_t)a->batch > most / sizeof(fa_entry) || m->bytes > most / workers || totals->partials > (double)most)
@@ -235,6 +248,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->apart = apart(args->k_strides[2], args->head_dim, size) || apart(args->v_strides[2], args->v_head_dim, size);
     const fa_totals totals = survey(call);
     plan_bundles(call, &totals);
+    plan_abreast(call, &totals);
     plan_team(call, totals.work);
     return plan_memory(call, &totals);
 }
@@ -280,8 +294,10 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
         entry->shape = of_shape(shape, q_len, kv_len) ? *shape : plan_shape(call, q_len, kv_len);
         shape = &entry->shape;
         place(a, b, entry);
-        entry->bundle = shape->prepared[FA_PREFERRED] ? fa_max(fa_min(call->most_bundle, shape->rows.panels), 1) : 1;
-        entry->bundles = entry->bundle > 1 ? fa_ceil_div(shape->rows.panels, entry->bundle) : shape->rows.panels;
+        const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
+        entry->line = abreast ? call->sequences : shape->rows.panels;
+        entry->bundle = abreast ? call->abreast : shape->prepared[FA_PREFERRED] ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
+        entry->bundles = entry->bundle > 1 ? fa_ceil_div(entry->line, entry->bundle) : entry->line;
         entry->partial_bytes = shape->splits > 1 ? fastattn_state_bytes(shape->rows.ld, a->v_head_dim) : 0;
     }
 }
@@ -302,7 +318,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
         memcpy(entry->first, call->items, sizeof entry->first);
         entry->partials = partials;
-        call->items[FA_COMPUTE] += call->sequences * entry->bundles * splits;
+        if (panels > 0) call->items[FA_COMPUTE] += fa_divide(panels, entry->line) * entry->bundles * splits;
         call->items[FA_MERGE] += splits > 1 ? panels : 0;
         partials += entry->partial_bytes * (size_t)(panels * splits);
         if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;

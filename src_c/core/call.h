@@ -6,7 +6,10 @@
 #include "check.h"
 #include "threads.h"
 
-enum { FA_MOST_BUNDLE = 32 }; /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
+enum {
+    FA_MOST_BUNDLE = 32, /* panels of an item, if they are of FA_ROW_STEP rows, and fewer of more */
+    FA_MOST_ABREAST = 8  /* heads of an item, if each is a panel */
+};
 
 /* The products of an entry, those in float32 for the blocks that do not fit the others, and those for panels of few rows. */
 enum { FA_PREFERRED, FA_EXACT, FA_FEW, FA_WAYS };
@@ -53,8 +56,9 @@ typedef struct fa_entry {
     int64_t key;            /* its first key among the rows of k and v */
     int64_t start;          /* of its keys, those before the first, which no query sees: masks count from there */
     int64_t offset;         /* position of its first query, where that of its first key is 0 */
-    int64_t bundle;         /* consecutive panels of an item, which share what is made of a block of keys */
-    int64_t bundles;        /* of a packed sequence */
+    int64_t bundle;         /* consecutive panels of an item: they share what is made of a block of keys, or lines of its rows */
+    int64_t line;           /* panels that bundles are cut from: of a packed sequence, or, if each has but one, of all */
+    int64_t bundles;        /* of a line */
     int64_t first[FA_PHASES]; /* items of the entries before it */
     size_t partials, partial_bytes; /* the states of its parts, from the first partial on, and the bytes of each */
 } fa_entry;
@@ -83,7 +87,7 @@ typedef struct fastattn_plan {
     double unit;           /* scores times unit are logits */
     fa_team team;          /* as many threads as pay off, at most args->num_threads */
     int workers;           /* for which there is scratch */
-    int64_t most_bundle;
+    int64_t most_bundle, abreast;
     fa_shape shape;        /* that of the last entry */
     fa_scratch scratch;
     size_t entries_at, scratch_at, partials_at, workspace; /* offsets in the workspace, and its bytes in all */

@@ -4,6 +4,12 @@
 #include "ints.h"
 #include "nonfinite.h"
 
+/* Next are the same keys of the head beside, or after the last one those that follow of the first. */
+static int64_t ahead_of(const fa_run *run, int64_t row_stride, int64_t head_stride) {
+    if (run->abreast_after > 0) return head_stride;
+    return (int64_t)((uint64_t)run->keys * (uint64_t)row_stride) - run->abreast_before * head_stride;
+}
+
 fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     fa_run *run = w->run;
@@ -14,6 +20,8 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     run->keys = block->run_keys;
     fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
                                    run->v_rows);
+    run->stored_k.ahead = ahead_of(run, run->stored_k.stride, call->args->k_strides[1]);
+    run->stored_v.ahead = ahead_of(run, run->stored_v.stride, call->args->v_strides[1]);
     run->finite_k = run->finite_v = -1;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;

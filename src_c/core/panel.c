@@ -133,6 +133,7 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
     rows->at = in_pages ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
+    rows->ahead = 0;
     rows->rows = in_pages ? pointers : NULL;
 }
 

@@ -156,7 +156,7 @@ static fa_matrix widened(float *room, fa_matrix stored, int64_t keys, int64_t di
 
 static void fetch(fa_matrix rows, int64_t keys, int64_t bytes) {
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t at = 0; at < bytes; at += 64) simd_fetch(fa_row_at(rows, j) + at);
+        for (int64_t at = 0; at < bytes + 63; at += 64) simd_fetch(fa_row_at(rows, j) + (at < bytes ? at : bytes - 1));
 }
 
 FA_INLINE void all_finite_of(simd_f *sum, fa_matrix rows, int64_t keys, int64_t v_head_dim, fastattn_dtype dtype) {

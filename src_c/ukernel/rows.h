@@ -18,7 +18,7 @@ enum {
     SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
 };
 
-/* Where keys of a block lie, and what will be read in their place a block later. Whether rows have pointers is a constant wherever this
+/* Where keys of a block lie, and what will be read in their place later. Whether rows have pointers is a constant wherever this
  * is inlined: see ROWS_BY_STORAGE. */
 typedef struct key_places {
     const char *key[16], *later[16];
@@ -29,7 +29,7 @@ typedef struct key_places {
 /* `count` of them from one on, of which those beyond the last are that. */
 FA_INLINE void find_keys(key_places *x, int count, fa_matrix block, int64_t first, int64_t keys) {
     x->scattered = block.rows != NULL;
-    x->ahead = (uintptr_t)block.stride * (uintptr_t)keys;
+    x->ahead = (uintptr_t)block.ahead;
     for (int i = 0; i < count; i++) {
         const int64_t j = first + i < keys ? first + i : keys - 1;
         x->key[i] = fa_row_at(block, j);
@@ -37,8 +37,12 @@ FA_INLINE void find_keys(key_places *x, int count, fa_matrix block, int64_t firs
     }
 }
 
+FA_INLINE void fetch_line(const key_places *x, int i, int64_t at) {
+    simd_fetch((const char *)((x->scattered ? (uintptr_t)x->later[i] : (uintptr_t)x->key[i] + x->ahead) + (uintptr_t)at));
+}
+
 FA_INLINE void fetch_later(const key_places *x, int i, int64_t at) {
-    if (at % 64 == 0) simd_fetch((const char *)((x->scattered ? (uintptr_t)x->later[i] : (uintptr_t)x->key[i] + x->ahead) + (uintptr_t)at));
+    if (at % 64 == 0) fetch_line(x, i, at);
 }
 
 /* Calls f(..., rows, dtype, ...) with constants for the storage type and for whether the rows from `from` on have pointers. */
@@ -47,7 +51,7 @@ FA_INLINE void fetch_later(const key_places *x, int i, int64_t at) {
         const fa_matrix rows_from = fa_rows_from(m, from);                                           \
         FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
     } else {                                                                                         \
-        const fa_matrix rows_from = fa_matrix_at(m.at + from * m.stride, m.stride, m.dtype);         \
+        const fa_matrix rows_from = {m.at + from * m.stride, m.stride, m.dtype, NULL, m.ahead};      \
         FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
     }
 
@@ -72,6 +76,7 @@ FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, i
         key_places x;
         int64_t d = first;
         find_keys(&x, SIMD_LANES, block, j, keys);
+        for (int i = 0; i < SIMD_LANES; i++) fetch_line(&x, i, end * size - 1); /* rows need not begin with a line */
         if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
             for (; d + 2 * SIMD_LANES <= end; d += 2 * SIMD_LANES) {
                 simd_f square[SIMD_LANES];
@@ -124,20 +129,20 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
         float dots[SUMS];
         find_keys(&x, tile_keys, k, first, keys);
         FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
-        int64_t d = 0;
-        for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
-            FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+        FA_UNROLL for (int j = 0; j < tile_keys; j++) { /* whole rows: a line that two loads share is near then */
+            fetch_line(&x, j, head_dim * size - 1);
+            int64_t d = 0;
+            for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) {
                 fetch_later(&x, j, d * size);
                 const simd_f numbers = load_full(x.key[j] + d * size, dtype);
                 FA_UNROLL for (int r = 0; r < rows; r++)
                     sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
             }
-        if (d < head_dim)
-            FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-                const simd_f numbers = load_as(x.key[j] + d * size, head_dim - d, dtype);
-                FA_UNROLL for (int r = 0; r < rows; r++)
-                    sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
-            }
+            if (d == head_dim) continue;
+            const simd_f numbers = load_as(x.key[j] + d * size, head_dim - d, dtype);
+            FA_UNROLL for (int r = 0; r < rows; r++)
+                sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
+        }
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         FA_UNROLL for (int r = 0; r < rows; r++)
             memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
@@ -197,7 +202,7 @@ FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float
     int vectors = rows_vectors(rows);
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
                        .panel = v.at, .stride = v.stride, .rows = v.rows, .steps = keys, .run = keys > 0 ? keys : 1,
-                       .ahead = keys};
+                       .ahead = keys, .ahead_bytes = v.ahead};
     int64_t left = v_head_dim;
     while (left >= SIMD_LANES) {
         while (left < vectors * SIMD_LANES) vectors /= 2;

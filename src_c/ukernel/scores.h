@@ -141,6 +141,14 @@ typedef union mask_line {
 
 /* `keys` elements of a row, at most SIMD_LANES; what is beyond them repeats the last. */
 FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
+    if (dtype == FASTATTN_BOOL && keys == SIMD_LANES) { /* four at a time: as many bytes stored one by one would take longer */
+        FA_UNROLL for (int j = 0; j < SIMD_LANES; j += 4) {
+            const uint8_t *at = (const uint8_t *)from + j * key_stride;
+            const uint8_t four[4] = {at[0], at[key_stride], at[2 * key_stride], at[3 * key_stride]};
+            memcpy(line->bytes + j, four, sizeof four);
+        }
+        return;
+    }
     FA_UNROLL for (int j = 0; j < SIMD_LANES; j++) {
         const char *at = from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride;
         switch (dtype) {

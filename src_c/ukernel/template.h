@@ -36,7 +36,7 @@
 #define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
 
 /* Where lanes of rows pay off: over keys that come from memory later, for by rows these are read front to back. */
-enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 33, MOST_ROWS = 32 };
+enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 61, MOST_ROWS = FA_PANEL_ROWS };
 
 _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, "any number of rows has products");
 

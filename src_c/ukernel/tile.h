@@ -58,6 +58,7 @@ typedef struct tile_operands {
     int64_t steps, run;
     int64_t ahead; /* rows from those in use, of the panel by rows or else of elements (whose `along` is 1), to what will be read next,
                       which memory is asked for meanwhile; 0: nothing */
+    int64_t ahead_bytes; /* the same from a row of the panel by rows, where there are no pointers */
     const float *units, *lane_units;
 } tile_operands;
 
@@ -77,9 +78,11 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
     enum { LINE = 16 };
     if (!x->ahead) return;
     if (kind.by_rows) {
-        const uintptr_t later = (uintptr_t)tile_panel(kind, x, n + x->ahead);
+        const uintptr_t later = x->rows ? (uintptr_t)tile_panel(kind, x, n + x->ahead)
+                                        : (uintptr_t)tile_panel(kind, x, n) + (uintptr_t)x->ahead_bytes;
         const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage);
-        FA_UNROLL for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+        FA_UNROLL for (int64_t at = 0; at <= bytes; at += 64) /* and the line that it ends in */
+            simd_fetch((const char *)(later + (uintptr_t)(at < bytes ? at : at - 1)));
     } else if (vectors <= 2) {
         const int64_t element = n + (n % LINE + x->ahead) * x->across;
         simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)element * sizeof(float)));

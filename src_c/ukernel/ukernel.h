@@ -79,11 +79,12 @@ typedef struct fa_matrix {
     const char *at;
     int64_t stride; /* in bytes */
     fastattn_dtype dtype;
-    const char *const *rows; /* a pointer to each, and then `at` and `stride` mean nothing; or null */
+    const char *const *rows; /* a pointer to each, and then `at`, `stride` and `ahead` mean nothing; or null */
+    int64_t ahead; /* bytes, from any row to the one in its place among those that will be read next: a hint */
 } fa_matrix;
 
 static inline fa_matrix fa_matrix_at(const char *at, int64_t stride, fastattn_dtype dtype) {
-    const fa_matrix m = {at, stride, dtype, NULL};
+    const fa_matrix m = {at, stride, dtype, NULL, 0};
     return m;
 }
 
