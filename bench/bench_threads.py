@@ -84,22 +84,45 @@ def busy_programs(way, rounds):
 
 
 def alone(way, rounds):
-    """The time of this way as a multiple of that of OpenMP, in turn."""
-    with fastattn.threads(2):
-        for name, shape in SMALL.items():
-            call = call_of(shape)
-
-            def by(name, call=call):
-                with runtime.use_threading(name):
-                    return times(call, 200)[50:]
-
+    """The time of this way as a multiple of that of OpenMP, in turn, each in a process of its own: helpers of the one that idle would
+    take the other's processor."""
+    sides = [Caller(name) for name in (way, "openmp")]
+    try:
+        for name in SMALL:
             ratios = []
             for _ in range(2 * rounds):
-                _bench.settle()
-                ours = statistics.median(by(way))
-                _bench.settle()
-                ratios.append(ours / statistics.median(by("openmp")))
+                ours, theirs = (side.median(name) for side in sides)
+                ratios.append(ours / theirs)
             yield name, statistics.median(ratios), 1.02
+    finally:
+        for side in sides:
+            side.close()
+
+
+class Caller:
+    """A process that calls in one way and says how long it took."""
+
+    def __init__(self, way):
+        command = [sys.executable, __file__, "--serve", way]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def median(self, name):
+        print(name, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(way):
+    """The other end of `Caller`: names of shapes in, medians of seconds out, all threads asleep between them."""
+    calls = {name: call_of(shape) for name, shape in SMALL.items()}
+    with runtime.use_threading(way), fastattn.threads(2):
+        for line in sys.stdin:
+            median = statistics.median(times(calls[line.rstrip("\n")], 200)[50:])
+            _bench.settle()
+            print(median, flush=True)
 
 
 def millisecond(way, rounds):
@@ -124,7 +147,10 @@ def main():
     parser.add_argument("--rounds", type=_bench.positive, default=20, metavar="N")
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        return serve(args.serve)
     if args.measure:
         part, way = args.measure
         missed = 0
