@@ -84,7 +84,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
         const int64_t in_place = v_head_dim - d < HALVES ? 0 : keys - keys % 2;
         tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld,
                            .panel = v.rows ? NULL : v.at, .stride = v.stride, .rows = v.rows, .column = d * 2, .steps = in_place / 2,
-                           .run = DOT_KEYS, .ahead = keys};
+                           .run = DOT_KEYS, .ahead = keys, .ahead_bytes = v.ahead};
         if (in_place > 0 || keys == 0) dot_strip(rows, x);
         if (in_place == keys) continue;
         __m512i copy[DOT_KEYS];
