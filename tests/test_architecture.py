@@ -122,6 +122,7 @@ def test_public_names_exist_and_are_documented():
 engine_only = pytest.mark.skipif(not ENGINE.is_dir(), reason="the C sources are not beside the tests")
 INTRINSICS = re.compile(
     r"\b_mm\d*_\w+|\b__m(128|256|512)\w*|\b(float32x4|uint16x8)\w*_t\b|(imm|amx|arm_\w+)intrin\.h|arm_neon\.h"
+    r"|\bv128_t\b|\bwasm_\w+x\d+_\w+|wasm_simd128\.h"
 )
 
 

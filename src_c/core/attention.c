@@ -13,13 +13,13 @@
  * surrounds the loop: panels, items and parts of the keys. What is done to one block is in block.c. */
 #include "block.h"
 #include "ints.h"
+#include "memory.h"
 #include "range.h"
 #include "threads.h"
 
 #include "../ukernel/storage.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 static int finite_queries(fa_work *w) {
@@ -231,7 +231,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
     if (status != FASTATTN_OK || prepared.entries_at == 0) return status;
     void *own = NULL;
     if (!workspace) {
-        own = malloc(prepared.workspace + 63);
+        own = FASTATTN_MALLOC(prepared.workspace + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         workspace = (void *)(((uintptr_t)own + 63) / 64 * 64);
     } else if (workspace_size < prepared.workspace || (uintptr_t)workspace % 64 != 0)
@@ -239,7 +239,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
     const fa_call *call = fastattn_call_enter(&prepared, workspace);
     status = fastattn_for_each(phase_items(call, FA_COMPUTE), &call->team, run_item, call);
     if (status == FASTATTN_OK) status = fastattn_for_each(phase_items(call, FA_MERGE), &call->team, merge_item, call);
-    free(own);
+    FASTATTN_FREE(own);
     return status;
 }
 

@@ -120,6 +120,16 @@ static int any_moved(const float *alpha, int rows) {
     return moved;
 }
 
+/* What slots may rely on, whatever they are called with for this rectangle. */
+static int as_promised(const fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
+    const fa_products *products = x->products;
+    return rows > 0 && keys > 0 && row + rows <= w->panel.padded && w->panel.padded <= products->panel_rows && w->ld % FA_ROW_STEP == 0 &&
+           (products->by_rows ? keys <= w->ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->ld) &&
+           from >= 0 && from + keys <= FA_MOST_BLOCK_KEYS && (x->skip + from) % FA_SUM_RUN == 0 &&
+           FA_ALIGNED(scores_at(w, x, row, 0)) && FA_ALIGNED(powers_at(w, x, row, 0)) && FA_ALIGNED(queries_at(w, x, row)) &&
+           FA_ALIGNED(w->state.o);
+}
+
 /* The body of the loop, for a rectangle of rows and keys. Scores, which take more room than anything else, come in parts. Values are
  * added for as many keys at a time as there are, since all of o is read and written for that: with the last part, or when the
  * maximum moves. By then the powers of the parts before are relative to an older maximum, which is why there are two factors: o
@@ -136,6 +146,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
     const int64_t end = from + keys;
     int64_t added = from;
     int there = 0; /* the scores of the next part */
+    FA_ASSERT(as_promised(w, x, row, rows, from, keys));
     for (int64_t j = from, n; j < end; j += n) {
         n = fa_min(products->score_keys, end - j);
         const int64_t after = fa_min(products->score_keys, end - j - n);

@@ -167,9 +167,13 @@ static void plan_team(fa_call *call, double work) {
     call->team.interrupted_context = a->interrupted_context;
 }
 
+static const size_t most_bytes = SIZE_MAX / 8;
+
+/* Room for so many; too much is most_bytes, and stays so. */
 static size_t take(size_t *bytes, int64_t count, size_t size) {
     const size_t at = *bytes;
-    *bytes += ((size_t)count * size + 63) / 64 * 64;
+    const int fits = at < most_bytes && (double)count * (double)size < (double)(most_bytes - at);
+    *bytes = fits ? at + ((size_t)count * size + 63) / 64 * 64 : most_bytes;
     return at;
 }
 
@@ -203,13 +207,11 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->panel.bytes = panel;
     m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), panel);
     m->bytes = bytes;
-    const size_t workers = (size_t)call->workers, most = SIZE_MAX / 8;
-    if ((size_t)a->batch > most / sizeof(fa_entry) || m->bytes > most / workers || totals->partials > (double)most)
-        return FASTATTN_ERROR_MEMORY;
+    if (totals->partials > (double)most_bytes) return FASTATTN_ERROR_MEMORY;
     call->entries_at = take(&call->workspace, a->batch, sizeof(fa_entry));
     call->scratch_at = take(&call->workspace, call->workers, m->bytes);
     call->partials_at = take(&call->workspace, 1, (size_t)totals->partials);
-    return FASTATTN_OK;
+    return call->workspace < most_bytes ? FASTATTN_OK : FASTATTN_ERROR_MEMORY;
 }
 
 static fastattn_status plan(fa_call *call, const fastattn_attention_args *given) {
@@ -323,6 +325,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         partials += entry->partial_bytes * (size_t)(panels * splits);
         if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
     }
+    FA_ASSERT(partials <= call->workspace);
     for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = call->items[phase] / a->batch;
     call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
     return call;

@@ -1,8 +1,8 @@
 /* What the library says of itself and of a call. */
 #include "ints.h"
 #include "keyblocks.h"
+#include "memory.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #ifndef FASTATTN_VERSION
@@ -43,6 +43,7 @@ const char *fastattn_isa_name(fastattn_isa isa) {
     case FASTATTN_ISA_AVX512: return "avx512";
     case FASTATTN_ISA_AMX: return "amx";
     case FASTATTN_ISA_NEON: return "neon";
+    case FASTATTN_ISA_WASM: return "wasm";
     }
     return NULL;
 }
@@ -74,7 +75,7 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     const fastattn_status status = fastattn_call_prepare(&prepared, args);
     if (status != FASTATTN_OK) return status;
     /* The plan, and the vectors of a panel. */
-    char *memory = malloc(prepared.entries_at ? prepared.scratch_at + prepared.scratch.panel.bytes : prepared.workspace);
+    char *memory = FASTATTN_MALLOC(prepared.entries_at ? prepared.scratch_at + prepared.scratch.panel.bytes : prepared.workspace);
     if (!memory) return FASTATTN_ERROR_MEMORY;
     const fa_call *call = fastattn_call_enter(&prepared, memory);
     const fastattn_attention_args *a = call->args;
@@ -100,6 +101,6 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     found.workspace = call->workspace;
     found.visible_fraction = pairs > 0 ? visited / pairs : 0;
     memcpy(info, &found, info->size);
-    free(memory);
+    FASTATTN_FREE(memory);
     return FASTATTN_OK;
 }

@@ -20,6 +20,9 @@ static const fa_layers *select_layers(fastattn_isa limit) {
 #ifdef FA_HOLDS_NEON
     case FASTATTN_ISA_NEON: return &fastattn_layers_neon;
 #endif
+#ifdef FA_HOLDS_WASM
+    case FASTATTN_ISA_WASM: return &fastattn_layers_wasm;
+#endif
     default: return &fastattn_layers_portable;
     }
 }

@@ -18,9 +18,9 @@
 #include "../cpu/fpenv.h"
 #include "../ukernel/storage.h"
 #include "ints.h"
+#include "memory.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 typedef struct fa_linear_job {
@@ -485,13 +485,13 @@ fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void
     void *own = NULL;
     job.workspace = workspace;
     if (!workspace) {
-        own = malloc(job.call.workspace + 63);
+        own = FASTATTN_MALLOC(job.call.workspace + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         job.workspace = (float *)(void *)(((uintptr_t)own + 63) / 64 * 64);
     }
     status = check_decays(&job);
     if (status == FASTATTN_OK) status = fastattn_for_each(job.call.items, &job.call.team, run_item, &job);
-    free(own);
+    FASTATTN_FREE(own);
     return status;
 }
 

@@ -120,9 +120,9 @@ static void plan_team(fa_linear_call *call) {
     call->team.interrupted_context = a->interrupted_context;
 }
 
-static size_t take(size_t *floats, int64_t rows, int64_t columns) {
-    const size_t at = *floats;
-    *floats += (size_t)fa_round_up(rows * columns, FA_ROW_STEP);
+static size_t take(uint64_t *floats, int64_t rows, int64_t columns) {
+    const size_t at = (size_t)*floats;
+    *floats += (uint64_t)fa_round_up(rows * columns, FA_ROW_STEP);
     return at;
 }
 
@@ -132,7 +132,7 @@ static fastattn_status plan_memory(fa_linear_call *call) {
     const int64_t rows = fa_max(c, fa_round_up(call->group + 1, FA_ROW_STEP)); /* of a token: its key and its queries */
     const int apart = a->decay && a->decay_rows;
     fa_linear_scratch *m = &call->scratch;
-    size_t floats = 0;
+    uint64_t floats = 0;
     m->s = take(&floats, dim, columns);
     m->z = take(&floats, 1, dim);
     m->k = take(&floats, c, dim);
@@ -153,10 +153,10 @@ static fastattn_status plan_memory(fa_linear_call *call) {
     m->ones = take(&floats, 1, fa_max(fa_max(dim, columns), c));
     m->sums = take(&floats, 2, rows);
     m->row = take(&floats, FA_ROW_STEP, fa_max(dim, columns));
-    m->floats = floats;
+    m->floats = (size_t)floats;
     const size_t workers = (size_t)fa_max(a->num_threads, 1);
     if (floats > SIZE_MAX / 16 / workers) return FASTATTN_ERROR_MEMORY;
-    call->workspace = call->items > 0 ? floats * workers * sizeof(float) : 0;
+    call->workspace = call->items > 0 ? m->floats * workers * sizeof(float) : 0;
     return FASTATTN_OK;
 }
 

@@ -2,6 +2,7 @@
  * larger than the largest of them. */
 #include "check.h"
 #include "ints.h"
+#include "memory.h"
 #include "threads.h"
 
 #include "../ukernel/storage.h"
@@ -10,7 +11,6 @@
 
 #include <float.h>
 #include <math.h>
-#include <stdlib.h>
 
 typedef struct fa_merge {
     const fa_ukernel *uk;
@@ -73,13 +73,13 @@ fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs
             return FASTATTN_ERROR_ARGUMENT;
 
     const size_t parts = (size_t)num_parts, of_part = (FA_ROW_STEP + 1) * sizeof(float) + sizeof(void *);
-    if (parts > SIZE_MAX / 2 / of_part) return FASTATTN_ERROR_MEMORY;
-    const void **memory = malloc(parts * of_part + 1);
+    if ((uint64_t)num_parts > SIZE_MAX / 2 / of_part) return FASTATTN_ERROR_MEMORY;
+    const void **memory = FASTATTN_MALLOC(parts * of_part + 1);
     if (!memory) return FASTATTN_ERROR_MEMORY;
     float *weights = (float *)(void *)(memory + parts);
     const fa_merge merge = {fastattn_ukernel_select(FASTATTN_ISA_BEST), num_parts, rows, v_head_dim, outs, lses, dtype, out, lse,
                             weights, weights + parts * FA_ROW_STEP, memory};
     fastattn_for_range(0, fa_ceil_div(rows, FA_ROW_STEP), 0, merge_rows, &merge);
-    free(memory);
+    FASTATTN_FREE(memory);
     return FASTATTN_OK;
 }

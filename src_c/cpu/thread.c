@@ -1,4 +1,4 @@
-#if defined(__linux__) && !defined(_GNU_SOURCE)
+#if (defined(__linux__) || defined(__EMSCRIPTEN__)) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sched_getcpu, clock_gettime and sysconf */
 #endif
 #include "thread.h"

@@ -98,7 +98,8 @@ typedef enum fastattn_isa {
     FASTATTN_ISA_AVX2 = 2,           /* AVX2, FMA and F16C */
     FASTATTN_ISA_AVX512 = 3,         /* AVX-512 F, BW, DQ and VL */
     FASTATTN_ISA_AMX = 4,
-    FASTATTN_ISA_NEON = 5
+    FASTATTN_ISA_NEON = 5,           /* AArch64 */
+    FASTATTN_ISA_WASM = 6            /* WebAssembly, where the library was compiled with SIMD128 */
 } fastattn_isa;
 
 /* The lower-case name of an instruction set ("avx512"), or null for a number that is none. */

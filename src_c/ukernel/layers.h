@@ -36,6 +36,7 @@ typedef struct fa_layers {
     void (*pointwise)(const fa_pointwise *row);
 } fa_layers;
 
-extern const fa_layers fastattn_layers_portable, fastattn_layers_avx2, fastattn_layers_avx512, fastattn_layers_neon;
+extern const fa_layers fastattn_layers_portable, fastattn_layers_avx2, fastattn_layers_avx512, fastattn_layers_neon,
+    fastattn_layers_wasm;
 
 #endif

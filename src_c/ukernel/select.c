@@ -4,7 +4,7 @@
 
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     if (limit == FASTATTN_ISA_BEST) {
-        static const fastattn_isa best_first[] = {FASTATTN_ISA_AVX512, FASTATTN_ISA_AVX2, FASTATTN_ISA_NEON};
+        static const fastattn_isa best_first[] = {FASTATTN_ISA_AVX512, FASTATTN_ISA_AVX2, FASTATTN_ISA_NEON, FASTATTN_ISA_WASM};
         for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
             const fa_ukernel *uk = fastattn_ukernel_select(best_first[i]);
             if (uk) return uk;
@@ -22,6 +22,9 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 #endif
 #ifdef FA_HOLDS_NEON
     case FASTATTN_ISA_NEON: return &fastattn_ukernel_neon;
+#endif
+#ifdef FA_HOLDS_WASM
+    case FASTATTN_ISA_WASM: return &fastattn_ukernel_wasm;
 #endif
     default: return NULL;
     }

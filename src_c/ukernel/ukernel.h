@@ -35,6 +35,14 @@
 
 #include "fastattn.h"
 
+/* What one side promises the other, checked where a build asks for that (-DFASTATTN_ASSERT); a promise that is broken is a trap. */
+#ifdef FASTATTN_ASSERT
+#define FA_ASSERT(promise) ((promise) ? (void)0 : __builtin_trap())
+#else
+#define FA_ASSERT(promise) ((void)(0 && (promise)))
+#endif
+#define FA_ALIGNED(pointer) (((uintptr_t)(pointer) & 63) == 0)
+
 enum {
     FA_PANEL_ROWS = 64,       /* rows of a panel, at most */
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
@@ -303,11 +311,15 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(FASTATTN_NO_NEON)
 #define FA_HOLDS_NEON
 #endif
+#ifdef __wasm_simd128__
+#define FA_HOLDS_WASM
+#endif
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
 extern const fa_ukernel fastattn_ukernel_neon;
+extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512;
 extern const fa_products fastattn_products_int16_avx512;
 extern const fa_products fastattn_products_bfloat16_amx;

@@ -279,13 +279,13 @@ TEST(errors_ragged) {
 }
 
 TEST(errors_isas_and_ways_of_threading) {
-    REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)6);
+    REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)7);
     REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)-1);
     REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = (fastattn_threading)3);
     REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = (fastattn_threading)-1);
     if (!fastattn_has_openmp())
         REFUSED(FASTATTN_ERROR_THREADING, p.args.threading = FASTATTN_THREADING_OPENMP);
-    for (int isa = FASTATTN_ISA_PORTABLE; isa <= FASTATTN_ISA_NEON; isa++)
+    for (int isa = FASTATTN_ISA_PORTABLE; isa <= FASTATTN_ISA_WASM; isa++)
         if (!fastattn_isa_available((fastattn_isa)isa))
             REFUSED(FASTATTN_ERROR_ISA, p.args.isa = (fastattn_isa)isa);
 }

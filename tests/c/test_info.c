@@ -5,13 +5,13 @@
 #include <string.h>
 
 TEST(info_names) {
-    static const char *const names[] = {"portable", "avx2", "avx512", "amx", "neon"};
+    static const char *const names[] = {"portable", "avx2", "avx512", "amx", "neon", "wasm"};
     int major, minor, patch, end = 0;
-    for (int isa = 0; isa < 5; isa++)
+    for (int isa = 0; isa < 6; isa++)
         CHECK(!strcmp(fastattn_isa_name((fastattn_isa)(isa + FASTATTN_ISA_PORTABLE)), names[isa]), "isa %d", isa);
-    CHECK(!fastattn_isa_name((fastattn_isa)6) && !fastattn_isa_name((fastattn_isa)-1), "a name for what is none");
+    CHECK(!fastattn_isa_name((fastattn_isa)7) && !fastattn_isa_name((fastattn_isa)-1), "a name for what is none");
     CHECK(fastattn_isa_available(FASTATTN_ISA_PORTABLE) == 1, "portable code is not available");
-    CHECK(!fastattn_isa_available((fastattn_isa)6) && !fastattn_isa_available((fastattn_isa)-1),
+    CHECK(!fastattn_isa_available((fastattn_isa)7) && !fastattn_isa_available((fastattn_isa)-1),
           "what is none is available");
     CHECK(sscanf(fastattn_version(), "%d.%d.%d%n", &major, &minor, &patch, &end) == 3 && !fastattn_version()[end],
           "version %s", fastattn_version());

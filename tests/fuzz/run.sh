@@ -37,7 +37,7 @@ fi
 compile() { # FILE, relative to src_c or an absolute path
     local name=${1#"$here/"} checks=fuzzer-no-link,address,undefined
     case $name in ukernel/select.c) ;; ukernel/*) checks=address ;; esac
-    clang -std=c11 -O1 -g1 -Wall -Wextra -Werror $kernels -fsanitize=$checks -fno-sanitize=pointer-overflow -fno-sanitize-recover=all \
+    clang -std=c11 -O1 -g1 -Wall -Wextra -Werror -DFASTATTN_ASSERT $kernels -fsanitize=$checks -fno-sanitize=pointer-overflow -fno-sanitize-recover=all \
         -I"$source" -I"$source/include" -c "$(cd "$source" && realpath "$1")" -o "$build/$(tr / - <<<"${name%.c}").o"
 }
 export -f compile
