@@ -75,7 +75,8 @@ def torch_side(q, k, v):
 
 def decoding(arguments, rng):
     threads = fastattn.get_num_threads()
-    print(f"{'shape':28} {'dtype':9} {'ms':>8} {'GB/s':>7} {'read':>7} {'share':>6}  pages of 16, of 1 (in order) {'torch' if arguments.torch else ''}")
+    columns = f"{'shape':28} {'dtype':9} {'ms':>8} {'GB/s':>7} {'read':>7} {'share':>6}"
+    print(f"{columns}  pages of 16, of 1 (in order) {'torch' if arguments.torch else ''}")
     with ThreadPoolExecutor(threads) as pool:
         for shape in SHAPES:
             batch, heads, kv_heads, rows, keys, dim = shape
