@@ -139,10 +139,12 @@ def includes(path):
     return re.findall(r'^\s*#\s*include\s*["<]([^">]+)[">]', code(path), re.MULTILINE)
 
 
-def folder_of(name):
-    """The part of the engine to which an included header belongs, or None for a header of the system."""
-    found = {path.relative_to(ENGINE).parts[0] for path in c_files() if path.name == Path(name).name}
-    return found.pop() if found else None
+def folder_of(path, name):
+    """The part of the engine to which a header belongs that this file includes, or None for a header of the system."""
+    for folder in (path.parent, ENGINE / "include"):
+        if (folder / name).is_file():
+            return (folder / name).resolve().relative_to(ENGINE.resolve()).parts[0]
+    return None
 
 
 @engine_only
@@ -156,20 +158,20 @@ def test_core_knows_the_contract_of_the_kernels_and_no_intrinsic():
         assert not INTRINSICS.search(code(path)), path
         for name in includes(path):
             # storage.h reads and writes single numbers of any storage type; it belongs to no instruction set.
-            seen = folder_of(name) in (None, "core", "cpu", "include") or Path(name).name in ("ukernel.h", "layers.h", "storage.h")
+            seen = folder_of(path, name) in (None, "core", "cpu", "include") or Path(name).name in ("ukernel.h", "layers.h", "storage.h")
             assert seen, (path, name)
 
 
 @engine_only
 def test_kernels_know_simd_and_never_core():
     for path in c_files("ukernel"):
-        assert not {"core"} & {folder_of(name) for name in includes(path)}, path
+        assert not {"core"} & {folder_of(path, name) for name in includes(path)}, path
 
 
 @engine_only
 def test_simd_knows_nothing_of_the_engine():
     for path in c_files("simd"):
-        assert {folder_of(name) for name in includes(path)} <= {None, "simd"}, path
+        assert {folder_of(path, name) for name in includes(path)} <= {None, "simd"}, path
 
 
 @engine_only
