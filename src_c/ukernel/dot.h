@@ -5,7 +5,7 @@
 enum {
     DOT_KEYS = 64,    /* of a block */
     FEWEST_ALONE = 8, /* rows of a panel that is alone */
-    MOST_ALONE = 24
+    MOST_ALONE = 32
 };
 
 /* Keys whose pairs are aligned are read where they lie. */
