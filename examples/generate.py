@@ -206,6 +206,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--temperature", type=_number(float, 0, 100), default=0.6, metavar="T", help="0: the likeliest")
     parser.add_argument("--top-p", type=_number(float, 0, 1), default=0.9, metavar="P", help="size of the nucleus")
     parser.add_argument("--seed", type=_number(int, 0, 2**63), default=0, metavar="N")
+    parser.add_argument("--cache-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of keys and values")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="skip the runs with NumPy attention")
     parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file to use instead of fetching one")
     parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
@@ -222,7 +223,7 @@ def main(argv=None):
     if not prompt or room < 1:
         raise ModelError(f"the prompt has {len(prompt)} tokens, the model takes 1 to {model.config.context - 1}")
     choose = sampler(arguments.temperature, arguments.top_p, arguments.seed)
-    stream = generate(model, prompt, min(arguments.max_tokens, room), choose)
+    stream = generate(model, prompt, min(arguments.max_tokens, room), choose, model.new_cache(dtype=arguments.cache_dtype))
 
     sys.stdout.reconfigure(errors="replace")
     decode, answer, times = tokenizer.decoder(), [], [perf_counter()]

@@ -232,6 +232,16 @@ def test_program_prints_the_answer_and_both_speeds(tiny_path, tokenizer, model, 
     assert float(re.search(r"largest difference .*: (\S+)", output.err)[1]) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_program_keeps_keys_and_values_in_any_dtype(tiny_path, tokenizer, model, dtype, capsys):
+    generate.main(["the cat", "--model", str(tiny_path), "--max-tokens", "9", "--temperature", "0", "--cache-dtype", dtype, "--no-compare"])
+    prompt = tokenizer.chat("the cat")
+    tokens = list(generate.generate(model, prompt, 9, generate.sampler(0, 1.0, 0), model.new_cache(dtype=dtype)))
+    decode = tokenizer.decoder()
+    text = "".join(decode(token) for token in (tokens[: tokens.index(END)] if END in tokens else tokens))
+    assert capsys.readouterr().out.rstrip("\n") == text.translate(generate.CONTROLS).rstrip("\n")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
