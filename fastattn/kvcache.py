@@ -184,25 +184,28 @@ class KVCache:
         k = new_rows("k", k, (batch, heads, -1, head_dim), "(B, Hkv, L, D)")
         new_len = k.shape[2]
         v = new_rows("v", v, (batch, heads, new_len, self._v.shape[3]), "(B, Hkv, L, Dv) with the L of k")
-        counts = np.full(batch, new_len, np.int64) if lengths is None else integers("lengths", lengths, batch, 0, new_len)
-        after = self._lengths + counts
+        counts = None if lengths is None else integers("lengths", lengths, batch, 0, new_len)
+        after = self._lengths + (new_len if counts is None else counts)
         longest = int(after.max(initial=0))
         if longest > room and self._window is None:
             if not self._grows:
                 b = int(after.argmax())
                 raise CacheFullError(
-                    f"the cache has room for {room} tokens; entry {b} has {self._lengths[b]} and would get {counts[b]} more"
+                    f"the cache has room for {room} tokens; entry {b} has {self._lengths[b]} and would get "
+                    f"{after[b] - self._lengths[b]} more"
                 )
             self._grow(longest)
 
         token = np.arange(new_len)
         position = self._lengths[:, None] + token
-        left_out = token >= counts[:, None]
+        left_out = None if counts is None else token >= counts[:, None]
         if self._window is not None:  # nor is written what the same call would overwrite
-            left_out |= (position >= self._keep_first) & (position < after[:, None] - self._ring)
+            overwritten = (position >= self._keep_first) & (position < after[:, None] - self._ring)
+            left_out = overwritten if left_out is None else left_out | overwritten
             position = np.where(position < self._keep_first, position, self._keep_first + (position - self._keep_first) % self._ring)
         slots = position + self._k.shape[2] * np.arange(batch)[:, None]
-        slots[left_out] = -1
+        if left_out is not None:
+            slots[left_out] = -1
         store = runtime.backend().store
         for rows, cache in ((k, self._k), (v, self._v)):
             store(rows.swapaxes(1, 2), cache.swapaxes(1, 2), slots)
