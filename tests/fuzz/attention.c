@@ -48,7 +48,7 @@ static void block_mask(fuzz_input *in, call *x) {
     const int64_t size = m->block_size > 0 ? m->block_size : 1;
     const int64_t rows = a->q_len / size + (a->q_len % size > 0), columns = a->kv_len / size + (a->kv_len % size > 0);
     m->head_stride = fuzz_chance(in, 100) ? rows : fuzz_chance(in, 230) ? 0 : fuzz_size(in, 10);
-    m->batch_stride = fuzz_chance(in, 100) && m->head_stride < 256 ? a->num_heads % 256 * m->head_stride : fuzz_chance(in, 230) ? 0 : fuzz_size(in, 10);
+    m->batch_stride = fuzz_chance(in, 100) && m->head_stride >= 0 && m->head_stride < 256 ? a->num_heads % 256 * m->head_stride : fuzz_chance(in, 230) ? 0 : fuzz_size(in, 10);
     if (a->batch > 0 && a->batch < 256 && a->num_heads > 0 && a->num_heads < 256 && rows >= 0 && rows < 256 && m->head_stride >= 0 &&
         m->head_stride < 256 && m->batch_stride >= 0 && m->batch_stride < 65536)
         m->num_rows = (a->batch - 1) * m->batch_stride + (a->num_heads - 1) * m->head_stride + rows;
