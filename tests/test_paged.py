@@ -93,6 +93,79 @@ def test_any_pages_are_right(engine, data):
         check(out[rows].swapaxes(0, 1), lse[:, rows], *own, kv_starts=starts[b], **options)
 
 
+SLOPES = np.float32([0.5, 0.25, 0.1, 0.02])
+
+
+def placed(s, b, h, i, j):
+    """Scores that depend on everything a score function is told; of NumPy's arrays, and simple enough to be compiled."""
+    return s - SLOPES[h] * abs(i - j) + 0.125 * (b + 1) * (j % 3)
+
+
+WEIGHTS = {
+    "sigmoid": dict(activation="sigmoid"),
+    "sigmoid, biases": dict(activation="sigmoid", activation_bias=np.linspace(-4, 1, 6, dtype=np.float32)),
+    "relu": dict(activation="relu", softcap=2.0),
+    "square": dict(activation="polynomial", power=2, alibi_slopes=SLOPES),
+    "plain function": dict(score_function=placed),
+    "compiled function": dict(score_function="compiled"),
+    "function and sigmoid": dict(score_function=placed, activation="sigmoid"),
+    "function, sinks and window": dict(score_function=placed, sinks=SLOPES, window=(200, None)),
+}
+
+
+@pytest.mark.parametrize("how", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize(("dtype", "page_size"), [("float32", 16), ("bfloat16", 7)], ids=str)
+def test_other_weights_and_scores(engine, how, sequences, dtype, page_size):
+    q_lengths, lengths = SEQUENCES[sequences]
+    how, single = dict(how), [dict(how) for _ in lengths]  # for all, and for each of them alone
+    if how.get("score_function") == "compiled":
+        pytest.importorskip("numba", reason="numba is not installed")
+        how["score_function"] = fastattn.score_function(placed)
+    if "activation_bias" in how:
+        how["activation_bias"] = how["activation_bias"][: len(lengths)]
+    for b, own in enumerate(single):
+        if "activation_bias" in how:
+            own["activation_bias"] = how["activation_bias"][b]
+        if "score_function" in how:
+            own["score_function"] = lambda s, _, h, i, j, b=b: placed(s, b, h, i, j)
+    pages = Pages(lengths, page_size, dtype=dtype, v_head_dim=24)
+    q, cu = queries(sum(q_lengths), dtype=dtype), cumulated(q_lengths)
+    k, v = (np.concatenate(x) for x in zip(*pages.sequences))
+
+    def judge(out, starts, **options):
+        for b, (own, start) in enumerate(zip(pages.sequences, starts)):
+            rows = slice(cu[b], cu[b + 1])
+            arrays = (x.swapaxes(0, 1) for x in (q[rows], *own))
+            check(out[rows].swapaxes(0, 1), None, *arrays, kv_starts=start, **options, **single[b])
+
+    out = pages.attend(q, cu_seqlens_q=cu, causal=True, **how)
+    np.testing.assert_array_equal(out, fastattn.attention_varlen(q, k, v, cu, cumulated(lengths), causal=True, **how))
+    judge(out, [0] * len(lengths), causal=True)
+    starts = [n // 5 for n in lengths]
+    judge(pages.attend(q, cu_seqlens_q=cu, kv_starts=starts, **how), starts)
+
+
+def test_an_exception_of_a_score_function_leaves_out_as_it_was(engine):
+    pages = Pages([40, 300], 16)
+    q, out, calls = queries(2), np.full((2, 4, 16), 7, np.float32), []
+
+    def fails(s, b, h, i, j):
+        calls.append(b)
+        if len(calls) > 3:
+            raise KeyError("of mine")
+        return s
+
+    with pytest.raises(KeyError, match="of mine"):
+        pages.attend(q, score_function=fails, out=out)
+    assert (out == 7).all()
+    with pytest.raises(ValueError, match="return_lse"):
+        pages.attend(q, activation="sigmoid", return_lse=True, out=out)
+    with pytest.raises(ValueError, match="activation_bias"):
+        pages.attend(q, activation="sigmoid", activation_bias=[0, 1, 2], out=out)
+    assert (out == 7).all()
+
+
 def test_equal_shares_and_shared_pages(engine):
     pages = Pages([30, 30, 30], 8)
     pages.table[1] = pages.table[0]

@@ -177,6 +177,39 @@ def test_prefill_and_decoding_in_one_call(engine, dtype, page_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(activation="sigmoid", activation_bias=-2.0),
+        dict(activation="polynomial", power=1),
+        dict(activation="relu", score_function=lambda s, b, h, i, j: s + 0.25 * (h - j % 2)),
+        dict(score_function=lambda s, b, h, i, j: s - 0.01 * abs(j - 7 * i), return_lse=True),
+    ],
+    ids=lambda how: "-".join(how),
+)
+def test_other_weights_and_scores(engine, dtype, how):
+    """After a truncation and a fork, so that a sequence has pages of another and old tokens behind its last."""
+    pool, sequences, held = filled(dtype, (300, 40, 1, 2100), 16, 400)
+    pool.truncate(sequences[3], 2079)
+    held[3] = tuple(x[:2079] for x in held[3])
+    sequences.append(pool.fork(sequences[0]))
+    held.append(held[0])
+    counts = [300, 1, 1, 5, 2]
+    q, starts = queries(np.random.default_rng(1), sum(counts), dtype), np.concatenate([[0], np.cumsum(counts)])
+    result = pool.attend(sequences, q, starts, **how)
+    out, lse = result if "return_lse" in how else (result, None)
+    for n, (k, v) in enumerate(held):
+        rows = slice(starts[n], starts[n + 1])
+        expected = alone(q[rows], k, v, causal=True, **how)
+        expected, expected_lse = expected if "return_lse" in how else (expected, None)
+        np.testing.assert_array_equal(out[rows], expected)
+        if lse is not None:
+            np.testing.assert_array_equal(lse[:, rows], expected_lse)
+        own = {name: value for name, value in how.items() if name != "return_lse"}
+        check(out[rows].swapaxes(0, 1), None, *(x.swapaxes(0, 1) for x in (q[rows], k, v)), causal=True, **own)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cascade_of_a_tree_of_forks(engine, dtype):
     """A prompt, two continuations of it, and answers to each: three levels, the last of own pages."""
     rng = np.random.default_rng(3)
@@ -204,7 +237,13 @@ def test_cascade_of_a_tree_of_forks(engine, dtype):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(window=(10, None)), dict(alibi_slopes=np.float32([0.1, 0.2, 0.3, 0.4])), dict(q_lengths=[1, 2]), dict(activation="sigmoid")],
+    [
+        dict(window=(10, None)),
+        dict(alibi_slopes=np.float32([0.1, 0.2, 0.3, 0.4])),
+        dict(q_lengths=[1, 2]),
+        dict(activation="sigmoid"),
+        dict(score_function=lambda s, b, h, i, j: s - 0.01 * (j + b)),
+    ],
 )
 def test_cascade_is_left_out_where_distance_matters(backend, options):
     pool, (sequence, *_), _ = filled()
