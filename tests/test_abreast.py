@@ -99,13 +99,13 @@ def test_hidden_numbers_of_one_head_and_visible_ones_of_another(engine, kv_len):
 def test_sums_of_one_head_that_leave_float32(engine, kv_len):
     """That head is computed again, the others beside it are not touched."""
     q, k, v = random_qkv(batch=1, heads=8, q_len=2, kv_len=kv_len, head_dim=16)
+    v[:, 5] = small = np.abs(v[:, 5])
     usual = compare(engine, (q, k, v))
-    v[:, 5] = 3e38
-    out = compare(engine, (0.1 * q, k, v))
-    assert np.isfinite(out).all()
-    v[:, 5] = 1
-    out = compare(engine, (q, k, v))
+    v[:, 5] = np.ldexp(small, 125)
+    out = fastattn.attention(q, *(beside(x) for x in (k, v)))
     np.testing.assert_array_equal(out[:, [0, 1, 2, 3, 4, 6, 7]], usual[:, [0, 1, 2, 3, 4, 6, 7]])
+    out[:, 5], v[:, 5] = np.ldexp(out[:, 5], -125), small
+    check(out, None, q, k, v)
 
 
 def test_keys_beside_each_other_and_values_apart(engine):

@@ -12,7 +12,7 @@ from fastattn import layers
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"frameworks.md": ("torch", "transformers", "onnx")}  # what the code of a page needs beyond the package's own extras
+NEEDS = {"frameworks.md": ("torch", "transformers", "onnx"), "scores.md": ("matplotlib",)}  # beyond what the tests need anyway
 GIVEN = {"README.md": "import numpy as np, fastattn; q = k = v = np.ones((1, 2, 8, 16), np.float32)"}  # for a line at the top of a page
 KEYWORDS = {"activation", "scaling", "sinks", "softcap", "k", "v", "q_norm", "k_norm"}  # of functions, which mechanisms.md names like these
 

@@ -650,4 +650,5 @@ def test_gguf_files_of_other_architectures(tmp_path, architecture):
     path = write_gguf(tmp_path / "model.gguf", architecture, fields, tensors)
     tokens = np.arange(12).reshape(2, 6)
     expected = kind.from_state_dict(make(), layout=layout, config=config)(tokens)
-    np.testing.assert_array_equal(kind.from_pretrained(path)(tokens), expected)
+    # GPT-2's matrices lie the other way round in a file, where BLAS may sum in another order.
+    np.testing.assert_allclose(kind.from_pretrained(path)(tokens), expected, rtol=1e-5, atol=1e-5)
