@@ -47,7 +47,8 @@ static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, in
 static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, float v_scale) {
     const fastattn_attention_args *a = call->args;
     const fa_products *products = fastattn_panel_products(call, p);
-    float factor[FA_PANEL_ROWS] = {0};
+    float factor[FA_PANEL_ROWS];
+    for (int r = p->rows; r < p->padded; r++) factor[r] = 0.0f;
     for (int r = 0; r < p->rows; r++) {
         const int64_t head = p->head_of[r];
         float *lse = a->lse ? lse_at(a, p->entry, head, p->query[r]) : NULL;

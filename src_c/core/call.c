@@ -47,22 +47,27 @@ static int as_stored(const fa_call *call, const fa_shape *shape, const fa_produc
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
 }
 
-static fa_shape plan_shape(const fa_call *call, int64_t q_len, int64_t kv_len) {
-    fa_shape shape = {.q_len = q_len, .kv_len = kv_len, .products = call->products, .splits = 1};
-    if (q_len == 0) return shape;
-    const fa_products *alone = call->args->kv_dtype == FASTATTN_BFLOAT16 ? call->products->alone : NULL;
-    if (alone && kv_len >= FA_MANY_KEYS && q_len * call->group <= alone->panel_rows) shape.products = alone;
-    shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
-    if (shape.rows.panel_rows < shape.products->fewest_rows) {
-        shape.products = call->exact;
-        shape.rows = plan_rows(call, q_len, shape.products->panel_rows);
+static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int64_t kv_len) {
+    const fa_products *products = call->products;
+    if (q_len == 0) {
+        *shape = (fa_shape){.kv_len = kv_len, .products = products, .splits = 1};
+        return;
     }
-    shape.block_keys = fa_min(shape.products->block_keys, kv_len > 0 ? kv_len : 1);
-    plan_splits(call, &shape);
-    const fa_ways ways = fastattn_ways(call, &shape);
+    const fa_products *alone = call->args->kv_dtype == FASTATTN_BFLOAT16 ? products->alone : NULL;
+    if (alone && kv_len >= FA_MANY_KEYS && q_len * call->group <= alone->panel_rows) products = alone;
+    shape->rows = plan_rows(call, q_len, products->panel_rows);
+    if (shape->rows.panel_rows < products->fewest_rows) {
+        products = call->exact;
+        shape->rows = plan_rows(call, q_len, products->panel_rows);
+    }
+    shape->q_len = q_len;
+    shape->kv_len = kv_len;
+    shape->products = products;
+    shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
+    plan_splits(call, shape);
+    const fa_ways ways = fastattn_ways(call, shape);
     for (int way = 0; way < FA_WAYS; way++)
-        shape.prepared[way] = (way == FA_PREFERRED || (way == FA_EXACT && shape.products->fits)) && !as_stored(call, &shape, ways.of[way]);
-    return shape;
+        shape->prepared[way] = (way == FA_PREFERRED || (way == FA_EXACT && products->fits)) && !as_stored(call, shape, ways.of[way]);
 }
 
 /* The shape of entry b, as far as the caller gives it. */
@@ -87,9 +92,10 @@ static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
 
 /* What all entries come to. */
 typedef struct fa_totals {
-    double parts, work, partials; /* panels times parts of their keys, multiplications, and bytes of states */
-    fa_shape most;                /* of some things, the most that an entry has */
-    int p_apart;                  /* powers need room of their own */
+    double parts, work, partials;  /* panels times parts of their keys, multiplications, and bytes of states */
+    int64_t panels, block_keys;    /* the most that an entry has */
+    int ld, prepared[FA_WAYS];     /* the most, and whether any has them */
+    int p_apart;                   /* powers need room of their own */
 } fa_totals;
 
 /* Multiplications that a panel takes as long as, besides its own. */
@@ -103,32 +109,33 @@ static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape
     t->parts += parts;
     t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
     if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
-    t->most.rows.ld = t->most.rows.ld > shape->rows.ld ? t->most.rows.ld : shape->rows.ld;
-    t->most.rows.panels = fa_max(t->most.rows.panels, shape->rows.panels);
-    t->most.block_keys = fa_max(t->most.block_keys, shape->block_keys);
-    for (int way = 0; way < FA_WAYS; way++) t->most.prepared[way] |= shape->prepared[way];
+    t->ld = t->ld > shape->rows.ld ? t->ld : shape->rows.ld;
+    t->panels = fa_max(t->panels, shape->rows.panels);
+    t->block_keys = fa_max(t->block_keys, shape->block_keys);
+    for (int way = 0; way < FA_WAYS; way++) t->prepared[way] |= shape->prepared[way];
     t->p_apart |= !shape->products->in_place;
 }
 
 static fa_totals survey(fa_call *call) {
     const fastattn_attention_args *a = call->args;
-    const int alike = !fastattn_ragged(a);
+    fa_shape *shape = &call->shape;
     fa_totals t = {0};
-    fa_shape shape = {.q_len = -1};
-    int64_t entries = alike ? a->batch : 0; /* of this shape, not counted yet */
-    if (alike) shape = plan_shape(call, a->q_len, a->kv_len);
-    for (int64_t b = 0; b < a->batch && !alike; b++) {
+    int64_t entries = 0; /* of this shape, not counted yet */
+    if (!fastattn_ragged(a)) {
+        plan_shape(shape, call, a->q_len, a->kv_len);
+        entries = a->batch;
+    }
+    for (int64_t b = 0; b < a->batch && fastattn_ragged(a); b++) {
         int64_t q_len, kv_len;
         lengths_of(a, b, &q_len, &kv_len);
-        if (!of_shape(&shape, q_len, kv_len)) {
-            if (entries > 0) count_shape(call, &t, &shape, entries);
-            shape = plan_shape(call, q_len, kv_len);
+        if (b == 0 || !of_shape(shape, q_len, kv_len)) {
+            if (entries > 0) count_shape(call, &t, shape, entries);
+            plan_shape(shape, call, q_len, kv_len);
             entries = 0;
         }
         entries++;
     }
-    count_shape(call, &t, &shape, entries);
-    call->shape = shape;
+    count_shape(call, &t, shape, entries);
     return t;
 }
 
@@ -137,9 +144,9 @@ static fa_totals survey(fa_call *call) {
 static void plan_bundles(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 8, MOST_ROWS = FA_MOST_BUNDLE * FA_ROW_STEP };
     const double enough = (double)fa_max(call->args->num_threads, 1) * ITEMS_A_THREAD;
-    const int64_t most = fa_min(MOST_ROWS / fa_max(totals->most.rows.ld, 1), totals->most.rows.panels);
+    const int64_t most = fa_min(MOST_ROWS / fa_max(totals->ld, 1), totals->panels);
     call->most_bundle = totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most;
-    if (call->most_bundle < 1 || !totals->most.prepared[FA_PREFERRED]) call->most_bundle = 1;
+    if (call->most_bundle < 1 || !totals->prepared[FA_PREFERRED]) call->most_bundle = 1;
 }
 
 /* Heads whose rows lie beside each other are read together, if each is a panel of few rows: one row of each alone would be a piece of a
@@ -179,7 +186,7 @@ static size_t take(size_t *bytes, int64_t count, size_t size) {
 
 static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     const fastattn_attention_args *a = call->args;
-    const int64_t ld = totals->most.rows.ld, keys = totals->most.block_keys;
+    const int64_t ld = totals->ld, keys = totals->block_keys;
     fa_scratch *m = &call->scratch;
     size_t bytes = 0;
     /* Products may pad keys and the numbers of one to whole tiles, of which there is one at least, and values by half a tile
@@ -192,7 +199,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->shown = take(&bytes, tiled_keys * ld, sizeof(float));
     size_t panel = 0;
     for (int way = 0; way < FA_WAYS; way++) {
-        const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits), prepared = totals->most.prepared[way];
+        const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits), prepared = totals->prepared[way];
         m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
         m->v[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_v_dim, sizeof(float));
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
@@ -218,8 +225,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     const fastattn_attention_args *args = &call->own.attention;
     fastattn_status status = fastattn_check_args(&call->own, given);
     if (status != FASTATTN_OK) return status;
-    memset(call, 0, offsetof(fa_call, entries));
     call->args = args;
+    call->entries_at = call->workspace = 0;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
@@ -293,7 +300,10 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
     for (int64_t b = 0; b < a->batch; b++) {
         lengths_of(a, b, &q_len, &kv_len);
         fa_entry *entry = entries + (sorted ? begin[magnitude(q_len, kv_len)]++ : b);
-        entry->shape = of_shape(shape, q_len, kv_len) ? *shape : plan_shape(call, q_len, kv_len);
+        if (of_shape(shape, q_len, kv_len))
+            entry->shape = *shape;
+        else
+            plan_shape(&entry->shape, call, q_len, kv_len);
         shape = &entry->shape;
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;

@@ -44,26 +44,19 @@ fastattn_status fastattn_check_table(const fa_table *t) {
     return (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
 }
 
-static fastattn_status check_tables(const fa_table *tables, size_t count) {
-    for (size_t n = 0; n < count; n++)
-        if (fastattn_check_table(&tables[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
-    return FASTATTN_OK;
-}
-
 static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t batch = a->batch, heads = a->num_heads, kv_heads = a->num_kv_heads, rows = a->q_len, keys = a->kv_len;
     const int64_t q_batch = a->cu_seqlens_q ? 1 : batch, kv_batch = a->cu_seqlens_k ? 1 : batch;
     const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
     const int64_t kv_parts = a->block_table ? a->num_pages : kv_batch, kv_rows = a->block_table ? a->page_size : keys;
-    const fa_table arrays[] = {
-        {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0},
-        {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->head_dim, kv_size, 1, 0},
-        {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->v_head_dim, kv_size, 1, 0},
-        {a->out, a->out_strides, 3, {q_batch, heads, rows}, a->v_head_dim, q_size, 1, 1},
-    };
-    const fastattn_status status = check_tables(arrays, sizeof arrays / sizeof *arrays);
-    if (status != FASTATTN_OK) return status;
+    const fa_table q = {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0};
+    const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->head_dim, kv_size, 1, 0};
+    const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->v_head_dim, kv_size, 1, 0};
+    const fa_table out = {a->out, a->out_strides, 3, {q_batch, heads, rows}, a->v_head_dim, q_size, 1, 1};
+    if (fastattn_check_table(&q) != FASTATTN_OK || fastattn_check_table(&k) != FASTATTN_OK ||
+        fastattn_check_table(&v) != FASTATTN_OK || fastattn_check_table(&out) != FASTATTN_OK)
+        return FASTATTN_ERROR_ARGUMENT;
     if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
         !a->block_table && !fastattn_ragged(a))
         return FASTATTN_OK;
@@ -82,7 +75,9 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         {a->additive, &a->additive_stride, 1, {heads}, used * a->head_dim, 4, 0, 0},
         {a->block_table, &a->block_table_stride, 1, {batch}, fastattn_pages_of(a, keys), 4, 0, 0},
     };
-    return check_tables(options, sizeof options / sizeof *options);
+    for (size_t n = 0; n < sizeof options / sizeof *options; n++)
+        if (fastattn_check_table(&options[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
+    return FASTATTN_OK;
 }
 
 static fastattn_status check_numbers(const fastattn_attention_args *a) {
