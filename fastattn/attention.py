@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -33,6 +35,17 @@ _state = runtime._state
 _SDPA_NAMES = Names(q="query", k="key", v="value", mask="attn_mask")
 
 
+def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but that three arrays alone go straight to the engine: every keyword of a signature takes time, given or not."""
+
+    @wraps(function)
+    def attention(q, k, v, **rules):
+        result = None if rules or _state.plain is None else _state.plain(q, k, v)
+        return function(q, k, v, **rules) if result is None else result
+
+    return attention
+
+
 @overload
 def attention(
     q: Array, k: Array, v: Array, *, return_lse: Literal[False] = False, out: Array | None = None, **rules: Unpack[Rules]
@@ -43,6 +56,7 @@ def attention(
 ) -> tuple[NDArray[Any], NDArray[np.float32]]: ...
 @overload
 def attention(q: Array, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **rules: Unpack[Rules]) -> Any: ...
+@_directly
 def attention(
     q: Array,
     k: Array,
