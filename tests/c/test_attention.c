@@ -97,6 +97,26 @@ TEST_EACH_ISA(attention_layouts) {
         }
 }
 
+/* Heads that lie beside each other, some of which are an item: any number of them, of short rows and of long ones, over a block of
+ * keys, some, and parts. */
+TEST_EACH_ISA(attention_heads_abreast) {
+    static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+    static const int64_t keys[] = {3, 300, 2500}, dims[] = {16, 200};
+    for (int64_t kv_heads = 2; kv_heads <= 9; kv_heads++)
+        for (size_t n = 0; n < COUNT(keys); n++) {
+            struct spec spec = {.name = "abreast", .batch = 2, .heads = kv_heads * (1 + kv_heads % 2), .kv_heads = kv_heads,
+                                .q_len = kv_heads % 3 + 1, .kv_len = keys[n], .head_dim = dims[kv_heads % 5 == 0], .v_head_dim = 24,
+                                .q_dtype = dtypes[kv_heads % 3], .kv_dtype = dtypes[kv_heads % 3], .q_layout = SWAPPED,
+                                .k_layout = SWAPPED, .v_layout = SWAPPED, .out_layout = SWAPPED, .lengths = LENGTHS_RAGGED,
+                                .causal = kv_heads & 1, .sinks = 1, .num_threads = kv_heads == 8 ? 3 : 1};
+            spec_check(&spec, 0);
+            spec.lengths = LENGTHS_FULL;
+            spec.mask = MASK_BOOL;
+            spec.hidden = 0.5;
+            spec_check(&spec, 1);
+        }
+}
+
 TEST_EACH_ISA(attention_masks) {
     for (int mask = MASK_BOOL; mask <= MASK_FLOAT64; mask++)
         for (int layout = PACKED; layout <= LAST_LAYOUT; layout++) {
