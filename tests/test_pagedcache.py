@@ -90,8 +90,20 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def append(self, data):
         sequences = self.pick(data, least=1)
-        counts = [data.draw(st.integers(0, 7)) for _ in sequences]
-        k, v = tokens(self.rng, sum(counts), data.draw(st.sampled_from(["float32", "float64"])))
+        self.write(sequences, [data.draw(st.integers(0, 7)) for _ in sequences], data.draw(st.sampled_from(["float32", "float64"])))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def both_sides_of_a_fork_write(self, data):
+        (parent,) = self.pick(data, least=1)[:1]
+        if len(self.held) < 8:
+            child = self.pool.fork(parent)
+            self.held[child] = self.held[parent]
+            for sequence in data.draw(st.permutations([parent, child])):
+                self.write([sequence], [1])
+
+    def write(self, sequences, counts, dtype="float32"):
+        k, v = tokens(self.rng, sum(counts), dtype)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         before = self.snapshot()
         try:
