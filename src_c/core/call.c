@@ -158,7 +158,7 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     call->abreast = 1;
     if (!call->apart || a->block_table || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
-    const double enough = totals->parts / (fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
+    const double enough = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     call->abreast = fa_max(1, enough < (double)most ? (int64_t)enough : most);
 }
 
