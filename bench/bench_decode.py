@@ -8,14 +8,14 @@ With --torch every shape of the first table also runs through torch's scaled_dot
 
 import argparse
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 
 import ml_dtypes
 import numpy as np
+import peers
 
 import fastattn
+from fastattn import _bench
 
 SHAPES = [  # (batch, query heads, key/value heads, queries, keys, head_dim)
     (1, 32, 8, 1, 8192, 128),
@@ -29,14 +29,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 def alternate(rounds, *sides):
     """The median seconds of each side."""
-    seconds = [[] for _ in sides]
-    for n in range(rounds + 1):
-        for times, run in zip(seconds, sides):
-            start = perf_counter()
-            run()
-            if n:
-                times.append(perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+    return [statistics.median(taken) for taken in _bench.alternate(sides, rounds=rounds, min_time=0.05)]
 
 
 def reader(array, threads, pool):
@@ -146,12 +139,14 @@ def appending(arguments, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=_bench.positive, default=9)
     arguments = parser.parse_args()
-    print(f"{fastattn.cpu_info()['name'] if 'name' in fastattn.cpu_info() else ''} {fastattn.get_num_threads()} threads", file=sys.stderr)
+    threads = fastattn.get_num_threads()
+    _bench.print_environment({**_bench.environment(threads), **peers.versions()}, [])
     rng = np.random.default_rng(0)
-    for part in (decoding, cascade, drafts, appending):
-        part(arguments, rng)
+    with peers.same_threads(threads):
+        for part in (decoding, cascade, drafts, appending):
+            part(arguments, rng)
 
 
 if __name__ == "__main__":

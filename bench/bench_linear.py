@@ -6,25 +6,22 @@ The sides of a comparison alternate in one process; medians.
 """
 
 import argparse
-import time
+import importlib
+import statistics
 
 import numpy as np
+import peers
 
 import fastattn
+from fastattn import _bench
 
 CHUNK = 64
 
 
 def medians(sides, rounds):
     """Milliseconds of each of the named functions, which take turns."""
-    times = {name: [] for name in sides}
-    for r in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if r:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in times.items()}
+    times = _bench.alternate(sides.values(), rounds=rounds, min_time=0.05)
+    return {name: 1e3 * statistics.median(taken) for name, taken in zip(sides, times)}
 
 
 def torch_linear(torch, q, k, v):
@@ -62,17 +59,14 @@ def report(what, wanted, seen):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=_bench.positive, default=2)
+    parser.add_argument("--rounds", type=_bench.positive, default=7)
     args = parser.parse_args()
-    fastattn.set_num_threads(args.threads)
-    try:
-        import torch
+    with peers.same_threads(args.threads):
+        compare(importlib.import_module("torch") if "torch" in peers.installed() else None, args)
 
-        torch.set_num_threads(args.threads)
-        torch.set_grad_enabled(False)
-    except ImportError:
-        torch = None
+
+def compare(torch, args):
     rng = np.random.default_rng(0)
 
     q, k, v = rng.standard_normal((3, 1, 16, 8192, 64), np.float32)
@@ -107,7 +101,7 @@ def main():
     state, other = rng.standard_normal((2, 1, 16, 128, 128), np.float32)
     one = {"beta": beta[:, :, :1].copy(), "log_decay": log_decay[:, :, :1].copy(), "state": state, "state_out": state}
     sides = {"ours": lambda: fastattn.gated_delta_rule(q, k, v, **one), "copy": lambda: np.copyto(other, state)}
-    t = medians(sides, 100 * args.rounds)
+    t = medians(sides, args.rounds)
     report("one step, 1, 16, 1, 128", "a copy of its state", f"{t['ours'] / t['copy']:.2f} x ({1e3 * t['ours']:.1f} us)")
 
     sides = {}

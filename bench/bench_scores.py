@@ -6,23 +6,20 @@ The sides of a comparison alternate in one process; medians, and minima behind t
 """
 
 import argparse
-import time
+import importlib
+import statistics
 
 import numpy as np
+import peers
 
 import fastattn
+from fastattn import _bench
 
 
 def measure(sides, rounds):
     """``(median, minimum)`` in milliseconds of each of the named functions, which take turns."""
-    times = {name: [] for name in sides}
-    for r in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if r:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: (float(np.median(t)), min(t)) for name, t in times.items()}
+    times = _bench.alternate(sides.values(), rounds=rounds, min_time=0.05)
+    return {name: (1e3 * statistics.median(taken), 1e3 * min(taken)) for name, taken in zip(sides, times)}
 
 
 def report(what, seen, ours="ours"):
@@ -104,21 +101,15 @@ def functions(torch, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=_bench.positive, default=2)
+    parser.add_argument("--rounds", type=_bench.positive, default=9)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    fastattn.set_num_threads(args.threads)
-    try:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        torch.set_grad_enabled(False)
-    except ImportError:
-        torch = None
-    for part in (additive, activations, functions):
-        if args.only in part.__name__:
-            part(torch, args.rounds)
+    torch = importlib.import_module("torch") if "torch" in peers.installed() else None
+    with peers.same_threads(args.threads):
+        for part in (additive, activations, functions):
+            if args.only in part.__name__:
+                part(torch, args.rounds)
 
 
 if __name__ == "__main__":
