@@ -40,8 +40,10 @@ def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def attention(q, k, v, **rules):
-        result = None if rules or _state.plain is None else _state.plain(q, k, v)
-        return function(q, k, v, **rules) if result is None else result
+        if rules:
+            return function(q, k, v, **rules)
+        result = None if _state.plain is None else _state.plain(q, k, v)
+        return _attend(NAMES, q, k, v) if result is None else result
 
     return attention
 
