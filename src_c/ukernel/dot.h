@@ -104,10 +104,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
 static int dot_rows_unpack(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
                            fastattn_dtype dtype) {
     (void)ld;
-    int finite = 1;
-    for (int row = 0; row < count; row++, o += fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP)
-        finite &= narrow(outputs[row], o, factor[row], v_head_dim, dtype);
-    return finite;
+    return unpack_rows(outputs, count, o, fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP, factor, v_head_dim, dtype);
 }
 
 #define DOT_SLOTS                                                                                                             \

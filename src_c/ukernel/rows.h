@@ -315,11 +315,16 @@ static void rows_pack(float *q, int ld, const void *const *rows_of, int rows, in
     FA_BY_STORAGE(dtype, rows_pack_of, q, rows_of, rows, head_dim, sign)
 }
 
+/* Rows of sums that are `pitch` numbers apart. */
+FA_INLINE int unpack_rows(void *const *outputs, int count, const float *o, int64_t pitch, const float *factor, int64_t v_head_dim,
+                          fastattn_dtype dtype) {
+    int finite = 1;
+    for (int row = 0; row < count; row++) finite &= narrow(outputs[row], o + row * pitch, factor[row], v_head_dim, dtype);
+    return finite;
+}
+
 static int rows_unpack(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
                        fastattn_dtype dtype) {
     (void)ld;
-    int finite = 1;
-    for (int row = 0; row < count; row++, o += fa_round_up(v_head_dim, FA_ROW_STEP))
-        finite &= narrow(outputs[row], o, factor[row], v_head_dim, dtype);
-    return finite;
+    return unpack_rows(outputs, count, o, fa_round_up(v_head_dim, FA_ROW_STEP), factor, v_head_dim, dtype);
 }
