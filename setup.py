@@ -40,6 +40,12 @@ OPENMP = {
 
 PTHREAD = {"unix": ["-pthread"], "msvc": []}
 
+# Python hands on the flags of its own build, -g among them, which makes an extension ten times as large: these come last,
+# unless build_ext has --debug. Not every linker can leave out the names of what is not exported.
+NO_DEBUG = {"unix": [(["-g0"], ["-Wl,-s"]), (["-g0"], [])], "msvc": [([], [])]}
+
+EMPTY_PROBE = "int main(void) { return 0; }\n"
+
 OPENMP_PROBE = """
 #include <omp.h>
 int main(void) {
@@ -73,14 +79,18 @@ class BuildNative(build_ext):
         self.cython_c_in_temp = True  # generated C stays out of the package
 
     def build_extensions(self):
-        openmp = self.find_openmp()
+        openmp = None if enabled("FASTATTN_NO_OPENMP") else self.first_that_links(OPENMP_PROBE, OPENMP)
         if openmp is None:
             self.warn("fastattn: building without OpenMP; the native backend will use its own threads only")
-        compile_flags, link_flags = openmp or ([], [])
+        no_debug = None if self.debug else self.first_that_links(EMPTY_PROBE, NO_DEBUG)
+        flags = [(self.of_compiler(FLAGS), self.of_compiler(PTHREAD)), openmp or ([], []), no_debug or ([], [])]
         for ext in self.extensions:
-            ext.extra_compile_args = FLAGS.get(self.compiler.compiler_type, FLAGS["unix"]) + compile_flags
-            ext.extra_link_args = link_flags + PTHREAD.get(self.compiler.compiler_type, PTHREAD["unix"])
+            ext.extra_compile_args = [flag for compile_flags, _ in flags for flag in compile_flags]
+            ext.extra_link_args = [flag for _, link_flags in flags for flag in link_flags]
         super().build_extensions()
+
+    def of_compiler(self, choices):
+        return choices.get(self.compiler.compiler_type, choices["unix"])
 
     def build_extension(self, ext):
         try:
@@ -93,14 +103,12 @@ class BuildNative(build_ext):
                 )
             raise  # build_extensions() swallows it for an optional extension
 
-    def find_openmp(self):
-        """The first flags that compile and link an OpenMP program, or None."""
-        if enabled("FASTATTN_NO_OPENMP"):
-            return None
+    def first_that_links(self, program, candidates):
+        """The first (compiler flags, linker flags) with which a program compiles and links, or None."""
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder, "probe.c")
-            probe.write_text(OPENMP_PROBE)
-            for compile_flags, link_flags in OPENMP.get(self.compiler.compiler_type, OPENMP["unix"]):
+            probe.write_text(program)
+            for compile_flags, link_flags in self.of_compiler(candidates):
                 try:
                     objects = self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=compile_flags)
                     self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=link_flags)

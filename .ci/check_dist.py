@@ -24,15 +24,25 @@ def engine():
     }
 
 
+def extensions(names):
+    return {name for name in names if name.startswith("fastattn/_native.") and name.endswith((".so", ".pyd"))}
+
+
 def check_wheel(names):
-    extension = [name for name in names if name.startswith("fastattn/_native.") and name.endswith((".so", ".pyd"))]
+    extension = extensions(names)
     metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
     yield from (f"lacks {name}" for name in sorted(modules() - names))
-    yield from (f"must not hold {name}" for name in sorted(names - modules() - metadata - set(extension)))
+    yield from (f"must not hold {name}" for name in sorted(names - modules() - metadata - extension))
     if len(extension) != 1:
         yield f"holds {len(extension)} native extensions, not 1"
     if not any(name.endswith("licenses/LICENSE") for name in metadata):
         yield "lacks LICENSE"
+
+
+def check_extension(data):
+    """Of the bytes of a wheel's extension."""
+    if b".debug_info" in data:
+        yield "holds an extension with debug information"
 
 
 def check_sdist(names):
@@ -51,8 +61,11 @@ def main():
     failed = False
     for file in map(Path, sys.argv[1:]):
         if file.suffix == ".whl":
-            names = {name for name in zipfile.ZipFile(file).namelist() if not name.endswith("/")}
+            archive = zipfile.ZipFile(file)
+            names = {name for name in archive.namelist() if not name.endswith("/")}
             problems = list(check_wheel(names))
+            for name in extensions(names):
+                problems += check_extension(archive.read(name))
         else:
             with tarfile.open(file) as archive:
                 names = {member.name for member in archive if member.isfile()}
