@@ -41,12 +41,13 @@ _LIMITS = {
 }
 _STEP_LIMIT = 1.15  # from one number of rows to the next
 _MASK_LIMIT = 1.15  # a call with an arbitrary mask over the same without
+_MERGE_LIMIT = 1.2  # merging states over reading them and writing one
 _CALL_LIMIT = 2e-6  # seconds of the smallest call, with any one keyword
 
 _READERS = r"""
 #include <stddef.h>
 #include <stdint.h>
-typedef uint64_t vector __attribute__((vector_size(64)));
+typedef uint64_t vector __attribute__((vector_size(64), aligned(8)));
 enum { STREAMS = 4, LINES = 64 };
 
 /* Reads `lines` cache lines, a share on each thread, and returns what keeps the compiler from leaving that out. */
@@ -74,6 +75,17 @@ READER(ahead, for (ptrdiff_t i = 0; i + STREAMS <= n; i += STREAMS)
     })
 READER(streams, for (ptrdiff_t i = 0; i < n / STREAMS; i++)
     for (int s = 0; s < STREAMS; s++) sum[s] ^= from[n / STREAMS * s + i];)
+
+/* Reads `parts` arrays that lie one behind another and writes one. */
+uint64_t combine(const vector *all, ptrdiff_t lines, int parts, vector *out, int threads) {
+    _Pragma("omp parallel for num_threads(threads)")
+    for (ptrdiff_t i = 0; i < lines; i++) {
+        vector sum = all[i];
+        for (int p = 1; p < parts; p++) sum ^= all[p * lines + i];
+        out[i] = sum;
+    }
+    return 0;
+}
 """
 _READER_NAMES = ("forward", "ahead", "streams")
 
@@ -140,7 +152,7 @@ def others(dtype):
 
 
 def compile_readers(folder):
-    """The reading loops as functions of an array and a number of threads."""
+    """The reading loops as functions of an array and a number of threads; and `combine` as one of parts, out and threads."""
     source, library = Path(folder, "readers.c"), Path(folder, "readers.so")
     source.write_text(_READERS)
     cc = shlex.split(os.environ.get("CC", "cc"))
@@ -152,7 +164,12 @@ def compile_readers(folder):
         function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int], ctypes.c_uint64
         return lambda memory, threads: function(memory.ctypes.data, memory.nbytes // 64, threads)
 
-    return {name: reader(name) for name in _READER_NAMES}
+    loaded.combine.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+
+    def combine(parts, out, threads):
+        loaded.combine(parts.ctypes.data, out.nbytes // 64, len(parts), out.ctypes.data, threads)
+
+    return {name: reader(name) for name in _READER_NAMES}, combine
 
 
 def measure(call, readers, args):
@@ -198,6 +215,29 @@ def report_mask(args):
     return ratio > _MASK_LIMIT
 
 
+def report_merge(combine, args):
+    """Merging states beside a plain loop that reads as many bytes and writes as many; both sides write to new memory."""
+    missed = False
+    for dtype in args.dtype:
+        for parts, rows in ((2, 16384), (8, 4096), (2, 262144)):
+            outs = np.random.default_rng(0).standard_normal((parts, rows, 128), np.float32).astype(_bench._dtype(dtype))
+            lses = np.random.default_rng(1).standard_normal((parts, rows), np.float32)
+            sides = [
+                lambda: fastattn.merge_states(outs, lses),
+                lambda: combine(outs, np.empty_like(outs[0]), args.threads),
+            ]
+            for side in sides:
+                side()
+            seconds = _bench.alternate(sides, rounds=args.rounds, min_time=args.min_time)
+            merge, plain = map(min if args.minimum else statistics.median, seconds)
+            size = outs.nbytes + outs[0].nbytes
+            print(f"\nmerge_states, {parts} states of {rows} x 128 {dtype}, {size / 2**20:.0f} MiB read and written: ", end="")
+            print(f"{merge * 1e3:.2f} ms over {plain * 1e3:.2f} = {merge / plain:.2f} (limit {_MERGE_LIMIT})", end="")
+            missed |= merge > _MERGE_LIMIT * plain
+    print()
+    return missed
+
+
 def report_calls(args):
     """The smallest call, plain and with each keyword."""
     q, k, v = Call("", (1, 1, 1, 1, 16, 64, 64), None).inputs()
@@ -226,7 +266,7 @@ def main():
     header = ["call", "dtype", "B, Hq/Hkv, Lq, Lk, D", "ms", "roofline", "GB/s", "GF/s", "ratio", "limit", "verdict"]
     table, missed, steps = [], False, []
     with tempfile.TemporaryDirectory() as folder, _bench.same_threads(args.threads):
-        readers = compile_readers(folder)
+        readers, combine = compile_readers(folder)
         for dtype in args.dtype:
             before = None
             for rows in range(args.rows[0], args.rows[-1] + 1) if args.steps else args.rows:
@@ -245,6 +285,7 @@ def main():
         _bench.print_table(header, table)
         if args.others:
             missed |= report_mask(args)
+            missed |= report_merge(combine, args)
             missed |= report_calls(args)
     print(*steps, sep="\n")
     return int(missed or bool(steps))

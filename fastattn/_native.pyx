@@ -134,6 +134,18 @@ cdef extern from "fastattn.h" nogil:
         double visible_fraction
         fastattn_threading threading
 
+    ctypedef struct fastattn_merge_args:
+        size_t size
+        int64_t num_parts, rows, v_head_dim
+        const void *const *outs
+        const float *const *lses
+        fastattn_dtype dtype
+        void *out
+        float *lse
+        fastattn_isa isa
+        int num_threads
+        fastattn_threading threading
+
     ctypedef struct fastattn_store_args:
         size_t size
         int64_t batch, new_len, num_heads, head_dim
@@ -211,8 +223,7 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size)
     fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info)
     fastattn_status fastattn_store(const fastattn_store_args *args)
-    fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
-                                          int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse)
+    fastattn_status fastattn_merge(const fastattn_merge_args *args)
     fastattn_status fastattn_rope(const fastattn_rope_args *args)
     fastattn_status fastattn_linear_args_init(fastattn_linear_args *args, size_t size)
     fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace, size_t workspace_size)
@@ -852,21 +863,28 @@ def attention_plain(
 
 def merge_states(outs, lses, np.ndarray out, np.ndarray lse):
     """Fill `out` and `lse` from the parts; the status."""
-    cdef int64_t n, parts = len(outs), rows = out.shape[0], v_head_dim = out.shape[1]
-    cdef fastattn_dtype dtype = dtype_code(out)
-    cdef const void **out_pointers = <const void **>malloc(2 * parts * sizeof(void *))
-    cdef const float **lse_pointers = <const float **>(out_pointers + parts)
+    cdef int64_t n, parts = len(outs)
+    cdef fastattn_merge_args args
     cdef fastattn_status status
-    if out_pointers is NULL:
+    cdef engine_settings found
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.num_parts, args.rows, args.v_head_dim = parts, out.shape[0], out.shape[1]
+    args.dtype = dtype_code(out)
+    args.out = np.PyArray_DATA(out)
+    args.lse = <float *>np.PyArray_DATA(lse)
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    cdef const void **pointers = <const void **>malloc(2 * parts * sizeof(void *))
+    if pointers is NULL:
         return <int>FASTATTN_ERROR_MEMORY
     for n in range(parts):
-        out_pointers[n] = np.PyArray_DATA(<np.ndarray>outs[n])
-        lse_pointers[n] = <const float *>np.PyArray_DATA(<np.ndarray>lses[n])
+        pointers[n] = np.PyArray_DATA(<np.ndarray>outs[n])
+        pointers[parts + n] = np.PyArray_DATA(<np.ndarray>lses[n])
+    args.outs, args.lses = pointers, <const float **>(pointers + parts)
     with nogil:
-        status = fastattn_merge_states(
-            parts, out_pointers, lse_pointers, rows, v_head_dim, dtype, np.PyArray_DATA(out), <float *>np.PyArray_DATA(lse)
-        )
-        free(out_pointers)
+        status = fastattn_merge(&args)
+        free(pointers)
     return <int>status
 
 

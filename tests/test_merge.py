@@ -134,3 +134,16 @@ def test_layouts():
 def test_zero_rows():
     out, lse = fastattn.merge_states([np.zeros((0, 5), np.float32)], [np.zeros(0, np.float32)])
     assert out.shape == (0, 5) and lse.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_bits(dtype):
+    rng = np.random.default_rng(0)
+    outs = [rng.standard_normal((2, 1000, 65)).astype(dtype_of(dtype)) for _ in range(3)]
+    lses = [rng.standard_normal((2, 1000)).astype(np.float32) for _ in range(3)]
+    with fastattn.threads(1):
+        alone = fastattn.merge_states(outs, lses)
+    with fastattn.threads(3):
+        shared = fastattn.merge_states(outs, lses)
+    for one, many in zip(alone, shared):
+        np.testing.assert_array_equal(one.view(np.uint8), many.view(np.uint8))

@@ -12,74 +12,110 @@
 #include <float.h>
 #include <math.h>
 
+/* Of the parts and the result together: what pays for taking an item, and for waking a thread. */
+enum { ITEM_BYTES = 1 << 16, THREAD_BYTES = 1 << 18, LINE = 64 };
+
 typedef struct fa_merge {
+    const fastattn_merge_args *args;
     const fa_ukernel *uk;
-    int64_t num_parts, rows, v_head_dim;
-    const void *const *outs;
-    const float *const *lses;
-    fastattn_dtype dtype;
-    void *out;
-    float *lse;
+    int64_t item_rows; /* a multiple of FA_ROW_STEP */
+    char *memory;      /* of_worker bytes for each thread */
+    size_t of_worker;
+} fa_merge;
+
+/* What a thread needs for the rows that it is at. */
+typedef struct fa_mixture {
     float *weights;       /* [num_parts][FA_ROW_STEP] */
     float *weights_of;    /* [num_parts] of one row, of the parts that have seen a key */
     const void **rows_of; /* [num_parts] likewise */
-} fa_merge;
+} fa_mixture;
+
+static size_t mixture_bytes(size_t parts) { return parts * (sizeof(void *) + (FA_ROW_STEP + 1) * sizeof(float)); }
+
+static fa_mixture mixture_in(void *memory, int64_t parts) {
+    const void **rows = memory;
+    float *weights = (float *)(void *)(rows + parts);
+    return (fa_mixture){weights, weights + parts * FA_ROW_STEP, rows};
+}
 
 /* A row that left float32, in double. Rounding alone may do that, where all numbers are near the largest; then it is that. */
-static void mix_exactly(const fa_merge *x, char *out, int64_t parts) {
-    const double largest = x->dtype == FASTATTN_BFLOAT16 ? 0x1.fep127 : x->dtype == FASTATTN_FLOAT16 ? 65504 : FLT_MAX;
-    const int64_t size = fa_size_of(x->dtype);
-    for (int64_t d = 0; d < x->v_head_dim; d++) {
+static void mix_exactly(const fastattn_merge_args *a, const fa_mixture *of, char *out, int64_t parts) {
+    const double largest = a->dtype == FASTATTN_BFLOAT16 ? 0x1.fep127 : a->dtype == FASTATTN_FLOAT16 ? 65504 : FLT_MAX;
+    const int64_t size = fa_size_of(a->dtype);
+    for (int64_t d = 0; d < a->v_head_dim; d++) {
         double sum = 0;
         for (int64_t n = 0; n < parts; n++)
-            sum += (double)x->weights_of[n] * fa_get((const char *)x->rows_of[n] + d * size, x->dtype);
+            sum += (double)of->weights_of[n] * fa_get((const char *)of->rows_of[n] + d * size, a->dtype);
         if (isfinite(sum)) sum = fmax(-largest, fmin(sum, largest));
-        fa_put(out + d * size, (float)sum, x->dtype);
+        fa_put(out + d * size, (float)sum, a->dtype);
     }
 }
 
-static void merge_rows(const void *context, int64_t item, int worker) {
+static void merge_item(const void *context, int64_t item, int worker) {
     const fa_merge *x = context;
-    const int64_t first = item * FA_ROW_STEP, rows = fa_min(FA_ROW_STEP, x->rows - first);
-    const int64_t row_bytes = x->v_head_dim * fa_size_of(x->dtype);
+    const fastattn_merge_args *a = x->args;
+    const fa_mixture of = mixture_in(x->memory + (size_t)worker * x->of_worker, a->num_parts);
+    const int64_t row_bytes = a->v_head_dim * fa_size_of(a->dtype), end = fa_min((item + 1) * x->item_rows, a->rows);
     float top[FA_ROW_STEP], total[FA_ROW_STEP];
-    (void)worker;
-    x->uk->weigh(x->weights, top, total, x->lses, x->num_parts, first, rows);
-    for (int64_t r = 0; r < rows; r++) {
-        char *out = (char *)x->out + (first + r) * row_bytes;
+    for (int64_t i = item * x->item_rows; i < end; i++) {
+        const int64_t r = i % FA_ROW_STEP;
+        if (r == 0) x->uk->weigh(of.weights, top, total, a->lses, a->num_parts, i, fa_min(FA_ROW_STEP, end - i));
+        char *out = (char *)a->out + i * row_bytes;
         int64_t parts = 0;
-        for (int64_t n = 0; n < x->num_parts; n++) {
-            if (x->lses[n][first + r] == -INFINITY) continue;
-            x->weights_of[parts] = x->weights[n * FA_ROW_STEP + r];
-            x->rows_of[parts++] = (const char *)x->outs[n] + (first + r) * row_bytes;
+        for (int64_t n = 0; n < a->num_parts; n++) {
+            if (a->lses[n][i] == -INFINITY) continue;
+            of.weights_of[parts] = of.weights[n * FA_ROW_STEP + r];
+            of.rows_of[parts++] = (const char *)a->outs[n] + i * row_bytes;
         }
-        x->lse[first + r] = total[r] == 0.0f ? -INFINITY : (float)(top[r] + log(total[r]));
-        if (x->v_head_dim > 0 && !x->uk->mix(out, x->weights_of, x->rows_of, parts, x->v_head_dim, x->dtype))
-            mix_exactly(x, out, parts);
+        a->lse[i] = total[r] == 0.0f ? -INFINITY : (float)(top[r] + log(total[r]));
+        if (a->v_head_dim > 0 && !x->uk->mix(out, of.weights_of, of.rows_of, parts, a->v_head_dim, a->dtype))
+            mix_exactly(a, &of, out, parts);
     }
+}
+
+static fastattn_status check_merge(const fastattn_merge_args *a) {
+    if (a->num_parts < 0 || a->rows < 0 || a->v_head_dim < 0 || a->v_head_dim > FA_MOST_DIM) return FASTATTN_ERROR_SHAPE;
+    if (!fa_is_storage(a->dtype)) return FASTATTN_ERROR_DTYPE;
+    if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
+    if (a->rows == 0) return FASTATTN_OK;
+    const size_t size = (size_t)fa_size_of(a->dtype);
+    const int values = a->v_head_dim > 0;
+    if (!a->lse || fa_misaligned(a->lse, 4) || (values && (!a->out || fa_misaligned(a->out, size))) ||
+        (a->num_parts > 0 && (!a->outs || !a->lses)))
+        return FASTATTN_ERROR_ARGUMENT;
+    for (int64_t n = 0; n < a->num_parts; n++)
+        if (!a->lses[n] || fa_misaligned(a->lses[n], 4) || (values && (!a->outs[n] || fa_misaligned(a->outs[n], size))))
+            return FASTATTN_ERROR_ARGUMENT;
+    return FASTATTN_OK;
+}
+
+fastattn_status fastattn_merge(const fastattn_merge_args *given) {
+    if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
+    const fastattn_merge_args args = *given;
+    fastattn_status status = check_merge(&args);
+    if (status != FASTATTN_OK || args.rows == 0) return status;
+    fa_merge x = {.args = &args, .uk = fastattn_ukernel_select(args.isa)};
+    if (!x.uk) return FASTATTN_ERROR_ISA;
+
+    const double of_row = (double)(args.num_parts + 1) * (double)(args.v_head_dim * fa_size_of(args.dtype) + 4);
+    x.item_rows = fa_round_up((int64_t)(ITEM_BYTES / of_row) + 1, FA_ROW_STEP);
+    const double paying = of_row * (double)args.rows / THREAD_BYTES;
+    fa_team team = {.threads = paying < args.num_threads ? (int)paying : args.num_threads, .threading = args.threading};
+    if (team.threads < 1) team.threads = 1;
+
+    const size_t parts = (size_t)args.num_parts, threads = (size_t)team.threads;
+    if (parts > SIZE_MAX / 2 / threads / mixture_bytes(1)) return FASTATTN_ERROR_MEMORY;
+    x.of_worker = (mixture_bytes(parts) / LINE + 2) * LINE; /* no thread writes to another's line, wherever memory begins */
+    x.memory = FASTATTN_MALLOC(threads * x.of_worker);
+    if (!x.memory) return FASTATTN_ERROR_MEMORY;
+    status = fastattn_for_each(fa_ceil_div(args.rows, x.item_rows), &team, merge_item, &x);
+    FASTATTN_FREE(x.memory);
+    return status;
 }
 
 fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,
                                       int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse) {
-    if (num_parts < 0 || rows < 0 || v_head_dim < 0 || v_head_dim > FA_MOST_DIM) return FASTATTN_ERROR_SHAPE;
-    if (dtype != FASTATTN_FLOAT32 && dtype != FASTATTN_FLOAT16 && dtype != FASTATTN_BFLOAT16)
-        return FASTATTN_ERROR_DTYPE;
-    if (rows == 0) return FASTATTN_OK;
-    if (!lse || (v_head_dim > 0 && !out) || (num_parts > 0 && (!outs || !lses))) return FASTATTN_ERROR_ARGUMENT;
-    const size_t size = (size_t)fa_size_of(dtype);
-    if (fa_misaligned(lse, 4) || (v_head_dim > 0 && fa_misaligned(out, size))) return FASTATTN_ERROR_ARGUMENT;
-    for (int64_t n = 0; n < num_parts; n++)
-        if (!lses[n] || fa_misaligned(lses[n], 4) || (v_head_dim > 0 && (!outs[n] || fa_misaligned(outs[n], size))))
-            return FASTATTN_ERROR_ARGUMENT;
-
-    const size_t parts = (size_t)num_parts, of_part = (FA_ROW_STEP + 1) * sizeof(float) + sizeof(void *);
-    if ((uint64_t)num_parts > SIZE_MAX / 2 / of_part) return FASTATTN_ERROR_MEMORY;
-    const void **memory = FASTATTN_MALLOC(parts * of_part + 1);
-    if (!memory) return FASTATTN_ERROR_MEMORY;
-    float *weights = (float *)(void *)(memory + parts);
-    const fa_merge merge = {fastattn_ukernel_select(FASTATTN_ISA_BEST), num_parts, rows, v_head_dim, outs, lses, dtype, out, lse,
-                            weights, weights + parts * FA_ROW_STEP, memory};
-    fastattn_for_range(0, fa_ceil_div(rows, FA_ROW_STEP), 0, merge_rows, &merge);
-    FASTATTN_FREE(memory);
-    return FASTATTN_OK;
+    const fastattn_merge_args args = {sizeof args, num_parts, rows, v_head_dim, outs, lses, dtype, out, lse,
+                                      FASTATTN_ISA_BEST, 1, FASTATTN_THREADING_DEFAULT};
+    return fastattn_merge(&args);
 }

@@ -345,8 +345,23 @@ FASTATTN_API fastattn_status fastattn_plan_run(const fastattn_plan *plan, int ph
  *
  *     lse = log(sum_p exp(lse_p)),   out = sum_p exp(lse_p - lse) * out_p
  *
- * outs holds num_parts pointers to contiguous (rows, v_head_dim) arrays of dtype, lses as many pointers to (rows)
- * float32. A part with lse = -inf contributes nothing, whatever its out holds. out may not overlap the parts. */
+ * A part with lse = -inf contributes nothing, whatever its out holds. out may not overlap the parts. */
+typedef struct fastattn_merge_args {
+    size_t size;                     /* sizeof(fastattn_merge_args) */
+    int64_t num_parts, rows, v_head_dim;
+    const void *const *outs;         /* num_parts pointers to contiguous (rows, v_head_dim) arrays */
+    const float *const *lses;        /* as many to (rows) */
+    fastattn_dtype dtype;            /* float32, float16 or bfloat16, of the parts and out */
+    void *out;                       /* (rows, v_head_dim), contiguous */
+    float *lse;                      /* (rows) */
+    fastattn_isa isa;                /* as in fastattn_attention_args */
+    int num_threads;
+    fastattn_threading threading;
+} fastattn_merge_args;
+
+FASTATTN_API fastattn_status fastattn_merge(const fastattn_merge_args *args);
+
+/* The same on the calling thread alone. */
 FASTATTN_API fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,
                                                    int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out,
                                                    float *lse);

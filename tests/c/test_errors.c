@@ -557,6 +557,30 @@ TEST(errors_merge_states) {
         CHECK(out[n] == 42 && out_lse[n / 3] == 42, "an output was written");
 }
 
+/* What fastattn_merge asks beyond that. */
+TEST(errors_merge) {
+    float part[2] = {1, 2}, lse = 0, out[2] = {42, 42}, out_lse = 42;
+    const void *outs[] = {part};
+    const float *lses[] = {&lse};
+    const fastattn_merge_args good = {.size = sizeof good, .num_parts = 1, .rows = 1, .v_head_dim = 2, .outs = outs, .lses = lses,
+                                      .out = out, .lse = &out_lse, .num_threads = 2};
+    fastattn_merge_args size = good, isa = good, threading = good;
+    size.size--;
+    isa.isa = (fastattn_isa)99;
+    threading.threading = (fastattn_threading)99;
+    CHECK_STATUS(fastattn_merge(NULL), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_merge(&size), FASTATTN_ERROR_ARGUMENT);
+    CHECK_STATUS(fastattn_merge(&isa), FASTATTN_ERROR_ISA);
+    CHECK_STATUS(fastattn_merge(&threading), FASTATTN_ERROR_THREADING);
+    allocation_fails = 1;
+    const fastattn_status status = fastattn_merge(&good);
+    allocation_fails = 0;
+    CHECK(status == FASTATTN_ERROR_MEMORY, "status %d", (int)status);
+    CHECK(out[0] == 42 && out[1] == 42 && out_lse == 42, "an output was written");
+    CHECK_STATUS(fastattn_merge(&good), FASTATTN_OK);
+    CHECK(out[0] == 1 && out[1] == 2 && out_lse == 0, "one part is not itself");
+}
+
 TEST(errors_have_sentences) {
     for (int status = -2; status < 20; status++) {
         const char *sentence = fastattn_status_string((fastattn_status)status);

@@ -32,16 +32,18 @@ static void merge_build(struct merge *m, int64_t parts, int64_t rows, int64_t co
     m->lse = guard_output("lse", (size_t)rows * 4, 4, side);
 }
 
-static void merge_run(const struct merge *m) {
+static void merge_run(const struct merge *m, int threads) {
     const void *outs[MOST_PARTS];
     const float *lses[MOST_PARTS];
     for (int64_t n = 0; n < m->parts; n++) {
         outs[n] = m->outs[n];
         lses[n] = m->lses[n];
     }
+    const fastattn_merge_args args = {.size = sizeof args, .num_parts = m->parts, .rows = m->rows, .v_head_dim = m->columns,
+                                      .outs = outs, .lses = lses, .dtype = m->dtype, .out = m->out, .lse = m->lse,
+                                      .isa = test_isa, .num_threads = threads};
     guard_seal();
-    CHECK_STATUS(fastattn_merge_states(m->parts, outs, lses, m->rows, m->columns, m->dtype, m->out, m->lse),
-                 FASTATTN_OK);
+    CHECK_STATUS(fastattn_merge(&args), FASTATTN_OK);
     guard_check();
 }
 
@@ -76,7 +78,7 @@ static void merge_verify(const struct merge *m) {
     }
 }
 
-TEST(merge_follows_the_formula) {
+TEST_EACH_ISA(merge_follows_the_formula) {
     static const int64_t columns[] = {0, 1, 3, 8, 15, 16, 17, 64, 100};
     struct rng rng = {1};
     for (int64_t parts = 1; parts <= MOST_PARTS; parts++)
@@ -87,14 +89,14 @@ TEST(merge_follows_the_formula) {
                     context("%lld parts, %lld columns, dtype %d", (long long)parts, (long long)columns[c],
                             (int)dtypes[t]);
                     merge_build(&m, parts, (int64_t)c, columns[c], dtypes[t], &rng, (enum guard_side)side);
-                    merge_run(&m);
+                    merge_run(&m, 1);
                     merge_verify(&m);
                     guard_release();
                 }
 }
 
 /* Parts with lse = -inf contribute nothing, whatever their out holds. */
-TEST(merge_ignores_empty_parts) {
+TEST_EACH_ISA(merge_ignores_empty_parts) {
     struct rng rng = {2};
     for (int pattern = 0; pattern < 16; pattern++)
         for (size_t t = 0; t < COUNT(dtypes); t++) {
@@ -108,7 +110,7 @@ TEST(merge_ignores_empty_parts) {
                         store(m.dtype, (char *)m.outs[n] + (m.columns + d) * (int64_t)dtype_size(m.dtype),
                               n & 1 ? (double)NAN : (double)INFINITY);
                 }
-            merge_run(&m);
+            merge_run(&m, 1);
             merge_verify(&m);
             if (pattern == 15)
                 for (int64_t d = 0; d < m.columns; d++)
@@ -118,7 +120,7 @@ TEST(merge_ignores_empty_parts) {
 }
 
 /* The only part that is not empty is copied, to the bit. */
-TEST(merge_of_one_part_is_exact) {
+TEST_EACH_ISA(merge_of_one_part_is_exact) {
     struct rng rng = {3};
     for (size_t t = 0; t < COUNT(dtypes); t++)
         for (int64_t live = 0; live < 3; live++) {
@@ -127,14 +129,14 @@ TEST(merge_of_one_part_is_exact) {
             for (int64_t n = 0; n < 3; n++)
                 for (int64_t i = 0; n != live && i < m.rows; i++)
                     m.lses[n][i] = -INFINITY;
-            merge_run(&m);
+            merge_run(&m, 1);
             CHECK(memcmp(m.out, m.outs[live], (size_t)(m.rows * m.columns) * dtype_size(m.dtype)) == 0, "out differs");
             CHECK(memcmp(m.lse, m.lses[live], (size_t)m.rows * 4) == 0, "lse differs");
             guard_release();
         }
 }
 
-TEST(merge_survives_extreme_states) {
+TEST_EACH_ISA(merge_survives_extreme_states) {
     static const float extremes[] = {-3e38f, -1e30f, -1e4f, 0, 1e4f, 1e30f, 3e38f};
     struct rng rng = {4};
     for (size_t a = 0; a < COUNT(extremes); a++)
@@ -144,22 +146,44 @@ TEST(merge_survives_extreme_states) {
             merge_build(&m, 2, 1, 9, FASTATTN_FLOAT32, &rng, GUARD_BEHIND);
             m.lses[0][0] = extremes[a];
             m.lses[1][0] = extremes[b];
-            merge_run(&m);
+            merge_run(&m, 1);
             merge_verify(&m);
             guard_release();
         }
 }
 
-TEST(merge_carries_nan) {
+TEST_EACH_ISA(merge_carries_nan) {
     struct rng rng = {5};
     struct merge m;
     merge_build(&m, 3, 3, 5, FASTATTN_FLOAT32, &rng, GUARD_BEHIND);
     ((float *)m.outs[1])[0] = NAN;
     m.lses[2][1] = NAN;
-    merge_run(&m);
+    merge_run(&m, 1);
     CHECK(isnan(out_at(&m, m.out, 0, 0)) && !isnan(out_at(&m, m.out, 0, 1)), "a NaN of a part that counts");
     CHECK(isnan(out_at(&m, m.out, 1, 3)) && isnan(m.lse[1]), "a NaN of an lse");
     CHECK(!isnan(out_at(&m, m.out, 2, 0)) && !isnan(m.lse[2]), "a NaN of another row");
+}
+
+/* Rows that several items share, on one thread and on three; the last item is not whole. */
+TEST_EACH_ISA(merge_is_shared_among_threads) {
+    struct rng rng = {7};
+    for (size_t t = 0; t < COUNT(dtypes); t++) {
+        struct merge m;
+        context("dtype %d", (int)dtypes[t]);
+        merge_build(&m, 3, 2000 + 13, 129, dtypes[t], &rng, GUARD_BEHIND);
+        const size_t bytes = (size_t)(m.rows * m.columns) * dtype_size(m.dtype), lse_bytes = (size_t)m.rows * 4;
+        void *alone = malloc(bytes + lse_bytes);
+        merge_run(&m, 1);
+        merge_verify(&m);
+        memcpy(alone, m.out, bytes);
+        memcpy((char *)alone + bytes, m.lse, lse_bytes);
+        memset(m.out, 0x55, bytes);
+        memset(m.lse, 0x55, lse_bytes);
+        merge_run(&m, 3);
+        CHECK(memcmp(m.out, alone, bytes) == 0 && memcmp(m.lse, (char *)alone + bytes, lse_bytes) == 0, "threads change bits");
+        free(alone);
+        guard_release();
+    }
 }
 
 /* Attention over three pieces of the keys, merged, is attention over all of them. */
@@ -184,7 +208,7 @@ TEST_EACH_ISA(merge_of_attention_is_attention) {
         piece.lse = m.lses[n];
         CHECK_STATUS(fastattn_attention(&piece, NULL, 0), FASTATTN_OK);
     }
-    merge_run(&m);
+    merge_run(&m, 1);
     memcpy(problem.args.out, m.out, problem.out.size);
     memcpy(problem.args.lse, m.lse, problem.lse.size);
     problem_verify(&problem, 2);
