@@ -217,25 +217,26 @@ def report_mask(args):
 
 def report_merge(combine, args):
     """Merging states beside a plain loop that reads as many bytes and writes as many; both sides write to new memory."""
-    missed = False
-    for dtype in args.dtype:
-        for parts, rows in ((2, 16384), (8, 4096), (2, 262144)):
-            outs = np.random.default_rng(0).standard_normal((parts, rows, 128), np.float32).astype(_bench._dtype(dtype))
-            lses = np.random.default_rng(1).standard_normal((parts, rows), np.float32)
-            sides = [
-                lambda: fastattn.merge_states(outs, lses),
-                lambda: combine(outs, np.empty_like(outs[0]), args.threads),
-            ]
-            for side in sides:
-                side()
-            seconds = _bench.alternate(sides, rounds=args.rounds, min_time=args.min_time)
-            merge, plain = map(min if args.minimum else statistics.median, seconds)
-            size = outs.nbytes + outs[0].nbytes
-            print(f"\nmerge_states, {parts} states of {rows} x 128 {dtype}, {size / 2**20:.0f} MiB read and written: ", end="")
-            print(f"{merge * 1e3:.2f} ms over {plain * 1e3:.2f} = {merge / plain:.2f} (limit {_MERGE_LIMIT})", end="")
-            missed |= merge > _MERGE_LIMIT * plain
-    print()
-    return missed
+    verdicts = [
+        _report_merge(combine, args, parts, rows, dtype)
+        for dtype in args.dtype
+        for parts, rows in ((2, 16384), (8, 4096), (2, 262144))
+    ]
+    return any(verdicts)
+
+
+def _report_merge(combine, args, parts, rows, dtype):
+    outs = np.random.default_rng(0).standard_normal((parts, rows, 128), np.float32).astype(_bench._dtype(dtype))
+    lses = np.random.default_rng(1).standard_normal((parts, rows), np.float32)
+    sides = [lambda: fastattn.merge_states(outs, lses), lambda: combine(outs, np.empty_like(outs[0]), args.threads)]
+    for side in sides:
+        side()
+    seconds = _bench.alternate(sides, rounds=args.rounds, min_time=args.min_time)
+    merge, plain = map(min if args.minimum else statistics.median, seconds)
+    size = (outs.nbytes + outs[0].nbytes) / 2**20
+    print(f"merge_states, {parts} x {rows} x 128 {dtype}, {size:.0f} MiB read and written: ", end="")
+    print(f"{merge * 1e3:.2f} ms, plain loop {plain * 1e3:.2f}, ratio {merge / plain:.2f} (limit {_MERGE_LIMIT})")
+    return merge > _MERGE_LIMIT * plain
 
 
 def report_calls(args):
