@@ -1,13 +1,11 @@
-/* Where the time of a block goes: every slot of every table of products that this machine can run, on data in its caches.
- * slots.sh builds and runs it. */
+/* Where the time of a block goes: every slot of every table of products that this machine can run, on the operands that the tests
+ * check it with, in its caches. slots.sh builds and runs it. */
 #define _POSIX_C_SOURCE 199309L
 
-#include "ukernel/storage.h"
-#include "ukernel/ukernel.h"
+#include "../tests/c/chain.h"
 
-#include <stdio.h>
+#include <stdarg.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 #if defined(__x86_64__)
@@ -23,82 +21,17 @@ static double now(void) {
 }
 #endif
 
-#define COUNT(array) (sizeof(array) / sizeof *(array))
+static const char *const names[CHAIN_SLOTS] = {"pack", "keys", "values", "qk", "softmax", "+ qk", "pv", "unpack"};
 
-enum { PACK, UNPACK, KEYS, VALUES, QK, SOFTMAX, BESIDE, PV, SLOTS };
-static const char *const names[SLOTS] = {"pack", "unpack", "keys", "values", "qk", "softmax", "+ qk", "pv"};
+fastattn_isa test_isa;
 
-/* A panel of queries and a run of keys and values. */
-struct block {
-    const fa_ukernel *uk;
-    const fa_products *by;
-    fastattn_dtype dtype;
-    int64_t dim;
-    int rows;
-    int64_t keys, part; /* of a run, and of one step of the softmax */
-    const void *rows_of[FA_PANEL_ROWS];
-    void *outputs[FA_PANEL_ROWS];
-    fa_matrix k, v, keys_made, values_made;
-    float *k_room, *v_room, *q, *s, *next, *p, *o, *m, *l, *alpha, *factor;
-};
-
-static float *room(int64_t floats) {
-    const size_t bytes = ((size_t)floats * sizeof(float) + 63) / 64 * 64;
-    float *p = aligned_alloc(64, bytes);
-    if (!p) abort();
-    memset(p, 0, bytes);
-    return p;
-}
-
-/* Numbers around 1, whatever their type. */
-static char *numbers(int64_t count, fastattn_dtype dtype) {
-    char *at = (char *)room(count);
-    for (int64_t i = 0; i < count; i++) fa_put(at + i * fa_size_of(dtype), 0.75f + (float)(i * 7 % 64) / 128, dtype);
-    return at;
-}
-
-static void prepare(struct block *x) {
-    const int64_t size = fa_size_of(x->dtype), ld = x->rows, tiled = fa_round_up(x->dim, FA_TILE) + FA_TILE;
-    const int64_t keys = x->keys + 2 * FA_TILE;
-    char *const q = numbers(x->rows * x->dim, x->dtype), *const out = numbers(x->rows * x->dim, x->dtype);
-    for (int r = 0; r < x->rows; r++) {
-        x->rows_of[r] = q + r * x->dim * size;
-        x->outputs[r] = out + r * x->dim * size;
-    }
-    x->k = x->v = fa_matrix_at(numbers(x->keys * x->dim, x->dtype), x->dim * size, x->dtype);
-    x->v.at = numbers(x->keys * x->dim, x->dtype);
-    const int as_stored = x->by->in_place && x->dtype == FASTATTN_FLOAT32;
-    x->k_room = as_stored ? NULL : room(keys * tiled);
-    x->v_room = as_stored ? NULL : room(keys * tiled);
-    x->q = room(tiled * ld);
-    x->s = room(keys * ld);
-    x->next = room(keys * ld);
-    x->p = x->by->in_place ? x->s : room(keys * ld);
-    x->o = room(tiled * ld);
-    x->m = room(ld);
-    x->l = room(ld);
-    x->alpha = room(ld);
-    x->factor = room(ld);
-    for (int r = 0; r < x->rows; r++) x->m[r] = 100, x->factor[r] = x->alpha[r] = 1;
-}
-
-static void run(struct block *x, int slot) {
-    const fa_products *by = x->by;
-    float *const l = by->sums ? NULL : x->l;
-    switch (slot) {
-    case PACK: by->pack(x->q, x->rows, x->rows_of, x->rows, x->dim, x->dtype, 1.0f); break;
-    case UNPACK: x->by->unpack(x->outputs, x->rows, x->o, x->rows, x->factor, x->dim, x->dtype); break;
-    case KEYS: x->keys_made = by->keys(x->k_room, x->k, x->keys, x->dim); break;
-    case VALUES: x->values_made = by->values(x->v_room, x->v, x->keys, x->dim); break;
-    case QK: by->qk(x->s, x->q, x->rows, x->rows, x->keys_made, 0, x->part, x->dim); break;
-    case SOFTMAX: by->softmax(x->s, x->p, x->rows, x->rows, x->part, 0.01f, x->m, l, x->alpha); break;
-    case BESIDE: {
-        const fa_scores next = {x->next, x->q, x->rows, x->rows, x->keys_made, 0, x->part, x->dim};
-        by->softmax_beside(x->s, x->p, x->rows, x->rows, x->part, 0.01f, x->m, l, x->alpha, &next);
-        break;
-    }
-    case PV: by->pv(x->o, x->alpha, x->p, x->rows, x->rows, x->values_made, 0, x->keys, x->dim);
-    }
+void fail(const char *file, int line, const char *format, ...) {
+    va_list list;
+    va_start(list, format);
+    fprintf(stderr, "%s:%d: ", file, line);
+    vfprintf(stderr, format, list);
+    va_end(list);
+    exit(1);
 }
 
 static int ascending(const void *a, const void *b) {
@@ -107,37 +40,41 @@ static int ascending(const void *a, const void *b) {
 }
 
 /* Medians of rounds in each of which every slot has its turn. */
-static void measure(struct block *x, int rounds, double median[SLOTS]) {
+static void measure(struct chain *x, int rounds, double median[CHAIN_SLOTS]) {
     enum { MOST = 1000, TURNS = 20 };
-    static double taken[SLOTS][MOST];
+    static double taken[CHAIN_SLOTS][MOST];
     if (rounds > MOST) rounds = MOST;
     for (int round = -1; round < rounds; round++) /* the first is not counted */
-        for (int slot = 0; slot < SLOTS; slot++) {
-            if (slot == BESIDE && !x->by->softmax_beside) continue;
+        for (int slot = 0; slot < CHAIN_SLOTS; slot++) {
+            if (slot == CHAIN_BESIDE && !x->by->softmax_beside) continue;
             const double start = now();
-            for (int turn = 0; turn < TURNS; turn++) run(x, slot);
+            for (int turn = 0; turn < TURNS; turn++) chain_run(x, (enum chain_slot)slot);
             if (round >= 0) taken[slot][round] = (now() - start) / TURNS;
         }
-    for (int slot = 0; slot < SLOTS; slot++) {
+    for (int slot = 0; slot < CHAIN_SLOTS; slot++) {
         qsort(taken[slot], (size_t)rounds, sizeof(double), ascending);
         median[slot] = taken[slot][rounds / 2];
     }
 }
 
-static void report(const fa_ukernel *uk, const fa_products *by, fastattn_dtype dtype, int64_t dim, int rounds) {
-    static const char *const dtypes[] = {"float32", "float16", "bfloat16"};
-    struct block x = {.uk = uk, .by = by, .dtype = dtype, .dim = dim, .rows = by->panel_rows, .keys = by->block_keys,
-                      .part = by->score_keys};
-    const double panel = 32.0 / x.rows, run_of_keys = 32.0 / (double)x.keys, scores = panel * 32.0 / (double)x.part;
-    const double share[SLOTS] = {panel, panel, run_of_keys, run_of_keys, scores, scores, scores, panel * run_of_keys};
-    double median[SLOTS];
-    prepare(&x);
+static void report(const fa_products *by, fastattn_dtype dtype, int64_t dim, int rounds) {
+    static const char *const storage[] = {"float32", "float16", "bfloat16"};
+    struct chain x = {.by = by, .dtype = dtype, .c = {by->panel_rows, 0, by->panel_rows}, .head_dim = dim, .v_head_dim = dim,
+                      .block = by->block_keys, .keys = by->block_keys, .part = by->score_keys, .sign = 1, .unit = 0.01f,
+                      .as_stored = by->in_place && dtype == FASTATTN_FLOAT32};
+    const double panel = 32.0 / x.c.rows, run_of_keys = 32.0 / (double)x.keys, scores = panel * 32.0 / (double)x.part;
+    const double share[CHAIN_SLOTS] = {panel, run_of_keys, run_of_keys, scores, scores, scores, panel * run_of_keys, panel};
+    double median[CHAIN_SLOTS];
+    chain_lay_out(&x);
+    for (int r = 0; r < x.c.rows; r++) x.m[r] = 100, x.l[r] = 0, x.factor[r] = x.alpha[r] = 1; /* no score is above the maximum */
+    if (by->sums) x.l = NULL;
     if (by->enter) by->enter();
     measure(&x, rounds, median);
     if (by->leave) by->leave();
-    printf("%-18s %-8s %5d", by->name, dtypes[dtype], (int)dim);
-    for (int slot = 0; slot < SLOTS; slot++)
-        if (slot == BESIDE && !by->softmax_beside) printf(" %8s", "-");
+    guard_release();
+    printf("%-18s %-8s %5d", by->name, storage[dtype], (int)dim);
+    for (int slot = 0; slot < CHAIN_SLOTS; slot++)
+        if (slot == CHAIN_BESIDE && !by->softmax_beside) printf(" %8s", "-");
         else printf(" %8.0f", median[slot] * share[slot]);
     printf("\n");
     fflush(stdout);
@@ -155,14 +92,16 @@ int main(int argc, char **argv) {
     printf("Medians of %d rounds, in %s: pack and unpack for 32 rows, keys and values for 32 keys, the rest for\n"
            "32 rows x 32 keys. \"+ qk\" is the softmax with the qk of other keys beside it.\n\n%-18s %-8s %5s", rounds, UNIT,
            "products", "storage", "dim");
-    for (int slot = 0; slot < SLOTS; slot++) printf(" %8s", names[slot]);
+    for (int slot = 0; slot < CHAIN_SLOTS; slot++) printf(" %8s", names[slot]);
     printf("\n");
     for (size_t i = 0; i < COUNT(isas); i++) {
-        const fa_ukernel *uk = fastattn_ukernel_select(isas[i]);
-        for (size_t n = 0; uk && n < COUNT(kinds); n++) {
+        test_isa = isas[i];
+        if (!fastattn_isa_available(test_isa)) continue;
+        const fa_ukernel *uk = table();
+        for (size_t n = 0; n < COUNT(kinds); n++) {
             const fa_products *by = fastattn_products_select(isas[i], kinds[n].dtype, kinds[n].precision);
             const int again = by->isa != isas[i] || (kinds[n].precision != FASTATTN_PRECISION_HIGHEST && by == uk->products);
-            for (int d = 2; d < argc && !again; d++) report(uk, by, kinds[n].dtype, atoi(argv[d]), rounds);
+            for (int d = 2; d < argc && !again; d++) report(by, kinds[n].dtype, atoi(argv[d]), rounds);
         }
     }
     return 0;

@@ -83,6 +83,8 @@ void *guard_inputs(const char *name, int64_t count, size_t size, size_t alignmen
 void guard_seal(void);    /* from now on a write to an input faults */
 void guard_check(void);   /* the slack around every live buffer is as it was */
 void guard_release(void); /* all buffers */
+/* The buffer that an address lies next to, or a null name, and the bytes from its start. */
+ptrdiff_t guard_nearest(const void *at, const char **name, size_t *size);
 
 /* Calls of malloc and its kin by the objects linked into the test program (not by shared libraries). While
  * allocation_fails is set, they return null. */

@@ -1,28 +1,19 @@
-/* Every table of fa_products against its sentences in ukernel.h, in double precision. What a slot has made, only others of the
- * same table can read, so they are tested as a chain, each on what the one before has really made. */
-#include "slots.h"
+/* Every table of fa_products against its sentences in ukernel.h, in double precision, along the chain of its slots. */
+#include "chain.h"
 
 #include <string.h>
 
 #include "cpu/cpu.h"
 
-/* A block of keys and values, a panel of queries, and what a table makes of them. */
-struct chain {
-    const fa_products *by;
-    fastattn_dtype dtype;
-    double rounding; /* of a term of the products, beyond that of float32 */
-    struct columns c;
-    int64_t head_dim, v_head_dim, gap; /* elements of a row, and between rows */
-    int64_t block, from, keys;         /* keys of the block, and those of them that are used */
-    double growth;                     /* of the powers, in bits, where the maximum stays what it was */
-    int as_stored;                     /* there is no room for keys and values */
-
-    const void *rows_of[FA_PANEL_ROWS];
-    fa_matrix k, v, keys_made, values_made;
-    float *k_room, *v_room, *q, *s, *p, *o, *m, *l, *alpha;
+/* A chain, what softmax found, and the same slots run another time, after other garbage. */
+struct trial {
+    struct chain x, twin; /* with panels of its own for what is written from the scores on */
+    double rounding;      /* of a term of the products, beyond that of float32 */
+    double growth;        /* of the powers, in bits, where the maximum stays what it was */
     float *scores, old_m[FA_PANEL_ROWS]; /* s and m as softmax finds them */
-    float *next, *again, *twin_p, *twin_m, *twin_l, *twin_alpha; /* what softmax and qk make another time */
 };
+
+enum { GARBAGE = 0xff, OTHER_GARBAGE = 0x3f }; /* NaN, and numbers near 1, in every type */
 
 static const float unit = 0.7f;
 
@@ -35,53 +26,56 @@ static int integers(const fa_products *by) { return strncmp(by->name, "int16_", 
 
 static float *o_of(const struct chain *x, int r, int64_t d) { return &x->o[o_at(x->by, x->c.ld, x->v_head_dim, r, d)]; }
 
-static void prepare(struct chain *x) {
-    const struct columns c = x->c;
-    const int64_t item = (int64_t)dtype_size(x->dtype), tiled = fa_round_up(x->block + FA_TILE, FA_TILE) + FA_TILE;
-    const int64_t dim = x->head_dim ? fa_round_up(x->head_dim, FA_TILE) : FA_TILE;
-    const int64_t v_dim = x->v_head_dim ? fa_round_up(x->v_head_dim, FA_TILE) : FA_TILE;
-    const int rows = c.first + c.rows;
-    context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->by->name,
-            (long long)x->keys, (long long)x->block, (long long)x->from, (long long)x->head_dim, (long long)x->v_head_dim,
-            c.first, rows, c.ld, (int)x->dtype);
-    random_rows(x->rows_of, rows, rows, x->head_dim, (x->head_dim + x->gap) * item, x->dtype);
-    for (int r = rows; r < c.ld; r++) x->rows_of[r] = x->rows_of[rows - 1];
-    x->k = stored_rows("k", x->block, x->head_dim, (x->head_dim + x->gap) * item, x->dtype);
-    x->v = stored_rows("v", x->block, x->v_head_dim, -(x->v_head_dim + x->gap) * item, x->dtype);
-    x->k_room = x->as_stored ? NULL : panel("k room", tiled, (int)dim);
-    x->v_room = x->as_stored ? NULL : panel("v room", tiled, (int)v_dim);
-    x->q = panel("q", dim, c.ld);
-    x->s = panel("s", tiled, c.ld);
-    x->p = x->by->in_place ? x->s : panel("p", tiled, c.ld);
-    x->o = panel("o", v_dim + FA_TILE, c.ld);
-    x->m = panel("m", 1, c.ld);
-    x->l = panel("l", 1, c.ld);
-    x->alpha = panel("alpha", 1, c.ld);
-    x->scores = panel("scores", x->keys, c.ld);
-    x->next = panel("next", tiled, c.ld);
-    x->again = panel("again", tiled, c.ld);
-    x->twin_p = panel("twin p", tiled, c.ld);
-    x->twin_m = panel("twin m", 1, c.ld);
-    x->twin_l = panel("twin l", 1, c.ld);
-    x->twin_alpha = panel("twin alpha", 1, c.ld);
-    for (int r = c.first; r < rows; r++) {
-        x->old_m[r] = x->m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -x->growth / unit : 4 * random_signed(&rng));
+/* The state before the block. */
+static void begin(const struct trial *t, struct chain *x) {
+    for (int r = x->c.first; r < x->c.first + x->c.rows; r++) {
+        x->m[r] = t->old_m[r];
         x->l[r] = old_l(r);
         for (int64_t d = 0; d < fa_sums_of_o(x->by, x->v_head_dim) + 1; d++) *o_of(x, r, d) = old_o(r, d);
     }
-    guard_seal();
+}
+
+static void prepare(struct trial *t) {
+    struct chain *x = &t->x;
+    const struct columns c = x->c;
+    context("%s, %lld of %lld keys from %lld on, %lld and %lld numbers, columns %d to %d of %d, dtype %d", x->by->name,
+            (long long)x->keys, (long long)x->block, (long long)x->from, (long long)x->head_dim, (long long)x->v_head_dim,
+            c.first, c.first + c.rows, c.ld, (int)x->dtype);
+    chain_lay_out(x);
+    t->twin = *x;
+    const int64_t tiled = fa_round_up(x->block + FA_TILE, FA_TILE) + FA_TILE;
+    t->twin.s = panel("twin s", tiled, c.ld);
+    t->twin.p = x->by->in_place ? t->twin.s : panel("twin p", tiled, c.ld);
+    t->twin.o = panel("twin o", fa_round_up(x->v_head_dim, FA_TILE) + 2 * FA_TILE, c.ld);
+    t->twin.m = panel("twin m", 1, c.ld);
+    t->twin.l = panel("twin l", 1, c.ld);
+    t->twin.alpha = panel("twin alpha", 1, c.ld);
+    t->scores = panel("scores", x->keys, c.ld);
+    for (int r = c.first; r < c.first + c.rows; r++)
+        t->old_m[r] = r % 3 == 0 ? -INFINITY : (float)(r % 3 == 1 ? -t->growth / unit : 4 * random_signed(&rng));
+    begin(t, x);
+    begin(t, &t->twin);
 }
 
 /* Queries with their sign turned. */
-static void lay_out(struct chain *x) {
-    x->by->pack(x->q, x->c.ld, x->rows_of, x->c.ld, x->head_dim, x->dtype, -1.0f);
-    x->keys_made = x->by->keys(x->k_room, x->k, x->block, x->head_dim);
-    x->values_made = x->by->values(x->v_room, x->v, x->block, x->v_head_dim);
+static void make_operands(struct trial *t) {
+    for (int slot = CHAIN_PACK; slot <= CHAIN_VALUES; slot++) chain_run_after(&t->x, (enum chain_slot)slot, GARBAGE);
+    t->twin.keys_made = t->x.keys_made;
+    t->twin.values_made = t->x.values_made;
 }
 
-static void check_scores(struct chain *x) {
+static void check_same(const char *what, const struct columns c, int64_t count, const float *one, const float *other) {
+    for (int64_t n = 0; n < count; n++)
+        CHECK(memcmp(one + n * c.ld + c.first, other + n * c.ld + c.first, (size_t)c.rows * sizeof(float)) == 0,
+              "%s, row %lld: not the same bits", what, (long long)n);
+}
+
+static void check_scores(struct trial *t) {
+    const struct chain *x = &t->x;
     const struct columns c = x->c;
-    x->by->qk(x->s + c.first, x->q + c.first, c.ld, c.rows, x->keys_made, x->from, x->keys, x->head_dim);
+    chain_run_after(&t->x, CHAIN_QK, GARBAGE);
+    chain_run_after(&t->twin, CHAIN_QK, OTHER_GARBAGE);
+    check_same("s", c, x->keys, x->s, t->twin.s);
     for (int64_t j = 0; j < x->keys; j++)
         for (int r = c.first; r < c.first + c.rows; r++) {
             struct sum sum = {0, 0};
@@ -96,28 +90,28 @@ static void check_scores(struct chain *x) {
             }
             const double shared = sqrt(of_query[0]) * of_key[1] + sqrt(of_key[0]) * of_query[1];
             check_close("s", j, r, *s, sum.value,
-                        (rounding_of_sum(x->head_dim) + x->rounding) * sum.magnitude +
+                        (rounding_of_sum(x->head_dim) + t->rounding) * sum.magnitude +
                             (integers(x->by) ? 0x1.1p-15 * shared : 0));
             if (j % 7 == 3) *s = -INFINITY; /* hidden */
-            x->scores[j * c.ld + r] = *s;
+            t->scores[j * c.ld + r] = *s;
         }
 }
 
-static void check_powers(struct chain *x) {
+static void check_powers(struct trial *t) {
+    const struct chain *x = &t->x;
     const struct columns c = x->c;
-    x->by->softmax(x->s + c.first, x->p + c.first, c.ld, c.rows, x->keys, unit, x->m + c.first, x->l + c.first,
-                   x->alpha + c.first);
+    chain_run_after(&t->x, CHAIN_SOFTMAX, GARBAGE);
     for (int r = c.first; r < c.first + c.rows; r++) {
-        const float m = x->m[r], old_m = x->old_m[r];
+        const float m = x->m[r], old_m = t->old_m[r];
         double of_block = -INFINITY, sum = 0;
-        for (int64_t j = 0; j < x->keys; j++) of_block = fmax(of_block, x->scores[j * c.ld + r]);
+        for (int64_t j = 0; j < x->keys; j++) of_block = fmax(of_block, t->scores[j * c.ld + r]);
         const double top = fmax(old_m, of_block);
         CHECK(m >= old_m && m <= top && exp2(unit * (top - m)) <= FA_MOST_POWER, "m[%d] is %g, from %g to %g", r,
               (double)m, (double)old_m, top);
         const double shared = integers(x->by) ? 0x1.1p-14 * exp2(unit * (of_block - m)) : 0;
         const double rounding = x->by->sums ? 0x1.1p-8 : x->by->in_parts ? 0x1p-15 : 4e-6;
         for (int64_t j = 0; j < x->keys; j++) {
-            const double power = exp2(unit * ((double)x->scores[j * c.ld + r] - m));
+            const double power = exp2(unit * ((double)t->scores[j * c.ld + r] - m));
             check_close("p", j, r, x->by->power(x->p, c.ld, r, j), power, rounding * power + shared);
             sum += power;
         }
@@ -128,48 +122,41 @@ static void check_powers(struct chain *x) {
     }
 }
 
-static void check_same(const char *what, const struct columns c, int64_t count, const float *one, const float *other) {
-    for (int64_t n = 0; n < count; n++)
-        CHECK(memcmp(one + n * c.ld + c.first, other + n * c.ld + c.first, (size_t)c.rows * sizeof(float)) == 0,
-              "%s, row %lld: not the same bits", what, (long long)n);
+/* The softmax another time: to the bit what it was, whether l is wanted or not, and whatever it is computed beside. */
+static void check_twin(struct trial *t, enum chain_slot slot, int with_l) {
+    const struct chain *x = &t->x;
+    struct chain twin = t->twin;
+    const struct columns c = x->c;
+    begin(t, &twin);
+    for (int64_t n = 0; n < x->keys; n++)
+        memcpy(twin.s + n * c.ld + c.first, t->scores + n * c.ld + c.first, (size_t)c.rows * sizeof(float));
+    if (!with_l) twin.l = NULL;
+    chain_run_after(&twin, slot, OTHER_GARBAGE);
+    check_same("p", c, (x->keys + 1) / 2 * x->by->pair_rows, x->p, twin.p);
+    check_same("m", c, 1, x->m, twin.m);
+    check_same("alpha", c, 1, x->alpha, twin.alpha);
+    if (with_l) check_same("l", c, 1, x->l, twin.l);
 }
 
-/* The softmax another time: to the bit what it was. */
-static void check_twin(struct chain *x, int with_l, const fa_scores *next) {
-    const struct columns c = x->c;
-    float *l = with_l ? x->twin_l + c.first : NULL;
-    for (int r = c.first; r < c.first + c.rows; r++) x->twin_m[r] = x->old_m[r], x->twin_l[r] = old_l(r);
-    if (next)
-        x->by->softmax_beside(x->s + c.first, x->twin_p + c.first, c.ld, c.rows, x->keys, unit, x->twin_m + c.first, l,
-                              x->twin_alpha + c.first, next);
-    else
-        x->by->softmax(x->s + c.first, x->twin_p + c.first, c.ld, c.rows, x->keys, unit, x->twin_m + c.first, l,
-                       x->twin_alpha + c.first);
-    check_same("p", c, (x->keys + 1) / 2 * x->by->pair_rows, x->p, x->twin_p);
-    check_same("m", c, 1, x->m, x->twin_m);
-    check_same("alpha", c, 1, x->alpha, x->twin_alpha);
-    if (with_l) check_same("l", c, 1, x->l, x->twin_l);
-}
-
-/* Nothing depends on whether l is wanted, nor on a qk meanwhile, nor that on the softmax. */
-static void check_softmax_again(struct chain *x) {
-    const struct columns c = x->c;
-    const fa_products *by = x->by;
-    const fa_scores next = {x->next + c.first, x->q + c.first, c.ld, c.rows, x->keys_made, x->from, x->keys, x->head_dim};
-    if (by->sums) check_twin(x, 0, NULL);
-    if (!by->softmax_beside) return;
-    if (by->sums) check_twin(x, 0, &next);
-    check_twin(x, 1, &next);
-    by->qk(x->again + c.first, x->q + c.first, c.ld, c.rows, x->keys_made, x->from, x->keys, x->head_dim);
-    check_same("s", c, x->keys, x->again, x->next);
+static void check_softmax_again(struct trial *t) {
+    check_twin(t, CHAIN_SOFTMAX, 1);
+    if (t->x.by->sums) check_twin(t, CHAIN_SOFTMAX, 0);
+    if (!t->x.by->softmax_beside) return;
+    if (t->x.by->sums) check_twin(t, CHAIN_BESIDE, 0);
+    check_twin(t, CHAIN_BESIDE, 1);
+    chain_run(&t->twin, CHAIN_QK);
+    check_same("s", t->x.c, t->x.keys, t->twin.s, t->twin.next);
 }
 
 /* Powers are taken as the table has rounded them. */
-static void check_values(struct chain *x) {
+static void check_values(struct trial *t) {
+    const struct chain *x = &t->x;
+    struct chain twin = *x; /* the same powers, other sums */
     const struct columns c = x->c;
     const int64_t sums_at = fa_sums_of_o(x->by, x->v_head_dim);
-    x->by->pv(o_of(x, c.first, 0), x->alpha + c.first, x->p + c.first, c.ld, c.rows, x->values_made, x->from, x->keys,
-              x->v_head_dim);
+    twin.o = t->twin.o;
+    chain_run_after(&t->x, CHAIN_PV, GARBAGE);
+    chain_run_after(&twin, CHAIN_PV, OTHER_GARBAGE);
     for (int r = c.first; r < c.first + c.rows; r++) {
         const double alpha = x->alpha[r];
         double powers[FA_MOST_BLOCK_KEYS], sum_of_powers = 0;
@@ -185,22 +172,23 @@ static void check_values(struct chain *x) {
             for (int64_t j = 0; j < x->block; j++) largest = fmax(largest, fabs(stored_number(x->v, j, d)));
             add(&sum, old_o(r, d) * alpha);
             for (int64_t j = 0; j < x->keys; j++) add(&sum, powers[j] * stored_number(x->v, x->from + j, d));
+            CHECK(memcmp(o_of(x, r, d), o_of(&twin, r, d), sizeof(float)) == 0, "o[%lld][%d]: not the same bits", (long long)d, r);
             check_close("o", d, r, *o_of(x, r, d), sum.value,
-                        (rounding_of_sum(x->keys) + x->rounding) * sum.magnitude +
+                        (rounding_of_sum(x->keys) + t->rounding) * sum.magnitude +
                             (integers(x->by) ? 0x1p-12 * largest * sum_of_powers : 0));
         }
     }
 }
 
-static void check_chain(struct chain x) {
-    prepare(&x);
-    if (x.by->enter) x.by->enter();
-    lay_out(&x);
-    check_scores(&x);
-    check_powers(&x);
-    check_softmax_again(&x);
-    check_values(&x);
-    if (x.by->leave) x.by->leave();
+static void check_chain(struct trial t) {
+    prepare(&t);
+    if (t.x.by->enter) t.x.by->enter();
+    make_operands(&t);
+    check_scores(&t);
+    check_powers(&t);
+    check_softmax_again(&t);
+    check_values(&t);
+    if (t.x.by->leave) t.x.by->leave();
     guard_check();
     guard_release();
 }
@@ -210,11 +198,11 @@ static void check_table(const fa_products *by, fastattn_dtype dtype, double roun
     for (size_t e = 0; e < COUNT(blocks) * COUNT(dims); e++) {
         const int64_t block = blocks[e % COUNT(blocks)], from = e % 3 == 2 && block > 16 ? 16 : 0;
         if (block > by->block_keys) continue;
-        check_chain((struct chain){.by = by, .dtype = dtype, .rounding = rounding, .c = columns[e % COUNT(columns)],
-                                   .head_dim = dims[e / COUNT(blocks)], .v_head_dim = dims[e * 5 % COUNT(dims)],
-                                   .gap = (int64_t)(e % 2), .block = block, .from = from, .keys = block - from,
-                                   .growth = e % 4 == 0 ? 40 : 3,
-                                   .as_stored = by->in_place && dtype == FASTATTN_FLOAT32 && e % 5 < 3});
+        const struct chain x = {.by = by, .dtype = dtype, .c = columns[e % COUNT(columns)], .head_dim = dims[e / COUNT(blocks)],
+                                .v_head_dim = dims[e * 5 % COUNT(dims)], .gap = (int64_t)(e % 2), .block = block, .from = from,
+                                .keys = block - from, .part = block - from, .sign = -1, .unit = unit,
+                                .as_stored = by->in_place && dtype == FASTATTN_FLOAT32 && e % 5 < 3};
+        check_chain((struct trial){.x = x, .rounding = rounding, .growth = e % 4 == 0 ? 40 : 3});
     }
 }
 
