@@ -39,14 +39,14 @@ _RULES = (
 )
 _DENSE = f"Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, Tensor? kv_lengths=None, {_RULES}"
 _PACKED = f"Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, {_RULES}"
-_library = torch.library.Library("fastattn", "DEF")
+library = torch.library.Library("fastattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)  # the strides of q say those of the output
 for _name, _arguments in (("attention", _DENSE), ("attention_varlen", _PACKED)):
-    _library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
-    _library.define(f"{_name}_lse({_arguments}) -> (Tensor, Tensor)", tags=_TAGS)
+    library.define(f"{_name}({_arguments}) -> Tensor", tags=_TAGS)
+    library.define(f"{_name}_lse({_arguments}) -> (Tensor, Tensor)", tags=_TAGS)
 # The first of them with what torch's function needs: half a microsecond less, as each argument costs the dispatcher some.
 _SDPA = "Tensor q, Tensor k, Tensor v, *, Tensor? mask=None, bool causal=False, SymInt? offset=None, float? scale=None"
-_library.define(f"scaled_dot_product_attention({_SDPA}) -> Tensor", tags=_TAGS)
+library.define(f"scaled_dot_product_attention({_SDPA}) -> Tensor", tags=_TAGS)
 
 
 def _needs_gradient(*arguments):
@@ -169,8 +169,8 @@ for _name, _implementation, _shapes in (
     ("attention_varlen", _varlen_kernel, _varlen_fake),
     ("attention_varlen_lse", _varlen_kernel_lse, _varlen_fake_lse),
 ):
-    _library.impl(_name, _implementation, "CPU")
-    torch.library.register_fake(f"fastattn::{_name}", _shapes, lib=_library)
+    library.impl(_name, _implementation, "CPU")
+    torch.library.register_fake(f"fastattn::{_name}", _shapes, lib=library)
 _op, _op_lse = torch.ops.fastattn.attention.default, torch.ops.fastattn.attention_lse.default
 _sdpa_op = torch.ops.fastattn.scaled_dot_product_attention.default
 _varlen_op, _varlen_op_lse = torch.ops.fastattn.attention_varlen.default, torch.ops.fastattn.attention_varlen_lse.default

@@ -38,7 +38,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "layers": {"_check", "runtime", "attention", "kvcache", "positions", "rope", "varlen"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},
     "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
-    "transformers": {"torch", "varlen"},
+    "transformers": {"attention", "torch", "varlen"},
     "onnx": {"_check", "backends", "attention", "inspect", "linear", "rope"},
     "sparse": {"sparse"},
     "backends": {"_settings", "backends", "_native"},

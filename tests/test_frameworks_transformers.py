@@ -10,6 +10,8 @@ import fastattn
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+common = pytest.importorskip("torch._dynamo.backends.common")
+testing = pytest.importorskip("torch._dynamo.testing")
 pytestmark = pytest.mark.torch
 fastattn.transformers.register()
 
@@ -123,8 +125,6 @@ def tokens(length=9, batch=3):
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits(name, padding):
-    if name == "Llama4Text" and padding == "holes":
-        pytest.skip("left to torch: see below")
     mask = PADDINGS[padding]
     real = None if mask is None else mask.bool()
     same_as_eager(decoder(name), lambda model: model(tokens(), attention_mask=mask).logits, real)
@@ -303,7 +303,7 @@ def test_attention_weights_are_eagers():
 
 @pytest.mark.filterwarnings("default")
 def test_masks_of_other_makers_are_made_and_obeyed():
-    """A function that is not transformers' own, and padding with holes in chunked sequences."""
+    """A function that is not transformers' own."""
 
     def every_third(batch, head, q, k):
         return (k % 3 == 0) | (q == k)
@@ -321,9 +321,6 @@ def test_masks_of_other_makers_are_made_and_obeyed():
     fastattn.transformers._warn.cache_clear()
     with pytest.warns(fastattn.torch.FallbackWarning, match="not one of transformers"):
         same_as_eager(decoder("Llama"), call, LEFT.bool())
-    holes = PADDINGS["holes"]
-    with pytest.warns(fastattn.torch.FallbackWarning, match="holes"):
-        same_as_eager(decoder("Llama4Text"), lambda model: model(tokens(), attention_mask=holes).logits, holes.bool())
 
 
 @pytest.mark.filterwarnings("default")
@@ -339,14 +336,151 @@ def test_a_mask_that_is_computed_with_becomes_a_matrix():
         torch.testing.assert_close(result, f(dense))
 
 
-@pytest.mark.filterwarnings("default")
-def test_compiles_without_a_break():
-    model = decoder("Llama")
-    expected = outputs(model, "fastattn", lambda model: model(tokens(), attention_mask=LEFT).logits)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+# In graphs
+
+
+def tensors_in(graph_module):
+    """Shapes of all tensors of a graph."""
+    values = [node.meta.get("val") for node in graph_module.graph.nodes]
+    leaves = torch.utils._pytree.tree_leaves(values)
+    return [tuple(x.shape) for x in leaves if isinstance(x, torch.Tensor)]
+
+
+def refuse_matrices(graph_module, inputs):
+    """A compiler that runs a graph as it is, if none of its tensors is of queries x keys: two axes of LENGTH."""
+    matrices = [shape for shape in tensors_in(graph_module) if shape.count(LENGTH) > 1]
+    assert not matrices, matrices
+    return graph_module.forward
+
+
+LENGTH = 19  # of sequences, and of nothing else
+no_matrix_in_graph = common.aot_autograd(fw_compiler=refuse_matrices)
+
+
+def padding(name):
+    """Left and right, and holes, for graphs."""
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    if name != "none":
+        mask[0, :7] = mask[2, :15] = 0
+    if name == "right":
+        mask = mask.flip(1)
+    if name == "holes":
+        mask[0, 9:12] = 0
+    return mask
+
+
+def same_as_without_a_graph(model, call, real=True):
+    """What a compiled model gives, and that nothing in its graph is a matrix of queries x keys."""
+    torch._dynamo.reset()
+    expected = outputs(model, "fastattn", call)
+    compiled = torch.compile(model, fullgraph=True, backend=no_matrix_in_graph)
     with torch.no_grad():
-        actual = compiled(tokens(), attention_mask=LEFT, use_cache=False).logits
-    torch.testing.assert_close(actual[LEFT.bool()], expected[LEFT.bool()], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(call(compiled)[real], expected[real], atol=1e-5, rtol=1e-4)
+
+
+GRAPHS = [(name, "left") for name in ("GPT2", "Llama", "Gemma2", "GptOss", "DeepseekV3", "Llama4Text", "Mistral")]
+GRAPHS += [("Mistral", "none"), ("Mistral", "right"), ("Mistral", "holes"), ("Llama4Text", "holes")]
+
+
+@pytest.mark.parametrize(("name", "kind"), GRAPHS)
+def test_decoders_compile_without_a_matrix(name, kind):
+    mask = padding(kind)
+    call = lambda model: model(tokens(LENGTH), attention_mask=mask, use_cache=False).logits  # noqa: E731
+    same_as_without_a_graph(decoder(name), call, mask.bool())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Bert", "right"), ("Bert", "holes"), ("DistilBert", "left"), ("ModernBert", "right")])
+def test_encoders_compile_without_a_matrix(name, kind):
+    mask = padding(kind)
+    model = peaked(getattr(transformers, f"{name}Model")(configured(name, ENCODERS[name])))
+    same_as_without_a_graph(model, lambda model: model(tokens(LENGTH), attention_mask=mask).last_hidden_state, mask.bool())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_packed_sequences_compile_without_a_matrix(name):
+    """Whether positions begin anew, a graph cannot ask: the operator does."""
+    whole = torch.arange(LENGTH).expand(3, -1)
+    for positions in (whole, whole % torch.tensor([[19], [7], [4]])):
+        call = lambda model: model(tokens(LENGTH), position_ids=positions, use_cache=False).logits  # noqa: E731
+        same_as_without_a_graph(decoder(name), call)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
+def test_decoding_with_a_static_cache_compiles(name):
+    """The place of the query is a tensor there; one graph serves all of them."""
+    model = decoder(name)
+    model.set_attn_implementation("fastattn")
+    given, mask = tokens(LENGTH), padding("left")
+    torch._dynamo.reset()
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        cache = transformers.StaticCache(model.config, max_cache_len=LENGTH + 4)
+        model(given[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        seen = torch.cat((mask, torch.zeros(3, 4, dtype=torch.long)), 1)
+        for at in range(12, LENGTH):
+            until = seen * (torch.arange(LENGTH + 4) <= at)
+            positions = torch.full((3, 1), at)
+            logits = step(given[:, at : at + 1], attention_mask=until, past_key_values=cache, position_ids=positions).logits
+            if at < 15:
+                continue  # one entry is padding only
+            alone = outputs(model, "eager", lambda m: m(given, attention_mask=mask, position_ids=torch.arange(LENGTH)[None]).logits)
+            model.set_attn_implementation("fastattn")
+            torch.testing.assert_close(logits[:, 0], alone[:, at], atol=1e-5, rtol=1e-3)
+    assert counter.frame_count <= 2  # the second time, what sliding caches count is no constant any more
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_masks_made_outside_of_the_graph(name):
+    """Layers compiled one by one, and a model compiled within generate(), which makes the masks: neither has a break."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    given, mask = tokens(LENGTH), padding("left")
+    model = decoder(name)
+    expected = outputs(model, "eager", lambda model: model(given, attention_mask=mask).logits)
+    model.set_attn_implementation("fastattn")
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend=no_matrix_in_graph)
+    with torch.no_grad():
+        logits = model(given, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    model = decoder(name)
+    expected = outputs(model, "eager", lambda model: model.generate(given, **options))
+    model.set_attn_implementation("fastattn")
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    np.testing.assert_array_equal(model.generate(given, **options).numpy(), expected.numpy())
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_operator_of_graphs_is_what_it_says():
+    q, k, v = (torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    extent = fastattn.transformers._extent(LEFT.bool())
+    arguments = q, k, v, 0, None, 0, LEFT.bool(), extent, True, 4, None, None, None, None, False
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fastattn.attention_described.default, arguments, {"scale": 0.5}, test_utils=utilities)
+
+
+def test_exports_without_a_matrix():
+    model = decoder("Mistral")
+    model.set_attn_implementation("fastattn")
+    given = {"input_ids": tokens(LENGTH), "attention_mask": padding("left"), "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), given)
+        torch.testing.assert_close(program.module()(**given).logits, model(**given).logits)
+        given["attention_mask"] = padding("right")
+        torch.testing.assert_close(program.module()(**given).logits, model(**given).logits)
+    assert all(shape.count(LENGTH) < 2 for shape in tensors_in(program))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_mask_that_is_computed_with_in_a_graph_becomes_a_matrix():
+    mask = transformers.AttentionMaskInterface()["fastattn"]
+    keywords = {"batch_size": 3, "q_length": 9, "kv_length": 9, "attention_mask": LEFT.bool()}
+    dense = transformers.masking_utils.sdpa_mask(**keywords)
+    for f in (lambda x: x[..., 2:5], lambda x: x.to(torch.float32), lambda x: x & dense, torch.logical_not):
+        compiled = torch.compile(lambda: f(mask(**keywords)), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(), f(dense))
 
 
 # A real model
