@@ -16,7 +16,8 @@ Three backends compute the same thing. ``native`` is a C library with kernels fo
 
 Batches need no padding: :func:`attention_varlen` takes sequences one after the other, and where there is padding (`kv_starts`,
 `kv_lengths`, `q_lengths`) it costs nothing and changes no bit. :class:`KVCache` keeps the keys and values of sequences that grow;
-:class:`PagedKVCache` in pages of a pool, which :func:`paged_attention` reads wherever they lie.
+:class:`PagedKVCache` in pages of a pool, which :func:`paged_attention` reads wherever they lie. Either takes a half or a quarter of
+bfloat16's bytes when it quantises (``dtype="int8"``, ``"int4"``), and :func:`quantize` does it to arrays.
 
 A call that sees only a part of the keys can say so (``return_lse=True``), and :func:`merge_states` joins such parts exactly:
 splitting, caching and distributing all rest on that.
@@ -53,6 +54,7 @@ from .kvcache import CacheFullError, KVCache
 from .linear import causal_conv, gated_delta_rule, gated_linear_attention, linear_attention
 from .pagedcache import PagedKVCache
 from .positions import alibi_slopes, rope_table, sinusoidal_positions, t5_bias
+from .quantized import dequantize, quantize
 from .rope import apply_rope
 from .runtime import (
     BackendWarning,
@@ -89,6 +91,7 @@ __all__ = [
     "attention_weights",
     "causal_conv",
     "cpu_info",
+    "dequantize",
     "explain",
     "gated_delta_rule",
     "gated_linear_attention",
@@ -98,6 +101,7 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "plot",
+    "quantize",
     "rollout",
     "rope_table",
     "scaled_dot_product_attention",

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import _functions
 from ._arrays import as_array
+from ._quantized import decoded, dim_of, kind_of
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
@@ -23,8 +24,9 @@ _MOST_POWER = 64
 
 @functools.cache
 def dtype_name(dtype):
-    """``dtype.name``, which NumPy works out anew each time."""
-    return dtype.name
+    """``dtype.name``, which NumPy works out anew each time; of the records of quantised rows, what they hold."""
+    kind = kind_of(dtype)
+    return dtype.name if kind is None else f"quantized {kind}"
 
 
 def kernel_ready(array):
@@ -220,12 +222,23 @@ class PagedRows:
         return self._pages[self._table[page], row]
 
 
+class QuantizedRows:
+    """The keys or values of one head of an entry, quantised: numbers when they are indexed."""
+
+    def __init__(self, rows, dim):
+        self._rows = rows
+        self.shape = rows.shape[0], dim
+
+    def __getitem__(self, keys):
+        return decoded(self._rows[keys])
+
+
 class Entry(NamedTuple):
-    """What is one entry's of a call: views, but for keys and values in pages, which are a `PagedRows` for each head."""
+    """What is one entry's of a call: views, but for keys and values that are in pages or quantised, which have an object for each head."""
 
     q: np.ndarray  # (Hq, Lq, Dk), and so on
-    k: np.ndarray | list[PagedRows]
-    v: np.ndarray | list[PagedRows]
+    k: np.ndarray | list[PagedRows] | list[QuantizedRows]
+    v: np.ndarray | list[PagedRows] | list[QuantizedRows]
     out: np.ndarray
     lse: np.ndarray | None
 
@@ -240,7 +253,7 @@ class Call:
     ----------
     q, k, v : ndarray
         ``(B, Hq, Lq, Dk)``, ``(B, Hkv, Lk, Dk)``, ``(B, Hkv, Lk, Dv)``; native byte order, aligned, the last axis contiguous,
-        any other strides.
+        any other strides. Of quantised keys and values the last axis is one record, whatever `Dk` and `Dv` are.
     out : ndarray
         ``(B, Hq, Lq, Dv)`` of the dtype of `q`, for the backend to fill.
     lse : ndarray or None
@@ -288,7 +301,7 @@ class Call:
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend, packed is not None, paged is not None)
         batch, num_heads, q_len, head_dim = self.q.shape
-        kv_len, v_head_dim = self.v.shape[2:]
+        kv_len, v_head_dim = self.v.shape[2], dim_of(self.v)
         lse_shape, q_rows = (batch, num_heads, q_len), q_len
         out_shape = (*lse_shape, v_head_dim)
         self.cu_seqlens_q = self.cu_seqlens_k = self.block_table = None
@@ -427,11 +440,15 @@ class Call:
                 raise ValueError(f"{name} must have shape (num_pages, page_size, Hkv, D) and pages of 1 row or more; got {array.shape}")
             if array.ndim != q.ndim and not paged:
                 raise ValueError(f"{name} must have as many axes as {q_name}, {q.ndim}; got shape {array.shape}")
+        quantized = kind_of(k.dtype) is not None
         for name, array in given.items():
-            check_dtype(name, array, backend)
+            if name == q_name or not kind_of(array.dtype):
+                check_dtype(name, array, backend)
+            elif array.shape[-1] != 1:
+                raise ValueError(f"{name} must have one record for each row, (..., 1), as quantize() makes it; got shape {array.shape}")
         if dtype_name(v.dtype) != dtype_name(k.dtype):
             raise TypeError(f"{v_name} must have the dtype of {k_name}, {k.dtype}; got {v.dtype}")
-        if dtype_name(q.dtype) != dtype_name(k.dtype) and q.itemsize <= k.itemsize:
+        if dtype_name(q.dtype) != dtype_name(k.dtype) and q.itemsize <= k.itemsize and not quantized:
             raise TypeError(f"{q_name} must have the dtype of {k_name} and {v_name}, {k.dtype}, or a wider one; got {q.dtype}")
 
         self.q, self.k, self.v = kernel_ready(q), kernel_ready(k), kernel_ready(v)
@@ -446,8 +463,9 @@ class Call:
         num_kv_heads, kv_len = self.k.shape[1:3]
         if self.k.shape[0] != batch and not paged:
             raise ValueError(f"{k_name} must have the batch size of {q_name}, {batch}; got shape {k.shape}")
-        if self.k.shape[3] != head_dim:
-            raise ValueError(f"{k_name} must have the head size of {q_name}, {head_dim}; got shape {k.shape}")
+        if dim_of(self.k) != head_dim:
+            got = f"rows of {dim_of(k)}" if quantized else f"shape {k.shape}"
+            raise ValueError(f"{k_name} must have the head size of {q_name}, {head_dim}; got {got}")
         if num_heads % num_kv_heads if num_kv_heads else num_heads:
             divides = f"a number of heads that divides that of {q_name}, {num_heads}"
             raise ValueError(f"{k_name} must have {divides}; got {num_kv_heads}, shape {k.shape}")
@@ -498,6 +516,8 @@ class Call:
             return [PagedRows(array[:, h], self.block_table[b], int(self.kv_lengths[b])) for h in range(array.shape[1])]
 
         k, v = (part(x, self.cu_seqlens_k) if self.block_table is None else in_pages(x) for x in (self.k, self.v))
+        if kind_of(self.k.dtype):
+            k, v = ([QuantizedRows(x, dim_of(of)) for x in heads] for heads, of in ((k, self.k), (v, self.v)))
         q, out, lse = (part(x, self.cu_seqlens_q) for x in (self.q, self.out, self.lse))
         return Entry(q, k, v, out, lse)
 

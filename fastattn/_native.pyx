@@ -43,6 +43,7 @@ cdef extern from "fastattn.h" nogil:
         FASTATTN_ERROR_MEMORY
         FASTATTN_ERROR_INTERRUPTED
         FASTATTN_ERROR_DECAY
+        FASTATTN_ERROR_NOT_FINITE
 
     ctypedef enum fastattn_dtype:
         FASTATTN_FLOAT32
@@ -50,6 +51,8 @@ cdef extern from "fastattn.h" nogil:
         FASTATTN_BFLOAT16
         FASTATTN_FLOAT64
         FASTATTN_BOOL
+        FASTATTN_INT8
+        FASTATTN_INT4
 
     ctypedef enum fastattn_isa:
         FASTATTN_ISA_BEST
@@ -160,6 +163,8 @@ cdef extern from "fastattn.h" nogil:
         fastattn_isa isa
         int num_threads
         fastattn_threading threading
+        const fastattn_store_args *also
+        int rotate
 
     ctypedef struct fastattn_rope_args:
         size_t size
@@ -273,6 +278,7 @@ cdef extern from "core/layers.h" nogil:
 OK = FASTATTN_OK
 ERROR_MEMORY = FASTATTN_ERROR_MEMORY
 ERROR_DECAY = FASTATTN_ERROR_DECAY
+ERROR_NOT_FINITE = FASTATTN_ERROR_NOT_FINITE
 
 cdef str HIGHEST = "highest"
 cdef dict PRECISIONS = {
@@ -387,7 +393,7 @@ def status_string(int status):
 
 
 cdef fastattn_dtype dtype_code(np.ndarray array):
-    """The library's name for a dtype that has been found to be one of its five."""
+    """The library's name for a dtype that has been found to be one of its own."""
     global bfloat16_type
     cdef int type_num = np.PyArray_TYPE(array)
     if type_num == np.NPY_FLOAT32:
@@ -398,6 +404,8 @@ cdef fastattn_dtype dtype_code(np.ndarray array):
         return FASTATTN_FLOAT64
     if type_num == np.NPY_BOOL:
         return FASTATTN_BOOL
+    if type_num == np.NPY_VOID:  # records
+        return FASTATTN_INT8 if array.dtype.names[0] == "integers" else FASTATTN_INT4
     bfloat16_type = type_num
     return FASTATTN_BFLOAT16
 
@@ -415,7 +423,7 @@ cdef int take_arrays(
     cdef engine_settings found
     cdef int elsewhere = find_settings(&found)
     args.batch, args.num_heads, args.q_len, args.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
-    args.num_kv_heads, args.kv_len, args.v_head_dim = v.shape[1], v.shape[2], v.shape[3]
+    args.num_kv_heads, args.kv_len, args.v_head_dim = v.shape[1], v.shape[2], out.shape[3]
     args.q = np.PyArray_DATA(q)
     args.k = np.PyArray_DATA(k)
     args.v = np.PyArray_DATA(v)
@@ -888,26 +896,34 @@ def merge_states(outs, lses, np.ndarray out, np.ndarray lse):
     return <int>status
 
 
-def store(np.ndarray rows, np.ndarray cache, np.ndarray slots):
-    """Cast `rows` into `cache` at `slots`; the status."""
-    cdef fastattn_store_args args
+def store(pairs, np.ndarray slots, bint rotate):
+    """Cast or quantise the rows of each of one or two pairs into its cache at `slots`; the status."""
+    cdef fastattn_store_args args[2]
+    cdef fastattn_store_args *each
     cdef fastattn_status status
     cdef engine_settings found
-    memset(&args, 0, sizeof(args))
-    args.size = sizeof(args)
-    args.batch, args.new_len, args.num_heads, args.head_dim = rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3]
-    args.from_ = np.PyArray_DATA(rows)
-    args.from_dtype = dtype_code(rows)
-    copy_strides(args.from_strides, rows, 3)
-    args.to = np.PyArray_DATA(cache)
-    args.to_dtype = dtype_code(cache)
-    args.num_pages, args.page_size = cache.shape[0], cache.shape[1]
-    copy_strides(args.to_strides, cache, 3)
-    args.slots = <const int64_t *>np.PyArray_DATA(slots)
+    cdef np.ndarray rows, cache
+    cdef int n
     find_settings(&found)
-    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    memset(args, 0, sizeof(args))
+    for n, (rows, cache) in enumerate(pairs):
+        each = &args[n]
+        each.size = sizeof(fastattn_store_args)
+        each.batch, each.new_len, each.num_heads, each.head_dim = rows.shape[0], rows.shape[1], rows.shape[2], rows.shape[3]
+        each.from_ = np.PyArray_DATA(rows)
+        each.from_dtype = dtype_code(rows)
+        copy_strides(each.from_strides, rows, 3)
+        each.to = np.PyArray_DATA(cache)
+        each.to_dtype = dtype_code(cache)
+        each.num_pages, each.page_size = cache.shape[0], cache.shape[1]
+        copy_strides(each.to_strides, cache, 3)
+        each.slots = <const int64_t *>np.PyArray_DATA(slots)
+        each.isa, each.num_threads, each.threading = found.isa, found.num_threads, found.threading
+        each.rotate = rotate
+    if len(pairs) == 2:
+        args[0].also = &args[1]
     with nogil:
-        status = fastattn_store(&args)
+        status = fastattn_store(args)
     return <int>status
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import runtime
 from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, window_sides
+from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
+from .quantized import attend_turned, check_dim, store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +25,17 @@ class CacheFullError(RuntimeError):
     """A cache has no room for what was to be appended; nothing has been written."""
 
 
-def cache_dtype(dtype):
-    """The NumPy dtype of a cache by its name or as it is."""
+def cache_rows(shape, dim, dtype, rotate):
+    """Memory for rows of `dim` numbers in a cache of this dtype, by its name or as it is."""
+    if isinstance(dtype, str) and dtype in KINDS:
+        check_dim("head_dim", dim, dtype, rotate)
+        return np.empty((*shape, 1), row_dtype(dtype, dim))
+    if rotate:
+        raise ValueError(f"rotate must be False in a cache that is not quantised; got True with dtype={dtype!r}")
+    return np.empty((*shape, dim), _cache_dtype(dtype))
+
+
+def _cache_dtype(dtype):
     if dtype == "bfloat16":
         import ml_dtypes
 
@@ -33,9 +43,9 @@ def cache_dtype(dtype):
     try:
         result = np.dtype(dtype)
     except TypeError as error:
-        raise TypeError(f"dtype must be one of {_CACHE_DTYPES}; got {dtype!r}") from error
+        raise TypeError(f"dtype must be one of {(*_CACHE_DTYPES, *KINDS)}; got {dtype!r}") from error
     if result.name not in _CACHE_DTYPES:
-        raise TypeError(f"dtype must be one of {_CACHE_DTYPES}; got {dtype!r}")
+        raise TypeError(f"dtype must be one of {(*_CACHE_DTYPES, *KINDS)}; got {dtype!r}")
     return result
 
 
@@ -61,6 +71,14 @@ def new_rows(name, value, shape, what):
     return kernel_ready(array.astype(np.float32) if array.itemsize == 8 else array)
 
 
+def check_queries(q, dim):
+    """Raise unless these are queries that can be turned."""
+    if dtype_name(q.dtype) not in (*_CACHE_DTYPES, "float64"):
+        raise TypeError(f"q must hold floats; got {q.dtype}")
+    if q.shape[-1] != dim:
+        raise ValueError(f"q must have the head size of the cache, {dim}; got shape {q.shape}")
+
+
 class KVCache:
     """Keys and values of a batch of sequences, each of its own length.
 
@@ -82,14 +100,24 @@ class KVCache:
     head_dim : int
     v_head_dim : int, optional
         Head size of the values. Default: `head_dim`.
-    dtype : {"bfloat16", "float16", "float32"} or dtype
+    dtype : {"bfloat16", "float16", "float32", "int8", "int4"} or dtype
+        The last two quantise (:func:`quantize` says how); "int4" for head sizes that are a multiple of 32.
     window : int, optional
         Needs a `capacity` of at least ``keep_first + window``.
     keep_first : int
         Only with `window`.
+    rotate : bool
+        Of a quantised cache: multiply keys and values by a Hadamard matrix on their way in, queries likewise, and outputs back, so that a
+        number which is far larger than the others of its row does not cost them their precision. The result is that without, but for
+        rounding. Keys with positions (:func:`apply_rope`) are turned after those. Head sizes must be multiples of 16.
 
     Notes
     -----
+    What a quantised cache gives is attention over the numbers that it holds (:func:`dequantize`), within float32's error; where queries
+    are bfloat16 and many, those are rounded to bfloat16 first. Against attention over what was appended, scores are off by
+    ``scale * |q|_1 * s / 2`` at most, where `s` is the scale of the key, and an output by half of the largest scale of the values and
+    ``exp(2 e) - 1`` times the largest magnitude among them, `e` being the largest error of a score.
+
     Several threads may attend to one cache at once; appending to it meanwhile is for the caller to order. A cache can be pickled.
 
     Examples
@@ -110,6 +138,7 @@ class KVCache:
         *,
         window: int | None = None,
         keep_first: int = 0,
+        rotate: bool = False,
     ) -> None:
         batch, heads = size("batch", batch), size("num_kv_heads", num_kv_heads)
         head_dim = size("head_dim", head_dim)
@@ -123,17 +152,16 @@ class KVCache:
         if self._window is not None and (self._grows or room < self._keep_first + self._window):
             least = self._keep_first + self._window
             raise ValueError(f"capacity must be at least keep_first + window, {least}; got {capacity!r}")
-        dtype = cache_dtype(dtype)
-        self._k = np.empty((batch, heads, room, head_dim), dtype)
-        self._v = np.empty((batch, heads, room, v_head_dim), dtype)
+        self._rotate = flag("rotate", rotate)
+        self._k, self._v = (cache_rows((batch, heads, room), dim, dtype, self._rotate) for dim in (head_dim, v_head_dim))
         self._lengths = np.zeros(batch, np.int64)
         self._held_from = np.full(batch, self._keep_first, np.int64)  # on a ring, the oldest token behind the first ones
 
     def __repr__(self):
-        batch, heads, room, head_dim = self._k.shape
+        batch, heads, room, _ = self._k.shape
         return (
-            f"<KVCache of {batch} sequences with {heads} heads of {head_dim}, {self._k.dtype}, lengths {self._lengths.tolist()} "
-            f"in a capacity of {room}>"
+            f"<KVCache of {batch} sequences with {heads} heads of {dim_of(self._k)}, {dtype_name(self._k.dtype)}, "
+            f"lengths {self._lengths.tolist()} in a capacity of {room}>"
         )
 
     @property
@@ -148,7 +176,7 @@ class KVCache:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored keys and values."""
+        """Of the stored keys and values; of quantised ones the record of a row of keys."""
         return self._k.dtype
 
     @property
@@ -179,11 +207,13 @@ class KVCache:
         ------
         CacheFullError
             If some entry has no room for its tokens. Nothing has been written then.
+        ValueError
+            If a number of a token that is to be quantised is NaN, infinite or too large. Nothing has been written then either.
         """
-        batch, heads, room, head_dim = self._k.shape
-        k = new_rows("k", k, (batch, heads, -1, head_dim), "(B, Hkv, L, D)")
+        batch, heads, room, _ = self._k.shape
+        k = new_rows("k", k, (batch, heads, -1, dim_of(self._k)), "(B, Hkv, L, D)")
         new_len = k.shape[2]
-        v = new_rows("v", v, (batch, heads, new_len, self._v.shape[3]), "(B, Hkv, L, Dv) with the L of k")
+        v = new_rows("v", v, (batch, heads, new_len, dim_of(self._v)), "(B, Hkv, L, Dv) with the L of k")
         counts = None if lengths is None else integers("lengths", lengths, batch, 0, new_len)
         after = self._lengths + (new_len if counts is None else counts)
         longest = int(after.max(initial=0))
@@ -206,9 +236,8 @@ class KVCache:
         slots = position + self._k.shape[2] * np.arange(batch)[:, None]
         if left_out is not None:
             slots[left_out] = -1
-        store = runtime.backend().store
-        for rows, cache in ((k, self._k), (v, self._v)):
-            store(rows.swapaxes(1, 2), cache.swapaxes(1, 2), slots)
+        parts = (("k", k, self._k), ("v", v, self._v))
+        store([(name, rows.swapaxes(1, 2), cache.swapaxes(1, 2)) for name, rows, cache in parts], slots, self._rotate)
         self._lengths = after
         if self._window is not None:
             self._held_from = np.maximum(self._held_from, after - self._ring)
@@ -240,7 +269,13 @@ class KVCache:
                 raise TypeError(f"attend() has no argument {name}: the cache knows where its tokens are")
         q = as_array("q", q)
         if q.ndim != 4 or q.shape[0] != self._lengths.size:
-            raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {self._k.shape[3]}); got {q.shape}")
+            raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {dim_of(self._k)}); got {q.shape}")
+        if self._rotate:
+            check_queries(q, dim_of(self._k))
+            return attend_turned(self._attend, q, {"causal": causal, "tail_mask": tail_mask, **keywords})
+        return self._attend(q, causal, tail_mask, **keywords)
+
+    def _attend(self, q, causal, tail_mask, **keywords):
         if tail_mask is not None:
             if "mask" in keywords:
                 raise TypeError("attend() has either mask or tail_mask")

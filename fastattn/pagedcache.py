@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import runtime
-from ._check import as_array, as_float32, check_out, flag, integers, shares
+from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, shares
+from ._quantized import dim_of
 from .attention import merge_states
-from .kvcache import CacheFullError, cache_dtype, new_rows, size
+from .kvcache import CacheFullError, cache_rows, check_queries, new_rows, size
+from .quantized import attend_turned, store
 from .varlen import paged_attention
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ class PagedKVCache:
     num_kv_heads, head_dim : int
     v_head_dim : int, optional
         Head size of the values. Default: `head_dim`.
-    dtype : {"bfloat16", "float16", "float32"} or dtype
+    dtype : {"bfloat16", "float16", "float32", "int8", "int4"} or dtype
+        As of a :class:`KVCache`, which says what quantising costs.
+    rotate : bool
+        Of a quantised pool, likewise.
 
     Notes
     -----
@@ -76,30 +80,31 @@ class PagedKVCache:
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: Any = "bfloat16"
-    ) -> None:
+        self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: Any = "bfloat16",
+        *, rotate: bool = False,
+    ) -> None:  # fmt: skip
         pages, rows, heads = size("num_pages", num_pages), size("page_size", page_size, 1), size("num_kv_heads", num_kv_heads)
         if pages >= 2**31:
             raise ValueError(f"num_pages must be below 2**31; got {num_pages}")
         head_dim = size("head_dim", head_dim)
         v_head_dim = head_dim if v_head_dim is None else size("v_head_dim", v_head_dim)
-        dtype = cache_dtype(dtype)
+        self._rotate = flag("rotate", rotate)
         # A head's keys of a page lie together, as they are read together.
-        self._k = np.empty((pages, heads, rows, head_dim), dtype)
-        self._v = np.empty((pages, heads, rows, v_head_dim), dtype)
+        self._k, self._v = (cache_rows((pages, heads, rows), dim, dtype, self._rotate) for dim in (head_dim, v_head_dim))
         self._references = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
 
     def __repr__(self):
-        pages, heads, rows, head_dim = self._k.shape
-        return f"<PagedKVCache of {pages} pages of {rows} tokens, {self.num_free_pages} free, {heads} heads of {head_dim}, {self.dtype}>"
+        pages, heads, rows, _ = self._k.shape
+        of = f"{heads} heads of {dim_of(self._k)}, {dtype_name(self.dtype)}"
+        return f"<PagedKVCache of {pages} pages of {rows} tokens, {self.num_free_pages} free, {of}>"
 
     def __copy__(self):
         raise TypeError("a pool is copied with its sequences: copy.deepcopy((pool, sequences))")
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored keys and values."""
+        """Of the stored keys and values; of quantised ones the record of a row of keys."""
         return self._k.dtype
 
     @property
@@ -195,12 +200,14 @@ class PagedKVCache:
         ------
         CacheFullError
             If there are not enough free pages. Nothing has changed then.
+        ValueError
+            If a number that is to be quantised is NaN, infinite or too large. Nothing has changed then either.
         """
         sequences = self._own(sequences, once=True)
-        heads, rows, head_dim = self._k.shape[1:]
-        k = new_rows("k", k, (-1, heads, head_dim), "(total, Hkv, D)")
+        heads, rows = self._k.shape[1:3]
+        k = new_rows("k", k, (-1, heads, dim_of(self._k)), "(total, Hkv, D)")
         total = k.shape[0]
-        v = new_rows("v", v, (total, heads, self._v.shape[3]), "(total, Hkv, Dv) with the total of k")
+        v = new_rows("v", v, (total, heads, dim_of(self._v)), "(total, Hkv, Dv) with the total of k")
         counts = np.diff(shares("cu_seqlens", cu_seqlens, len(sequences), total, "k")).tolist()
 
         room, taken, copies, slots, after = len(self._free), 0, [], [], []  # pages are taken from the end, when all is well
@@ -226,9 +233,8 @@ class PagedKVCache:
         for old, n, filled in copies:
             for cache in (self._k, self._v):
                 cache[self._free[room - 1 - n], :, :filled] = cache[old, :, :filled]
-        store, table = runtime.backend().store, np.array(slots, np.int64)[None]
-        for new_ones, cache in ((k, self._k), (v, self._v)):
-            store(new_ones[None], cache.swapaxes(1, 2), table)
+        parts = [(name, new_ones[None], cache.swapaxes(1, 2)) for name, new_ones, cache in (("k", k, self._k), ("v", v, self._v))]
+        store(parts, np.array(slots, np.int64)[None], self._rotate)
         for old, _, _ in copies:
             self._references[old] -= 1
         self._references[self._free[room - taken :]] = 1
@@ -277,6 +283,16 @@ class PagedKVCache:
         q = as_array("q", q)
         if q.ndim != 3:
             raise ValueError(f"q must have shape (total_q, Hq, D); got {q.shape}")
+        if self._rotate:
+            check_queries(q, dim_of(self._k))
+
+            def attend(wide, **rest):
+                return self._attend(sequences, wide, cu_seqlens_q, **rest)
+
+            return attend_turned(attend, q, {"causal": causal, "cascade": cascade, **keywords})
+        return self._attend(sequences, q, cu_seqlens_q, causal, cascade, **keywords)
+
+    def _attend(self, sequences, q, cu_seqlens_q, causal, cascade, **keywords):
         starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         table, lengths = self.block_table(sequences), self.lengths(sequences)
         plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"

@@ -20,15 +20,17 @@ ENGINE = Path(__file__).parents[1] / "src_c"
 MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_typing": {"sparse"},  # which all may know, for it is imported by checkers alone
     "_arrays": set(),
-    "_check": {"_arrays", "_functions"},
+    "_quantized": set(),
+    "_check": {"_arrays", "_functions", "_quantized"},
     "_functions": {"_arrays"},
     "_processors": set(),
     "_settings": set(),
     "runtime": {"_check", "_processors", "_settings", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
-    "kvcache": {"_check", "runtime", "attention"},
+    "quantized": {"_check", "_quantized", "runtime"},
+    "kvcache": {"_check", "_quantized", "attention", "quantized"},
     "varlen": {"_check", "runtime"},
-    "pagedcache": {"_check", "runtime", "attention", "kvcache", "varlen"},
+    "pagedcache": {"_check", "_quantized", "attention", "kvcache", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
@@ -41,7 +43,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "transformers": {"attention", "torch", "varlen"},
     "onnx": {"_check", "backends", "attention", "inspect", "linear", "rope"},
     "sparse": {"sparse"},
-    "backends": {"_settings", "backends", "_native"},
+    "backends": {"_quantized", "_settings", "backends", "_native"},
 }
 # A module for a framework, and the packages that are there when it is imported.
 FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}
@@ -158,8 +160,8 @@ def test_core_knows_the_contract_of_the_kernels_and_no_intrinsic():
         assert not INTRINSICS.search(code(path)), path
         for name in includes(path):
             # storage.h reads and writes single numbers of any storage type; it belongs to no instruction set.
-            seen = folder_of(path, name) in (None, "core", "cpu", "include") or Path(name).name in ("ukernel.h", "layers.h", "storage.h")
-            assert seen, (path, name)
+            contract = Path(name).name in ("ukernel.h", "layers.h", "quantised.h", "storage.h")
+            assert contract or folder_of(path, name) in (None, "core", "cpu", "include"), (path, name)
 
 
 @engine_only

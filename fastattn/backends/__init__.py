@@ -6,9 +6,10 @@ Every backend is a module with these names and no others:
     Fill ``call.out`` and, unless it is None, ``call.lse``; `call` is a :class:`fastattn._check.Call`.
 ``merge_states(outs, lses, out, lse)``
     Combine parts, lists of contiguous ``(rows, Dv)`` and ``(rows,)`` arrays, into `out` and `lse`.
-``store(rows, cache, slots)``
-    Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)``: each to the slot ``page * (rows of a page) + row`` that
-    `slots`, ``(B, L)`` int64, has for it; -1 leaves it out.
+``store(pairs, slots, rotate)``
+    Cast the rows ``(B, L, H, D)`` of each pair into its cache ``(pages, rows of a page, H, D)``, or quantise them where that holds records:
+    each to the slot ``page * (rows of a page) + row`` that `slots`, ``(B, L)`` int64, has for it; -1 leaves it out. With `rotate` rows are
+    turned first. False, and then nothing is written, where a number cannot be quantised.
 ``apply_rope(x, cos, sin, out, interleaved)``
     Turn the pairs of `x` ``(B, H, L, D)`` by the angles of the tables ``(B, H, L, pairs)`` into `out`, which may be `x`.
 ``normalize(x, add, add_bias, total, weight, bias, out, eps, centred)``

@@ -23,8 +23,8 @@ import numpy as np
 from numba import float32, float64, from_dtype, int32, int64, types, uint8, uint16
 
 from ._numba_numbers import (
-    BFLOAT16, FLOAT16, FLOAT32, LOWEST, all_finite, bias_row, exp, fill, float_of, inline, jit, magnitude_of, narrow, narrow_row,
-    replace_row, tanh, widen, widen_row,
+    BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, LOWEST, all_finite, bias_row, decode_row, exp, fill, float_of, inline, jit, magnitude_of,
+    narrow, narrow_row, replace_row, tanh, widen, widen_row,
 )  # fmt: skip
 from ._numba_products import Rows, careful_values, pack, scores, transpose_all, unpack, values
 from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
@@ -418,7 +418,9 @@ def find_rows(plan, entry, kv_head, stored, j, n, target):
     nbytes = itemsize * stored.n_columns
     for i in range(n):
         source, to = row_at(plan, entry, kv_head, stored, j + i), target + i * nbytes
-        if plan.widened:
+        if plan.kv_code == INT8 or plan.kv_code == INT4:
+            decode_row(source, plan.kv_code, stored.n_columns, to)
+        elif plan.widened:
             widen_row(source, plan.kv_code, stored.n_columns, to)
         else:
             halves, copy = elements(source, uint16), elements(to, uint16)

@@ -1,11 +1,11 @@
 """Numbers for Numba: how they lie in memory, as float32, float16, bfloat16 and the types of masks, and functions of lanes."""
 
 import numpy as np
-from numba import float32, float64, njit, uint8, uint16, uint32
+from numba import float32, float64, int8, int32, njit, uint8, uint16, uint32
 
 from ._numba_simd import CONVERTS_HALF, add, convert_half, div, elements, fma, mul, sub, two_to, where_less
 
-FLOAT32, FLOAT16, BFLOAT16, FLOAT64, BOOL = range(5)
+FLOAT32, FLOAT16, BFLOAT16, FLOAT64, BOOL, INT8, INT4 = range(7)
 LOWEST = float(np.finfo(np.float32).min)  # what is less than this is -inf
 _LOG2E = 1.4426950408889634
 _ROUND = 1.5 * 2.0**23  # adding it rounds to an integer, which is then in the low bits
@@ -78,6 +78,28 @@ def widen_row(source, code, n, target):
     to = elements(target, float32)
     for d in range(n):
         to[d] = widen(source, d, code)
+
+
+@jit
+def decode_row(source, code, n, target):
+    """Write the `n` numbers of a quantised row as float32."""
+    to, integers = elements(target, float32), elements(source, int8)
+    if code == INT8:
+        byte = elements(source + n, uint8)  # which need not be aligned
+        bits = np.uint32(0)
+        for i in range(4):
+            bits |= np.uint32(byte[i]) << np.uint32(8 * i)
+        scale = float_of(bits)
+        for d in range(n):
+            to[d] = np.float32(integers[d]) * scale
+    else:
+        pairs = elements(source, uint8)
+        for g in range(n // 32):
+            scale = widen(source + n // 2 + 2 * g, 0, FLOAT16)
+            for i in range(16):
+                pair = int32(pairs[16 * g + i])
+                to[32 * g + i] = np.float32((pair & int32(15)) - int32(8)) * scale
+                to[32 * g + 16 + i] = np.float32((pair >> int32(4)) - int32(8)) * scale
 
 
 @jit

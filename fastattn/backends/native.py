@@ -28,9 +28,12 @@ def merge_states(outs, lses, out, lse):
     _raise_unless_ok(_native.merge_states(outs, lses, out, lse))
 
 
-def store(rows, cache, slots):
-    """Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
-    _raise_unless_ok(_native.store(rows, cache, slots))
+def store(pairs, slots, rotate):
+    """Cast or quantise rows ``(B, L, H, D)`` into caches ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
+    status = _native.store(pairs, slots, rotate)
+    if status != _native.ERROR_NOT_FINITE:
+        _raise_unless_ok(status)
+    return status == _native.OK
 
 
 def apply_rope(x, cos, sin, out, interleaved):

@@ -21,6 +21,7 @@ import numpy as np
 from numba import config, njit
 
 from .. import _settings
+from .._quantized import kind_of
 from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd, numpy
 from ._numba_kernels import ACTIVATIONS, MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
 from .numpy import normalize as normalize, pointwise as pointwise, store as store  # what NumPy does as well
@@ -34,6 +35,8 @@ _CODES = {
     "bfloat16": _numba_numbers.BFLOAT16,
     "float64": _numba_numbers.FLOAT64,
     "bool": _numba_numbers.BOOL,
+    "int8": _numba_numbers.INT8,
+    "int4": _numba_numbers.INT4,
 }
 _OWN_FIELDS = (
     "n_entries", "kv_group", "groups", "group", "band", "units", "parts", "head_pitch", "v_head_pitch", "slots", "block_keys",
@@ -183,7 +186,7 @@ def explain(call):
     return {
         "backend": "numba",
         "isa": _numba_simd.ISA,
-        "kernel": f"{call.k.dtype.name}_{work.shape[0]}x{work.lanes}",
+        "kernel": f"{_storage(call.k)}_{work.shape[0]}x{work.lanes}",
         "tile_rows": work.lanes,
         "tile_keys": work.block_keys,
         "splits": work.parts,
@@ -231,16 +234,17 @@ class _Work:
     def __init__(self, call, entries, kind):
         self.call = call
         num_heads, _, head_dim = call.q.shape[1:]
-        num_kv_heads, _, v_head_dim = call.v.shape[1:]
+        num_kv_heads, v_head_dim = call.v.shape[1], call.out.shape[3]
 
         self.kv_group = num_heads // max(num_kv_heads, 1)
         self.group = _group(call)
         self.groups = num_heads // max(self.group, 1)
 
         few = kind != _MANY_ROWS
-        code = _CODES[call.k.dtype.name]
+        code = _CODES[_storage(call.k)]
         # For many rows, or without instructions for float16, keys and values are widened before they are multiplied.
-        as_stored = few and (code == _numba_numbers.BFLOAT16 or _numba_simd.CONVERTS_HALF)
+        quantized = kind_of(call.k.dtype) is not None
+        as_stored = few and not quantized and (code == _numba_numbers.BFLOAT16 or _numba_simd.CONVERTS_HALF)
         self.widened = code != _numba_numbers.FLOAT32 and not as_stored
         if few:
             tile = _ONE_ROW if kind == 1 else _TILE
@@ -308,9 +312,9 @@ class _Work:
             **_place("alibi", call.alibi_slopes, "alibi_batch", "alibi_head"),
             **_place("sinks", call.sinks),
             **_place("entries", self.entries),
-            "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[call.k.dtype.name],
+            "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[_storage(call.k)],
             "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
-            "head_dim": call.q.shape[3], "v_head_dim": call.v.shape[3],
+            "head_dim": call.q.shape[3], "v_head_dim": call.out.shape[3],
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap, "activation": ACTIVATIONS.index(call.activation), "power": call.power,
             **_place("activation_bias", call.activation_bias), **_place("additive", self.additive, "additive_head"),
@@ -357,6 +361,10 @@ class _Work:
                 listed = np.minimum(high[band], key + mask.block_size) - np.maximum(low[band], key)
                 computed += (n_rows[band] * np.maximum(listed, 0)).sum()
         return computed
+
+
+def _storage(rows):
+    return kind_of(rows.dtype) or rows.dtype.name
 
 
 def _address(array):

@@ -9,6 +9,8 @@ import math
 
 import numpy as np
 
+from .._quantized import encoded, kind_of, turned
+
 _TILE_ROWS = 256
 _TILE_KEYS = 4096
 
@@ -86,12 +88,19 @@ def merge_states(outs, lses, out, lse):
         out[...] = np.where(np.isfinite(largest), np.clip(acc, -largest, largest), acc)  # a mean; rounding could overflow
 
 
-def store(rows, cache, slots):
-    """Cast `rows` ``(B, L, H, D)`` into `cache` ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
-    wanted = slots >= 0
-    page, row = np.divmod(slots[wanted], cache.shape[1])
-    with np.errstate(over="ignore"):  # beyond the largest number is inf, as in any cast
-        cache[page, row] = rows[wanted]
+def store(pairs, slots, rotate):
+    """Cast or quantise rows ``(B, L, H, D)`` into caches ``(pages, rows of a page, H, D)`` at `slots` ``(B, L)``; -1 leaves one out."""
+    wanted, made = slots >= 0, []
+    for rows, cache in pairs:
+        new, kind = turned(rows[wanted]) if rotate else rows[wanted], kind_of(cache.dtype)
+        made.append(new if kind is None else encoded(new, kind))
+        if made[-1] is None:
+            return False
+    for new, (_, cache) in zip(made, pairs):
+        page, row = np.divmod(slots[wanted], cache.shape[1])
+        with np.errstate(over="ignore"):  # beyond the largest number is inf, as in any cast
+            cache[page, row] = new
+    return True
 
 
 def apply_rope(x, cos, sin, out, interleaved):
@@ -208,7 +217,7 @@ def linear_attention(call):
 def explain(call):
     """How `call` is computed."""
     _, num_heads, q_len, head_dim = call.q.shape
-    v_head_dim = call.v.shape[3]
+    v_head_dim = call.out.shape[3]
     tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, call.kv_len)
     computed = 0
     for b, _, i0, i1 in _tiles(call):

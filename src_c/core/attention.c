@@ -151,6 +151,8 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
         run[n].abreast_after = runs - 1 - n;
         run[n].k_rows = (const char **)(void *)(scratch + call->scratch.k_rows);
         run[n].v_rows = (const char **)(void *)(scratch + call->scratch.v_rows);
+        run[n].wide_k = (float *)(scratch + call->scratch.wide_k);
+        run[n].wide_v = (float *)(scratch + call->scratch.wide_v);
         for (int way = 0; way < FA_WAYS; way++) {
             run[n].ways[way].products = ways.of[way];
             run[n].ways[way].k_room = shape->prepared[way] ? (float *)(scratch + call->scratch.k[way]) : NULL;

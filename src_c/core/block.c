@@ -214,8 +214,9 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     const int in_parts = w->products->in_parts;
     fa_run *run = fastattn_run_of(w, block);
     fa_operands x;
-    x.stored_k = fa_rows_from(run->stored_k, block->first - run->first);
-    x.stored_v = fa_rows_from(run->stored_v, block->first - run->first);
+    fastattn_source_of(w, &x.source_k, &x.source_v);
+    x.stored_k = fa_rows_from(x.source_k, block->first - run->first);
+    x.stored_v = fa_rows_from(x.source_v, block->first - run->first);
     x.first = block->first;
     block_rules(&x.rules, w, block, biased);
     fastattn_fetch_ahead(w, &x, block);

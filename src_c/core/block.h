@@ -18,6 +18,8 @@ typedef struct fa_run {
     int64_t first, keys;
     int64_t abreast_before, abreast_after; /* heads of the item beside it */
     fa_matrix stored_k, stored_v;
+    float *wide_k, *wide_v; /* room for them in float32, if they are quantised */
+    int widened;            /* they are there */
     const char **k_rows, **v_rows; /* room for pointers to rows in pages */
     int finite_k, finite_v;        /* -1: not known yet */
     fa_way ways[FA_WAYS];
@@ -48,6 +50,7 @@ typedef struct fa_work {
 
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
+    fa_matrix source_k, source_v; /* what the whole run is prepared from */
     fa_matrix stored_k, stored_v, k, v;
     int64_t first; /* key of the block, in its entry */
     int64_t skip;  /* keys of k and v before the block */

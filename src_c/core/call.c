@@ -37,12 +37,13 @@ static void plan_splits(const fa_call *call, fa_shape *shape) {
     shape->splits = shape->split_keys > 0 ? fa_ceil_div(keys, shape->split_keys) : 1;
 }
 
-/* Whether rows of so many numbers leave gaps, as those of heads side by side do. */
-static int apart(int64_t stride, int64_t dim, int64_t size) { return stride > dim * size || stride < -dim * size; }
+/* Whether rows of so many bytes leave gaps, as those of heads side by side do. */
+static int apart(int64_t stride, int64_t bytes) { return stride > bytes || stride < -bytes; }
 
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
  * often such that all rows want the same few lines of a cache; and those in pages have no stride. (Products by rows need none.) */
 static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
+    if (call->quantised) return products->in_place;
     if (call->args->block_table) return 0;
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
 }
@@ -64,6 +65,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
+    const int many = kv_len >= FA_MANY_KEYS && !call->quantised; /* what is decoded is read front to back in any case */
+    shape->few_below = many ? products->fewest_rows_over_many : products->fewest_rows;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
     for (int way = 0; way < FA_WAYS; way++)
@@ -146,7 +149,7 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     const double enough = (double)fa_max(call->args->num_threads, 1) * ITEMS_A_THREAD;
     const int64_t most = fa_min(MOST_ROWS / fa_max(totals->ld, 1), totals->panels);
     call->most_bundle = totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most;
-    if (call->most_bundle < 1 || !totals->prepared[FA_PREFERRED]) call->most_bundle = 1;
+    if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->quantised)) call->most_bundle = 1;
 }
 
 /* Heads whose rows lie beside each other are read together, if each is a panel of few rows: one row of each alone would be a piece of a
@@ -154,7 +157,7 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 2048 };
     const fastattn_attention_args *a = call->args;
-    const int64_t size = fa_size_of(a->kv_dtype), k_bytes = a->head_dim * size, v_bytes = a->v_head_dim * size;
+    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     call->abreast = 1;
     if (!call->apart || a->block_table || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
@@ -208,7 +211,10 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     const int64_t pointers = a->block_table ? fastattn_row_pointers(keys) : 0;
     m->k_rows = take(&bytes, pointers, sizeof(char *));
     m->v_rows = take(&bytes, pointers, sizeof(char *));
-    m->finite_v = take(&bytes, keys * a->v_head_dim, (size_t)fa_size_of(a->kv_dtype));
+    m->wide_k = take(&bytes, call->quantised * keys * a->head_dim, sizeof(float));
+    m->wide_v = take(&bytes, call->quantised * keys * a->v_head_dim, sizeof(float));
+    const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->quantised * a->v_head_dim * (int64_t)sizeof(float);
+    m->finite_v = take(&bytes, keys * fa_max(as_read, wide), 1);
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
     m->panel.bytes = panel;
@@ -230,7 +236,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
-    call->few = args->additive ? call->uk->additive_few : call->uk->few;
+    call->quantised = fa_is_quantised(args->kv_dtype);
+    call->few = args->additive ? call->uk->additive_few : call->quantised ? call->uk->few_quantised : call->uk->few;
     call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
     call->products = args->additive || args->activation != FASTATTN_SOFTMAX
@@ -253,8 +260,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->heads_a_kv_head = call->group = args->num_heads / args->num_kv_heads;
     if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
     call->sequences = args->num_heads / call->group;
-    const int64_t size = fa_size_of(args->kv_dtype);
-    call->apart = apart(args->k_strides[2], args->head_dim, size) || apart(args->v_strides[2], args->v_head_dim, size);
+    call->apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
+                  apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim));
     const fa_totals totals = survey(call);
     plan_bundles(call, &totals);
     plan_abreast(call, &totals);
@@ -308,7 +315,7 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
         entry->line = abreast ? call->sequences : shape->rows.panels;
-        entry->bundle = abreast ? call->abreast : shape->prepared[FA_PREFERRED] ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
+        entry->bundle = abreast ? call->abreast : shape->prepared[FA_PREFERRED] || call->quantised ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
         entry->bundles = entry->bundle > 1 ? fa_ceil_div(entry->line, entry->bundle) : entry->line;
         entry->partial_bytes = shape->splits > 1 ? fastattn_state_bytes(shape->rows.ld, a->v_head_dim) : 0;
     }

@@ -46,6 +46,7 @@ typedef struct fa_shape {
     int64_t splits;        /* parts of the keys, each an item of work */
     int64_t split_keys;    /* keys of a part, a multiple of block_keys */
     int prepared[FA_WAYS]; /* keys and values are not used as stored */
+    int few_below;         /* panels of fewer rows are for the products by rows */
 } fa_shape;
 
 /* A batch entry: where it lies in the caller's arrays, and what of the call's work is its own. Its queries and keys count from 0. */
@@ -65,7 +66,7 @@ typedef struct fa_entry {
 
 /* Scratch of one worker, as offsets in bytes from its beginning, and within it that of each panel of an item. */
 typedef struct fa_scratch {
-    size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], k_rows, v_rows, finite_v, panels;
+    size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], wide_k, wide_v, k_rows, v_rows, finite_v, panels;
     size_t bytes;
     struct { size_t q[FA_WAYS], o, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
@@ -79,6 +80,7 @@ typedef struct fastattn_plan {
     int64_t heads_a_kv_head;
     int64_t group;         /* query heads in a packed sequence */
     int64_t sequences;     /* packed sequences per batch entry */
+    int quantised;         /* keys and values are: the products by rows read them, others what they become in float32, run by run */
     int apart;             /* there are gaps between the rows of keys or values, as between pages */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     int ruled;             /* the rules change every score */
@@ -107,9 +109,7 @@ static inline fa_ways fastattn_ways(const fa_call *call, const fa_shape *shape) 
 
 /* The way of a panel of so many rows of an entry. */
 static inline int fastattn_way_of(const fa_shape *shape, int rows) {
-    const fa_products *products = shape->products;
-    const int many = shape->kv_len >= FA_MANY_KEYS;
-    return rows < (many ? products->fewest_rows_over_many : products->fewest_rows) ? FA_FEW : FA_PREFERRED;
+    return rows < shape->few_below ? FA_FEW : FA_PREFERRED;
 }
 
 /* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. Without rows to compute or

@@ -21,6 +21,7 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
         a->kv_len > most_length)
         return FASTATTN_ERROR_SHAPE;
+    if (a->kv_dtype == FASTATTN_INT4 && (a->head_dim % FA_GROUP != 0 || a->v_head_dim % FA_GROUP != 0)) return FASTATTN_ERROR_SHAPE;
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
         return FASTATTN_ERROR_SHAPE;
     if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
@@ -219,8 +220,9 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
         if (status != FASTATTN_OK) return status;
         a->block_mask = &args->block_mask;
     }
-    if (!fa_is_storage(a->q_dtype) || !fa_is_storage(a->kv_dtype)) return FASTATTN_ERROR_DTYPE;
-    if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32) return FASTATTN_ERROR_DTYPE;
+    const int quantised = fa_is_quantised(a->kv_dtype);
+    if (!fa_is_storage(a->q_dtype) || !fa_is_cached(a->kv_dtype) || (quantised && a->additive)) return FASTATTN_ERROR_DTYPE;
+    if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;

@@ -46,9 +46,12 @@ fastattn_status fastattn_take_struct(void *to, const void *from, size_t first, c
 /* Whether a pointer is no multiple of size, a power of two. */
 static inline int fa_misaligned(const void *pointer, size_t size) { return ((uintptr_t)pointer & (size - 1)) != 0; }
 
-/* What q, k, v, out and a cache may hold. */
+/* What q and out may hold; k, v and a cache. */
 static inline int fa_is_storage(fastattn_dtype dtype) {
     return dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
+}
+static inline int fa_is_cached(fastattn_dtype dtype) {
+    return fa_is_storage(dtype) || dtype == FASTATTN_INT8 || dtype == FASTATTN_INT4;
 }
 
 /* An array of the caller's, and what is known of it. */

@@ -9,7 +9,7 @@
 void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
-    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(a->kv_dtype);
+    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(x->stored_k.dtype);
     const int64_t of_row = fa_row_of_scores(x->products, w->ld), of_key = fa_key_of_scores(x->products, w->ld);
     int odd_row[FA_PANEL_ROWS];
     fastattn_panel_queries(call, &w->panel);
@@ -25,7 +25,7 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
             const char *q = w->panel.rows_of[r];
             float sum = 0.0f;
             for (int64_t d = 0; d < a->head_dim; d++)
-                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, a->kv_dtype);
+                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, x->stored_k.dtype);
             s[j * of_key + (r - row) * of_row] = sum;
         }
     }
@@ -33,11 +33,16 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
 
 fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
     const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
-    const fa_matrix finite = fa_matrix_at(w->finite_v, dim * size, v.dtype);
+    const fa_matrix finite = fa_matrix_at(w->finite_v, fa_row_bytes(v.dtype, dim), v.dtype);
+    const int quantised = fa_is_quantised(v.dtype);
     for (int64_t j = 0; j < keys; j++) {
         char *to = w->finite_v + j * finite.stride;
         memcpy(to, fa_row_at(v, j), (size_t)finite.stride);
-        for (int64_t d = 0; d < dim; d++) {
+        for (int64_t d = 0; d < dim && quantised; d += v.dtype == FASTATTN_INT8 ? dim : FA_GROUP) {
+            const float scale = fa_scale_at(to, d, dim, v.dtype);
+            fa_put_scale(to, isfinite(scale * 128.0f) ? scale * w->v_scale : 0.0f, d, dim, v.dtype);
+        }
+        for (int64_t d = 0; d < dim && !quantised; d++) {
             const float value = fa_get(to + d * size, v.dtype);
             if (!isfinite(value) || w->v_scale != 1.0f) fa_put(to + d * size, isfinite(value) ? value * w->v_scale : 0.0f, v.dtype);
         }
@@ -49,7 +54,7 @@ void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows
     const fa_state *t = &w->state;
     const int ld = w->ld, real = (int)fa_min(rows, w->panel.rows - row);
     const fa_matrix v = x->stored_v;
-    const int64_t dim = t->v_head_dim, size = fa_size_of(v.dtype);
+    const int64_t dim = t->v_head_dim;
     const int64_t of_row = fa_row_of_scores(x->products, ld), of_key = fa_key_of_scores(x->products, ld);
     const fa_score_rules rules = fa_rules_at(x, row, from, ld);
     float unused[FA_PANEL_ROWS] = {0};
@@ -60,7 +65,7 @@ void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows
     x->products->scores(w->shown, ld, rows, from, keys, &rules, unused);
     for (int64_t j = 0; j < keys; j++)
         for (int64_t d = 0; d < dim; d++) {
-            const float value = fa_get(fa_row_at(v, from + j) + d * size, v.dtype);
+            const float value = fa_get_of_row(fa_row_at(v, from + j), d, dim, v.dtype);
             if (isfinite(value)) continue;
             for (int r = 0; r < real; r++)
                 if (w->shown[j * of_key + r * of_row] != -INFINITY)

@@ -1,5 +1,6 @@
 #include "operands.h"
 
+#include "../ukernel/quantised.h"
 #include "../ukernel/storage.h"
 #include "ints.h"
 #include "nonfinite.h"
@@ -23,12 +24,28 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     run->stored_k.ahead = ahead_of(run, run->stored_k.stride, call->args->k_strides[1]);
     run->stored_v.ahead = ahead_of(run, run->stored_v.stride, call->args->v_strides[1]);
     run->finite_k = run->finite_v = -1;
+    run->widened = 0;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
     return run;
 }
 
+void fastattn_source_of(fa_work *w, fa_matrix *k, fa_matrix *v) {
+    const fastattn_attention_args *a = w->call->args;
+    fa_run *run = w->run;
+    *k = run->stored_k;
+    *v = run->stored_v;
+    if (!w->call->quantised || w->way == FA_FEW) return;
+    if (!run->widened) {
+        w->call->uk->quantised->widen(run->wide_k, *k, run->keys, a->head_dim);
+        w->call->uk->quantised->widen(run->wide_v, *v, run->keys, a->v_head_dim);
+        run->widened = 1;
+    }
+    *k = fa_matrix_at((const char *)run->wide_k, a->head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
+    *v = fa_matrix_at((const char *)run->wide_v, a->v_head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
+}
+
 int fastattn_all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t keys, int64_t dim) {
-    if (*known < 0) *known = call->uk->finite(rows, keys, dim);
+    if (*known < 0) *known = (fa_is_quantised(rows.dtype) ? call->uk->quantised->finite : call->uk->finite)(rows, keys, dim);
     return *known;
 }
 
@@ -73,8 +90,8 @@ static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *blo
         return;
     }
     if (!by->made) {
-        by->k = by->products->keys(by->k_room, run->stored_k, run->keys, a->head_dim);
-        by->v = by->products->values(by->v_room, run->stored_v, run->keys, a->v_head_dim);
+        by->k = by->products->keys(by->k_room, x->source_k, run->keys, a->head_dim);
+        by->v = by->products->values(by->v_room, x->source_v, run->keys, a->v_head_dim);
         by->made = 1;
     }
     x->k = by->k;

@@ -76,19 +76,31 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_SEQLENS = 14,     /* cu_seqlens that do not begin with 0, decrease, or do not end at the rows there are */
     FASTATTN_ERROR_DECAY = 15,       /* a decay outside of [0, 1], or above 0 as a logarithm */
     FASTATTN_ERROR_ACTIVATION = 16,  /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
-    FASTATTN_ERROR_BLOCK_TABLE = 17  /* within the length of an entry, a page below 0 or beyond num_pages */
+    FASTATTN_ERROR_BLOCK_TABLE = 17, /* within the length of an entry, a page below 0 or beyond num_pages */
+    FASTATTN_ERROR_NOT_FINITE = 18   /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
 FASTATTN_API const char *fastattn_status_string(fastattn_status status);
 
-/* Storage types. FASTATTN_BOOL (one byte, zero or not) and FASTATTN_FLOAT64 are for masks only. */
+/* Storage types. FASTATTN_BOOL (one byte, zero or not) and FASTATTN_FLOAT64 are for masks only, FASTATTN_INT8 and FASTATTN_INT4 for
+ * keys and values, which have been quantised: numbers are integers times a scale, and the scales of a row follow its integers, so that
+ * a row is read from one place, wherever it lies. Of n numbers, and aligned to nothing:
+ *
+ *     INT8   n integers of a byte, -127 to 127; the float32 scale of them all                            n + 4 bytes
+ *     INT4   for each 32 numbers 16 bytes, whose lower halves are the first 16 integers plus 8 and whose
+ *            upper halves the last 16, -7 to 7; then their float16 scales. n is a multiple of 32     n / 32 * 18 bytes
+ *
+ * Strides of their rows are those of such rows. Arithmetic is float32 on the numbers; only where queries are bfloat16 and many rows share
+ * what is prepared of keys and values, these are bfloat16 as well, rounded once. */
 typedef enum fastattn_dtype {
     FASTATTN_FLOAT32 = 0,
     FASTATTN_FLOAT16 = 1,
     FASTATTN_BFLOAT16 = 2,
     FASTATTN_FLOAT64 = 3,
-    FASTATTN_BOOL = 4
+    FASTATTN_BOOL = 4,
+    FASTATTN_INT8 = 5,
+    FASTATTN_INT4 = 6
 } fastattn_dtype;
 
 /* Instruction sets, lowest first within a processor family. */
@@ -201,7 +213,8 @@ typedef struct fastattn_attention_args {
 
     int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, v_head_dim;
     fastattn_dtype q_dtype;          /* also the dtype of out */
-    fastattn_dtype kv_dtype;         /* k and v; q_dtype may be wider */
+    fastattn_dtype kv_dtype;         /* k and v; q_dtype may be wider, and of quantised ones is any. These are for products alone, not
+                                        for `additive` */
 
     const void *q;                   /* (batch, num_heads, q_len, head_dim) */
     const void *k;                   /* (batch, num_kv_heads, kv_len, head_dim) */
@@ -366,13 +379,17 @@ FASTATTN_API fastattn_status fastattn_merge_states(int64_t num_parts, const void
                                                    int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out,
                                                    float *lse);
 
-/* New tokens for a cache: rows are cast to the cache's dtype, once, and put where they belong.
+/* New tokens for a cache: rows are cast to the cache's dtype, or quantised, once, and put where they belong.
  *
  * A cache is an array of pages, (num_pages, page_size, num_heads, head_dim) of any strides; a cache of one stretch for each
- * sequence has one page for each. Rounding is to nearest, even; what is too large for float16 becomes an infinity. */
+ * sequence has one page for each. Rounding is to nearest, even; what is too large for float16 becomes an infinity.
+ *
+ * The scale of integers is the largest magnitude among their numbers divided by the largest integer, 127 or 7, as float32 or rounded to
+ * float16, and 0 where that is below 2**-126 or rounds to 0: then all are 0. A number x becomes x * (1 / scale), rounded. So it is stored
+ * to half a scale, but for the rounding of a float16 scale (2**-11 of the number, or 2**-25). */
 typedef struct fastattn_store_args {
     size_t size;                     /* sizeof(fastattn_store_args) */
-    int64_t batch, new_len, num_heads, head_dim;
+    int64_t batch, new_len, num_heads, head_dim; /* head_dim at most 8192, if it is turned or quantised */
     const void *from;                /* (batch, new_len, num_heads, head_dim), the last axis contiguous */
     fastattn_dtype from_dtype;       /* float32, float16 or bfloat16, as the cache's */
     int64_t from_strides[3];         /* batch, token, head; in bytes, as all strides */
@@ -384,9 +401,14 @@ typedef struct fastattn_store_args {
     fastattn_isa isa;
     int num_threads;
     fastattn_threading threading;
+
+    const struct fastattn_store_args *also; /* or null: what is stored together with this or not at all, as values with their keys; its
+                                        own `also` is null */
+    int rotate;                      /* non-zero: rows are first multiplied by the orthonormal Hadamard matrix (Sylvester's) of the largest
+                                        power of two that divides head_dim, block by block, which is its own inverse; in float32 */
 } fastattn_store_args;
 
-/* Checks all slots before it writes anything. Needs no memory. */
+/* Checks all slots, and that all numbers which are to be quantised can be, before it writes anything. Needs no memory. */
 FASTATTN_API fastattn_status fastattn_store(const fastattn_store_args *args);
 
 /* Rotary position embedding (Su et al., "RoFormer", 2021). With angles theta of each row, given as cosines and sines, every pair of

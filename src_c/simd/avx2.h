@@ -38,6 +38,17 @@ static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
 }
 static inline simd_f simd_from_f16(simd_h a) { return _mm256_cvtph_ps(a); }
 static inline simd_f simd_from_bf16(simd_h a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)); }
+static inline simd_f simd_load_i8(const void *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p))); }
+static inline simd_f simd_load_i4(const void *p, int upper) {
+    const __m256i pairs = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    const __m256i one = upper ? _mm256_srli_epi32(pairs, 4) : _mm256_and_si256(pairs, _mm256_set1_epi32(15));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(one, _mm256_set1_epi32(8)));
+}
+static inline void simd_store_i8(void *p, simd_f a) {
+    const __m256i integers = _mm256_cvtps_epi32(a);
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(halves, halves));
+}
 static inline simd_f simd_first_bf16(simd_f a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
 static inline simd_f simd_second_bf16(simd_f a) {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32((int)0xffff0000u)));

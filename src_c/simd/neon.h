@@ -39,6 +39,22 @@ static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) {
 }
 static inline simd_f simd_from_f16(simd_h a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
 static inline simd_f simd_from_bf16(simd_h a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
+static inline simd_f simd_load_i8(const void *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+}
+static inline simd_f simd_load_i4(const void *p, int upper) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    const uint32_t one = (upper ? four >> 4 : four) & 0x0f0f0f0fu;
+    return vsubq_f32(vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(one))))), vdupq_n_f32(8.0f));
+}
+static inline void simd_store_i8(void *p, simd_f a) {
+    const int16x4_t halves = vmovn_s32(vcvtnq_s32_f32(a));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
+    memcpy(p, &four, sizeof four);
+}
 static inline simd_f simd_first_bf16(simd_f a) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 16)); }
 static inline simd_f simd_second_bf16(simd_f a) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(0xffff0000u)));

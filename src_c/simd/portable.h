@@ -31,6 +31,16 @@ static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { simd_h r =
 static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
 static inline simd_f simd_from_f16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(a.lane[i]); return r; }
 static inline simd_f simd_from_bf16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(a.lane[i]); return r; }
+/* Integers of a byte; the lower or the upper halves of bytes, less 8; and back to bytes, rounded to nearest, of what fits. */
+static inline simd_f simd_load_i8(const void *p) { simd_f r; SIMD_EACH(i) r.lane[i] = ((const signed char *)p)[i]; return r; }
+static inline simd_f simd_load_i4(const void *p, int upper) {
+    simd_f r;
+    SIMD_EACH(i) r.lane[i] = (float)((upper ? ((const uint8_t *)p)[i] >> 4 : ((const uint8_t *)p)[i] & 15) - 8);
+    return r;
+}
+static inline void simd_store_i8(void *p, simd_f a) { /* the addition leaves no fraction, and the integer in the lowest bits */
+    SIMD_EACH(i) ((uint8_t *)p)[i] = (uint8_t)(fa_to_bits(a.lane[i] + 12582912.0f) & 0xffu);
+}
 /* Of lanes that are pairs of bfloat16, the first numbers, which are the lower halves, and the second. */
 static inline simd_f simd_first_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) << 16); return a; }
 static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) & 0xffff0000u); return a; }

@@ -46,6 +46,18 @@ static inline simd_f simd_from_f16(simd_h a) {
     return wasm_v128_or(sign, wasm_v128_bitselect(beyond, number, wasm_i32x4_ge(rest, wasm_i32x4_splat(0x7c00))));
 }
 static inline simd_f simd_from_bf16(simd_h a) { return wasm_i32x4_shl(wasm_u32x4_extend_low_u16x8(a), 16); }
+static inline simd_f simd_load_i8(const void *p) {
+    return wasm_f32x4_convert_i32x4(wasm_i32x4_extend_low_i16x8(wasm_i16x8_extend_low_i8x16(wasm_v128_load32_zero(p))));
+}
+static inline simd_f simd_load_i4(const void *p, int upper) {
+    const v128_t pairs = wasm_u32x4_extend_low_u16x8(wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(p)));
+    const v128_t one = upper ? wasm_u32x4_shr(pairs, 4) : wasm_v128_and(pairs, wasm_i32x4_splat(15));
+    return wasm_f32x4_convert_i32x4(wasm_i32x4_sub(one, wasm_i32x4_splat(8)));
+}
+static inline void simd_store_i8(void *p, simd_f a) {
+    const v128_t integers = wasm_i32x4_trunc_sat_f32x4(wasm_f32x4_nearest(a)), halves = wasm_i16x8_narrow_i32x4(integers, integers);
+    wasm_v128_store32_lane(p, wasm_i8x16_narrow_i16x8(halves, halves), 0);
+}
 static inline simd_f simd_first_bf16(simd_f a) { return wasm_i32x4_shl(a, 16); }
 static inline simd_f simd_second_bf16(simd_f a) { return wasm_v128_and(a, wasm_i32x4_splat((int)0xffff0000u)); }
 static inline simd_h simd_to_f16(simd_f a) {

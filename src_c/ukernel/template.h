@@ -1,6 +1,7 @@
 /* The slots of ukernel.h for one instruction set. Include it once, after the instruction set's SIMD header and inside its
  * target region; FA_TABLE then defines the table. */
 #include "ukernel.h"
+#include "quantised.h"
 #include "storage.h"
 
 #include <float.h>
@@ -44,10 +45,11 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
 #define FA_FLOAT32_LANES(instructions, block_size)                                                                       \
     .isa = instructions, .panel_rows = FA_PANEL_ROWS, .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, \
     .in_place = 1, .pack = pack, .keys = widened, .values = widened, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS
-#define FA_FLOAT32_ROWS(instructions, block_size)                                                                        \
+#define FA_FLOAT32_ROWS(instructions, block_size) FA_ROWS(instructions, block_size, rows_pv)
+#define FA_ROWS(instructions, block_size, second)                                                                        \
     .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
     .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack, .keys = as_stored, .values = as_stored,  \
-    .softmax = rows_softmax, .pv = rows_pv, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
+    .softmax = rows_softmax, .pv = second, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
@@ -55,6 +57,9 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
         .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
     static const fa_products suffix##_few = {                                                                            \
         .name = "float32_rows_" #suffix, .qk = rows_qk, FA_FLOAT32_ROWS(instructions, block_size)};              \
+    static const fa_products suffix##_few_quantised = {                                                                  \
+        .name = "quantised_rows_" #suffix, .qk = fastattn_quantised_qk_##suffix,                              \
+        FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                                              \
     static const fa_products suffix##_additive = {                                                                       \
         .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,         \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
@@ -64,6 +69,8 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
                                             .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
                                             .features = dense_features, .outside = dense_outside};                         \
     const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .dense = &suffix##_dense, \
+                                                  .few_quantised = &suffix##_few_quantised,                                \
+                                                  .quantised = &fastattn_quantised_##suffix,                               \
                                                   .additive = &suffix##_additive, .additive_few = &suffix##_additive_few,  \
                                                   .activate = activate,                                                    \
                                                   .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \

@@ -258,8 +258,10 @@ typedef struct fa_dense {
 /* What is done in float32 lanes whatever the products. */
 typedef struct fa_ukernel {
     const fa_dense *dense;
+    const struct fa_quantised *quantised; /* of quantised.h */
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
+    const fa_products *few_quantised; /* these over quantised keys and values, which become numbers in registers */
 
     /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to six
      * units in the last place: in the panel of queries those of w follow the numbers of q, from number fa_sums_row(head_dim) on. */

@@ -1,0 +1,35 @@
+/* The contract of the kernels of quantised rows, which fastattn.h lays out: a table of its own for each instruction set, and the two products
+ * of few rows of queries, which the tables of ukernel.h name. */
+#ifndef FA_QUANTISED_H
+#define FA_QUANTISED_H
+
+#include "ukernel.h"
+
+typedef struct fa_quantised {
+    /* to[key][dim] = from[key][d] in float32. */
+    void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t dim);
+
+    /* 1 when all numbers are finite, whatever the integers are. */
+    int (*finite)(fa_matrix rows, int64_t keys, int64_t dim);
+
+    /* A row of dim numbers, quantised; where `to` is null nothing is written. Returns 0 when that cannot be. */
+    int (*quantise)(char *to, const float *row, int64_t dim, fastattn_dtype dtype);
+
+    /* Each block of the largest power of two that divides dim, times the orthonormal Hadamard matrix. */
+    void (*hadamard)(float *row, int64_t dim);
+} fa_quantised;
+
+#define FA_QUANTISED_OF(suffix)                                                                                                 \
+    extern const fa_quantised fastattn_quantised_##suffix;                                                                      \
+    void fastattn_quantised_qk_##suffix(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,     \
+                                        int64_t head_dim);                                                                      \
+    void fastattn_quantised_pv_##suffix(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, \
+                                        int64_t keys, int64_t v_head_dim);
+
+FA_QUANTISED_OF(portable)
+FA_QUANTISED_OF(avx2)
+FA_QUANTISED_OF(avx512)
+FA_QUANTISED_OF(neon)
+FA_QUANTISED_OF(wasm)
+
+#endif

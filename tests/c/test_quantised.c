@@ -1,0 +1,150 @@
+/* Quantised keys and values: rows of any size between guard pages, against attention over the numbers that they stand for. */
+#include "problem.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { HEADS = 4, KV_HEADS = 2, GROUP = 32 };
+
+static int64_t row_bytes(fastattn_dtype dtype, int64_t dim) { return dtype == FASTATTN_INT8 ? dim + 4 : dim / GROUP * 18; }
+
+/* Number d of a row, as the header lays rows out. */
+static float number(const char *row, int64_t d, int64_t dim, fastattn_dtype dtype) {
+    if (dtype == FASTATTN_INT8) {
+        float scale;
+        memcpy(&scale, row + dim, sizeof scale);
+        return (float)(signed char)row[d] * scale;
+    }
+    const unsigned char pair = (unsigned char)row[d / GROUP * 16 + d % 16];
+    const int integer = d % GROUP < 16 ? pair & 15 : pair >> 4;
+    uint16_t half;
+    memcpy(&half, row + dim / 2 + d / GROUP * 2, sizeof half);
+    return (float)(integer - 8) * (float)load(FASTATTN_FLOAT16, (const char *)&half);
+}
+
+/* Quantised rows (pages of page_size rows of KV_HEADS heads), each page guarded, and their numbers side by side. */
+static char *rows_build(struct rng *rng, int64_t keys, int64_t page_size, int64_t dim, fastattn_dtype dtype, enum guard_side side,
+                        int64_t strides[3], float *numbers) {
+    const int64_t bytes = row_bytes(dtype, dim), pages = (keys + page_size - 1) / page_size;
+    char *to = guard_inputs("quantised rows", pages, (size_t)(KV_HEADS * page_size * bytes), 1, side, &strides[0]);
+    float *from = malloc((size_t)(dim > 0 ? dim : 1) * sizeof *from);
+    const int64_t slot = 0;
+    CHECK(from != NULL, "out of memory");
+    strides[1] = page_size * bytes;
+    strides[2] = bytes;
+    for (int64_t h = 0; h < KV_HEADS; h++)
+        for (int64_t j = 0; j < keys; j++) {
+            char *row = to + j / page_size * strides[0] + h * strides[1] + j % page_size * strides[2];
+            for (int64_t d = 0; d < dim; d++) from[d] = (float)random_signed(rng) * 3;
+            const fastattn_store_args args = {.size = sizeof args, .batch = 1, .new_len = 1, .num_heads = 1, .head_dim = dim, .from = from,
+                                              .to = row, .to_dtype = dtype, .num_pages = 1, .page_size = 1, .slots = &slot, .isa = test_isa};
+            CHECK_STATUS(fastattn_store(&args), FASTATTN_OK);
+            for (int64_t d = 0; d < dim; d++) {
+                const float kept = number(row, d, dim, dtype);
+                numbers[(h * keys + j) * dim + d] = kept;
+                CHECK(fabsf(kept - from[d]) <= (dtype == FASTATTN_INT8 ? 0.5001f * 3 / 127 : 0.51f * 3 / 7), "number %lld is kept as %g, not %g",
+                      (long long)d, kept, from[d]);
+            }
+        }
+    free(from);
+    return to;
+}
+
+static void check_rows(struct rng *rng, fastattn_dtype dtype, int64_t q_len, int64_t keys, int64_t page_size, int64_t dim, int64_t v_dim,
+                       enum guard_side side) {
+    const int64_t pages = (keys + page_size - 1) / page_size;
+    float *wide_k = malloc((size_t)(KV_HEADS * keys * dim + 1) * sizeof *wide_k), *wide_v = malloc((size_t)(KV_HEADS * keys * v_dim + 1) * sizeof *wide_v);
+    float *out[2], *q = guard_input("q", (size_t)(HEADS * q_len * dim) * sizeof *q, sizeof *q, side);
+    int32_t *table = guard_input("block_table", (size_t)pages * sizeof *table, sizeof *table, side);
+    context("dtype %d, %lld queries, %lld keys in pages of %lld, %lld and %lld numbers", (int)dtype, (long long)q_len, (long long)keys,
+            (long long)page_size, (long long)dim, (long long)v_dim);
+    CHECK(wide_k && wide_v, "out of memory");
+    for (int64_t i = 0; i < HEADS * q_len * dim; i++) q[i] = (float)random_signed(rng);
+    for (int64_t n = 0; n < pages; n++) table[n] = (int32_t)n;
+    fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+    args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.q_len = q_len, args.kv_len = keys;
+    args.head_dim = dim, args.v_head_dim = v_dim, args.scale = 0.7f, args.causal = 1, args.isa = test_isa, args.q = q;
+    args.q_strides[1] = q_len * dim * 4, args.q_strides[2] = dim * 4;
+    args.out_strides[1] = q_len * v_dim * 4, args.out_strides[2] = v_dim * 4;
+    fastattn_attention_args quantised = args;
+    quantised.kv_dtype = dtype, quantised.block_table = table, quantised.num_pages = pages, quantised.page_size = page_size;
+    quantised.block_table_stride = pages * 4;
+    quantised.k = rows_build(rng, keys, page_size, dim, dtype, side, quantised.k_strides, wide_k);
+    quantised.v = rows_build(rng, keys, page_size, v_dim, dtype, side, quantised.v_strides, wide_v);
+    args.k = wide_k, args.v = wide_v;
+    args.k_strides[1] = keys * dim * 4, args.k_strides[2] = dim * 4, args.v_strides[1] = keys * v_dim * 4, args.v_strides[2] = v_dim * 4;
+    for (int n = 0; n < 2; n++) out[n] = guard_output("out", (size_t)(HEADS * q_len * v_dim) * sizeof(float), sizeof(float), side);
+    args.out = out[0], quantised.out = out[1];
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
+    CHECK_STATUS(fastattn_attention(&quantised, NULL, 0), FASTATTN_OK);
+    guard_check();
+    for (int64_t i = 0; i < HEADS * q_len * v_dim; i++)
+        CHECK(fabsf(out[0][i] - out[1][i]) <= 2e-5f, "number %lld is %g, not %g", (long long)i, out[1][i], out[0][i]);
+    guard_release();
+    free(wide_k), free(wide_v);
+}
+
+TEST_EACH_ISA(quantised_rows_are_read_where_they_lie) {
+    static const int64_t dims[] = {1, 5, 16, 31, 64, 65, 128}, grouped[] = {32, 64, 96, 160};
+    static const int64_t q_lens[] = {1, 2, 3, 7, 40}, keys[] = {1, 9, 64, 100};
+    struct rng rng = {5};
+    for (size_t r = 0; r < COUNT(q_lens); r++)
+        for (size_t n = 0; n < COUNT(keys); n++) {
+            const enum guard_side side = (r + n) % 2 ? GUARD_BEFORE : GUARD_BEHIND;
+            const int64_t page_size = n % 2 ? 1 : 1 + (int64_t)r * 8;
+            for (size_t d = 0; d < COUNT(dims); d++)
+                check_rows(&rng, FASTATTN_INT8, q_lens[r], keys[n], page_size, dims[d], dims[(d + r) % COUNT(dims)], side);
+            for (size_t d = 0; d < COUNT(grouped); d++)
+                check_rows(&rng, FASTATTN_INT4, q_lens[r], keys[n], page_size, grouped[d], grouped[(d + r) % COUNT(grouped)], side);
+        }
+}
+
+TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
+    float from[2][64] = {{0}};
+    char to[2][64 + 4];
+    const int64_t slots[2] = {0, 1};
+    fastattn_store_args k = {.size = sizeof k, .batch = 1, .new_len = 2, .num_heads = 1, .head_dim = 64, .from = from, .from_strides = {0, 256, 0},
+                             .to = to, .to_dtype = FASTATTN_INT8, .num_pages = 2, .page_size = 1, .to_strides = {68, 0, 0}, .slots = slots};
+    fastattn_store_args v = k, other = k;
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    float fine[2][64] = {{1, 2}, {3}};
+    memset(to, 0x5a, sizeof to);
+    other.from = fine;
+    v.also = &k, other.also = &k;
+    for (int n = 0; n < 6; n++) {
+        from[1][63] = bad[n / 2];
+        k.to_dtype = n % 2 ? FASTATTN_INT4 : FASTATTN_INT8;
+        CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_NOT_FINITE);
+        CHECK_STATUS(fastattn_store(&other), FASTATTN_ERROR_NOT_FINITE);
+        k.rotate = 1;
+        CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_NOT_FINITE);
+        k.rotate = 0;
+    }
+    from[1][63] = 1e6f;
+    k.to_dtype = FASTATTN_INT4;
+    CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_NOT_FINITE);
+    k.head_dim = 48;
+    CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_SHAPE);
+    k.head_dim = 1 << 14, k.to_dtype = FASTATTN_INT8;
+    CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_SHAPE);
+    k.head_dim = 64, k.also = &v;
+    CHECK_STATUS(fastattn_store(&other), FASTATTN_ERROR_ARGUMENT);
+    for (size_t i = 0; i < sizeof to; i++) CHECK(((const char *)to)[i] == 0x5a, "byte %zu was written", i);
+    k.also = NULL;
+    CHECK_STATUS(fastattn_store(&other), FASTATTN_OK);
+
+    fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+    float out[64];
+    args.batch = args.num_heads = args.num_kv_heads = args.q_len = args.kv_len = 1, args.scale = 1;
+    args.head_dim = args.v_head_dim = 48, args.q = from, args.k = args.v = to, args.out = out;
+    args.kv_dtype = FASTATTN_INT4;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_SHAPE);
+    args.head_dim = 64;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_SHAPE);
+    args.v_head_dim = 64, args.additive = fine[0];
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+    args.additive = NULL, args.q_dtype = FASTATTN_INT8, args.kv_dtype = FASTATTN_INT8;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+}
