@@ -8,7 +8,7 @@
 
 #define SIMD_LANES 16
 #define SIMD_TILE_VECTORS 4
-#define SIMD_TILE_WIDTH(vectors) ((vectors) == 4 ? 6 : (vectors) == 3 ? 8 : 12)
+#define SIMD_TILE_WIDTH(vectors) ((vectors) == 4 ? 6 : 12)
 
 typedef __m512 simd_f;
 typedef __mmask16 simd_m;
@@ -116,7 +116,7 @@ static inline int simd_any(simd_m a) { return a != 0; }
 static inline simd_f simd_select(simd_m m, simd_f a, simd_f b) { return _mm512_mask_blend_ps(m, b, a); }
 static inline simd_f simd_scale2(simd_m m, simd_f a, simd_f n) { return _mm512_maskz_scalef_ps(_knot_mask16(m), a, n); }
 /* Pairs, then quadruples within 128-bit quarters, then the quarters themselves. */
-static inline void simd_transpose(simd_f v[16]) {
+static inline __attribute__((always_inline)) void simd_transpose(simd_f v[16]) {
     __m512 a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 2) {

@@ -282,9 +282,18 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
     return turned;
 }
 
+/* The softmax of so many planes beside a product. */
+#define AMX_SOFTMAX(planes)                                                                                          \
+    static FA_NOINLINE void amx_softmax_##planes(float *s, float *p, int ld, int rows, int64_t keys, float c,        \
+                                                 float *m, float *l, float *alpha, amx_pieces *work) {               \
+        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, amx_keep_up, work);                              \
+    }
+
+AMX_SOFTMAX(1)
+AMX_SOFTMAX(2)
+
 /* A table of products of numbers in so many planes, with so many cross products. */
 #define AMX_TABLE(suffix, planes, qk_products, pv_products, block_size, score_size)                                  \
-    PAIRS_SLOTS(suffix, planes)                                                                                      \
     static fa_matrix suffix##_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {                  \
         return amx_keys(planes, room, stored, keys, head_dim);                                                       \
     }                                                                                                                \
@@ -300,7 +309,7 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
     static void suffix##_softmax_beside(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m,       \
                                         float *l, float *alpha, const fa_scores *next) {                             \
         amx_pieces work = amx_pieces_of(amx_qk(planes, qk_products, next));                                          \
-        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, amx_keep_up, &work);                             \
+        amx_softmax_##planes(s, p, ld, rows, keys, c, m, l, alpha, &work);                                           \
         amx_finish(&work);                                                                                           \
     }                                                                                                                \
     static void suffix##_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v,             \
@@ -311,9 +320,9 @@ FA_INLINE fa_matrix amx_values(int planes, float *room, fa_matrix stored, int64_
         .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FEWEST_LANES,                       \
         .fewest_rows_over_many = FEWEST_LANES, .panel_rows = 2 * AMX_ROWS,                                           \
         .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                     \
-        .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = suffix##_pack,  \
-        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = suffix##_softmax,            \
-        .softmax_beside = suffix##_softmax_beside, .pv = suffix##_pv, .power = suffix##_power,               \
+        .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = pairs_pack_##planes, \
+        .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = pairs_softmax_##planes, \
+        .softmax_beside = suffix##_softmax_beside, .pv = suffix##_pv, .power = pairs_power_##planes, \
         FA_LANES_SLOTS};
 
 AMX_TABLE(bfloat16_amx, 1, 1, 1, 256, 64)

@@ -1,20 +1,13 @@
 /* Template: algebra on dense row-major matrices in float32 (fa_dense in ukernel.h). Lanes are columns; the product is the register
  * tile of tile.h. */
 
-/* across and along are constants wherever one of them is 1. Runs do not depend on k, so that terms of 0 at the end change nothing. */
-FA_INLINE void dense_product_of(tile_operands x, int64_t m, int64_t n) { tile_product(TILE_FLOAT32, (int)n, m, x); }
-
+/* Runs do not depend on k, so that terms of 0 at the end change nothing. */
 static void dense_product(float *c, int64_t ldc, const float *alpha, const float *a, int64_t across, int64_t along, const float *b,
                           int64_t ldb, int64_t m, int64_t n, int64_t k) {
-    tile_operands x = {.c = c, .c_ld = ldc, .alpha = alpha, .a = a, .across = across, .along = along, TILE_PANEL(b, ldb),
-                       .steps = k, .run = 32};
-    if (along == 1) {
-        x.along = 1;
-        dense_product_of(x, m, n);
-    } else {
-        x.across = 1;
-        dense_product_of(x, m, n);
-    }
+    const tile_operands x = {.c = c, .c_ld = ldc, .alpha = alpha, .a = a, .across = across, .along = along, TILE_PANEL(b, ldb),
+                             .steps = k, .run = 32};
+    if (along == 1) product_along((int)n, m, &x);
+    else product_across((int)n, m, &x);
 }
 
 /* Subnormal numbers, which cost a hundred cycles wherever they go, become 0. */

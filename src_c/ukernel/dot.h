@@ -52,8 +52,6 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
     tile_product(TILE_BFLOAT16, rows, fa_sums_row(v_head_dim) + 1, x);
 }
 
-PAIRS_SLOTS(dot, 1)
-
 /* Where a panel is alone, bfloat16 values of two keys need not be put side by side for others: rows and numbers change sides in the
  * second product, pairs are made as values are read, front to back, and no row is multiplied that is not there. */
 
@@ -82,9 +80,9 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
     dot_sums(o + sums, pitch, alpha, p, ld, rows, keys);
     for (int64_t d = 0; d < v_head_dim; d += HALVES) {
         const int64_t in_place = v_head_dim - d < HALVES ? 0 : keys - keys % 2;
-        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld,
-                           .panel = v.rows ? NULL : v.at, .stride = v.stride, .rows = v.rows, .column = d * 2, .steps = in_place / 2,
-                           .run = DOT_KEYS, .ahead = keys, .ahead_bytes = v.ahead};
+        const char *room[2];
+        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, keys, room),
+                           .column = d * 2, .steps = in_place / 2, .run = DOT_KEYS, .ahead = keys};
         if (in_place > 0 || keys == 0) dot_strip(rows, x);
         if (in_place == keys) continue;
         __m512i copy[DOT_KEYS];
@@ -94,7 +92,8 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
             copy[j - in_place] = halves[0];
         }
         x.a += in_place / 2 * ld;
-        x.panel = (const char *)copy, x.stride = sizeof *copy, x.rows = NULL, x.column = x.ahead = 0;
+        x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), keys, room);
+        x.column = x.ahead = 0;
         x.steps = (keys + 1 - in_place) / 2;
         if (in_place > 0) x.alpha = NULL, x.adds = 1;
         dot_strip(rows, x);
@@ -108,7 +107,7 @@ static int dot_rows_unpack(void *const *outputs, int count, const float *o, int 
 }
 
 #define DOT_SLOTS                                                                                                             \
-    .pack = dot_pack, .keys = dot_keys, .qk = dot_qk, .softmax = dot_softmax, .power = dot_power, .mask = mask, .scores = scores
+    .pack = pairs_pack_1, .keys = dot_keys, .qk = dot_qk, .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
     .name = "bfloat16_rows_avx512", .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE,

@@ -76,6 +76,16 @@ FA_INLINE void unpack_square(void *const *rows_of, int lanes, const float *o, in
         if (i < lanes) store_as((char *)rows_of[i] + d * fa_size_of(dtype), square[i], n, dtype);
 }
 
+/* Edges, which are few: their storage type need not be a constant. */
+static FA_NOINLINE void pack_edge(float *q, int ld, const void *const *rows_of, int64_t d, int64_t n, simd_f sign, fastattn_dtype dtype) {
+    pack_square(q, ld, rows_of, d, n, sign, dtype);
+}
+
+static FA_NOINLINE void unpack_edge(void *const *rows_of, int lanes, const float *o, int ld, int64_t d, int64_t n, simd_f factor, simd_f *sum,
+                                    fastattn_dtype dtype) {
+    unpack_square(rows_of, lanes, o, ld, d, n, factor, sum, dtype);
+}
+
 FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, float sign,
                        fastattn_dtype dtype) {
     const simd_f factor = simd_set1(sign);
@@ -83,7 +93,7 @@ FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, i
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             pack_square(q + row, ld, rows_of + row, d, SIMD_LANES, factor, dtype);
-        if (d < head_dim) pack_square(q + row, ld, rows_of + row, d, head_dim - d, factor, dtype);
+        if (d < head_dim) pack_edge(q + row, ld, rows_of + row, d, head_dim - d, factor, dtype);
     }
 }
 
@@ -98,7 +108,7 @@ FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld
                 unpack_square(rows_of + row, SIMD_LANES, o + row, ld, d, SIMD_LANES, factor, sum, dtype);
         for (; d < v_head_dim; d += SIMD_LANES) {
             const int64_t n = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
-            unpack_square(rows_of + row, lanes, o + row, ld, d, n, factor, sum, dtype);
+            unpack_edge(rows_of + row, lanes, o + row, ld, d, n, factor, sum, dtype);
         }
     }
 }

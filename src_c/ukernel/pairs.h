@@ -165,19 +165,27 @@ FA_INLINE void power_pair(int planes, int summed, int near, const powers_of *x, 
  * which it has nothing more to do. */
 typedef int64_t pairs_beside(void *work, int64_t part, int64_t parts);
 
-FA_INLINE void power_pairs(int planes, int vectors, int summed, int near, const powers_of *x, const float *s, float *p,
+FA_INLINE void power_pairs(int planes, int vectors, int summed, const powers_of *x, const float *s, float *p,
                            ptrdiff_t ld, int64_t keys, __m512i largest[4], simd_f sum[4], pairs_beside *beside, void *work) {
     int64_t j = 0, due = 0;
     for (; j + 2 <= keys; j += 2) {
         if (beside && j >= due) due = beside(work, j, keys);
         FA_UNROLL for (int v = 0; v < vectors; v++)
-            power_pair(planes, summed, near, x, v, s + j * ld + v * SIMD_LANES, ld, 1,
+            power_pair(planes, summed, 1, x, v, s + j * ld + v * SIMD_LANES, ld, 1,
                        p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
     }
     if (j < keys)
         FA_UNROLL for (int v = 0; v < vectors; v++)
-            power_pair(planes, summed, near, x, v, s + j * ld + v * SIMD_LANES, ld, 0,
+            power_pair(planes, summed, 1, x, v, s + j * ld + v * SIMD_LANES, ld, 0,
                        p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
+}
+
+/* The same for one vector that is not near, which is rare. */
+static FA_NOINLINE void far_pairs(int planes, simd_f base, simd_f c, const float *s, float *p, ptrdiff_t ld, int64_t keys, __m512i *largest,
+                                  simd_f *sum) {
+    const powers_of x = {.c = c, .base = {base}};
+    for (int64_t j = 0; j < keys; j += 2)
+        power_pair(planes, 1, 0, &x, 0, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
 }
 
 FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const float *s, float *p, ptrdiff_t ld, int64_t keys,
@@ -208,9 +216,10 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             sum[v] = zero;
         }
         if (near)
-            power_pairs(planes, vectors, summed, 1, &x, s, p, ld, keys, largest, sum, beside, work);
+            power_pairs(planes, vectors, summed, &x, s, p, ld, keys, largest, sum, beside, work);
         else
-            power_pairs(planes, vectors, summed, 0, &x, s, p, ld, keys, largest, sum, beside, work);
+            FA_UNROLL for (int v = 0; v < vectors; v++)
+                far_pairs(planes, x.base[v], x.c, s + v * SIMD_LANES, p + v * SIMD_LANES, ld, keys, &largest[v], &sum[v]);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             const __m512i evens = _mm512_slli_epi32(largest[v], 16);
             const simd_f most = planes > 1 ? sum[v] : _mm512_castsi512_ps(_mm512_max_epu32(largest[v], evens));
@@ -264,18 +273,22 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
     return sum;
 }
 
-/* The slots of a table that the panels alone decide. */
-#define PAIRS_SLOTS(suffix, planes)                                                                               \
-    static void suffix##_pack(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim,           \
-                              fastattn_dtype dtype, float sign) {                                                 \
-        float factors[FA_PANEL_ROWS];                                                                             \
-        for (int row = 0; row < rows; row++) factors[row] = sign;                                                 \
-        pairs_pack(planes, halves_of, q, ld, rows_of, rows, head_dim, dtype, factors);                            \
-    }                                                                                                             \
-    static void suffix##_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, \
-                                 float *alpha) {                                                                  \
-        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, NULL, NULL);                                  \
-    }                                                                                                             \
-    static float suffix##_power(const float *p, int ld, int row, int64_t key) {                                   \
-        return pairs_power(planes, p, ld, row, key);                                                              \
+/* The slots that the number of planes decides. */
+#define PAIRS_SLOTS(planes)                                                                                         \
+    static void pairs_pack_##planes(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim,       \
+                                    fastattn_dtype dtype, float sign) {                                             \
+        float factors[FA_PANEL_ROWS];                                                                               \
+        for (int row = 0; row < rows; row++) factors[row] = sign;                                                   \
+        pairs_pack(planes, halves_of, q, ld, rows_of, rows, head_dim, dtype, factors);                              \
+    }                                                                                                               \
+    static void pairs_softmax_##planes(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m,       \
+                                       float *l, float *alpha) {                                                    \
+        pairs_softmax(planes, s, p, ld, rows, keys, c, m, l, alpha, NULL, NULL);                                    \
+    }                                                                                                               \
+    static float pairs_power_##planes(const float *p, int ld, int row, int64_t key) {                               \
+        return pairs_power(planes, p, ld, row, key);                                                                \
     }
+
+PAIRS_SLOTS(1)
+PAIRS_SLOTS(2)
+#undef PAIRS_SLOTS

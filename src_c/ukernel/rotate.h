@@ -18,6 +18,13 @@ FA_INLINE void rotate_pairs(char *out, const char *x, simd_f c, simd_f s, int64_
     store_as(out + split, b, second, dtype);
 }
 
+/* The last pairs of a row, fewer than lanes. */
+static FA_NOINLINE void rotate_last(char *out, const char *x, const char *cos, const char *sin, int64_t pairs, int64_t apart,
+                                    int interleaved, fastattn_dtype dtype) {
+    const simd_f c = load_as(cos, pairs, FASTATTN_FLOAT32), s = load_as(sin, pairs, FASTATTN_FLOAT32);
+    rotate_pairs(out, x, c, s, pairs, apart, interleaved, dtype);
+}
+
 FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype), step = interleaved ? 2 * size : size, apart = r->pairs * size;
     const int64_t rest = r->head_dim * size - 2 * apart;
@@ -30,11 +37,9 @@ FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, fas
             FA_UNROLL for (int h = 0; h < heads; h++)
                 rotate_pairs(out + h * r->out_head + n * step, x + h * r->x_head + n * step, c, s, SIMD_LANES, apart, interleaved, dtype);
         }
-        if (n < r->pairs) {
-            const simd_f c = load_as(cos + 4 * n, r->pairs - n, FASTATTN_FLOAT32), s = load_as(sin + 4 * n, r->pairs - n, FASTATTN_FLOAT32);
-            FA_UNROLL for (int h = 0; h < heads; h++)
-                rotate_pairs(out + h * r->out_head + n * step, x + h * r->x_head + n * step, c, s, r->pairs - n, apart, interleaved, dtype);
-        }
+        for (int h = 0; n < r->pairs && h < heads; h++)
+            rotate_last(out + h * r->out_head + n * step, x + h * r->x_head + n * step, cos + 4 * n, sin + 4 * n, r->pairs - n, apart, interleaved,
+                        dtype);
         for (int h = 0; rest > 0 && out != x && h < heads; h++)
             memcpy(out + h * r->out_head + 2 * apart, x + h * r->x_head + 2 * apart, (size_t)rest);
         x += r->x_row, out += r->out_row, cos += r->cos_row, sin += r->sin_row;

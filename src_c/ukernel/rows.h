@@ -18,70 +18,52 @@ enum {
     SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
 };
 
-/* Where keys of a block lie, and what will be read in their place later. Whether rows have pointers is a constant wherever this
- * is inlined: see ROWS_BY_STORAGE. */
+/* Memory is asked for a line of what will be read later. */
+FA_INLINE void fetch_later(uintptr_t later, int64_t at) {
+    if (at % 64 == 0) simd_fetch((const char *)(later + (uintptr_t)at));
+}
+
+/* Where some keys of a block lie, and what will be read in their place later. */
 typedef struct key_places {
-    const char *key[16], *later[16];
-    uintptr_t ahead; /* bytes from one to the other, where they have none */
-    int scattered;
+    const char *key[SIMD_LANES];
+    uintptr_t later[SIMD_LANES];
 } key_places;
-
-/* `count` of them from one on, of which those beyond the last are that. */
-FA_INLINE void find_keys(key_places *x, int count, fa_matrix block, int64_t first, int64_t keys) {
-    x->scattered = block.rows != NULL;
-    x->ahead = (uintptr_t)block.ahead;
-    for (int i = 0; i < count; i++) {
-        const int64_t j = first + i < keys ? first + i : keys - 1;
-        x->key[i] = fa_row_at(block, j);
-        if (x->scattered) x->later[i] = block.rows[j + keys];
-    }
-}
-
-FA_INLINE void fetch_line(const key_places *x, int i, int64_t at) {
-    simd_fetch((const char *)((x->scattered ? (uintptr_t)x->later[i] : (uintptr_t)x->key[i] + x->ahead) + (uintptr_t)at));
-}
-
-FA_INLINE void fetch_later(const key_places *x, int i, int64_t at) {
-    if (at % 64 == 0) fetch_line(x, i, at);
-}
-
-/* Calls f(..., rows, dtype, ...) with constants for the storage type and for whether the rows from `from` on have pointers. */
-#define ROWS_BY_STORAGE(m, from, f, ...)                                                             \
-    if (m.rows) {                                                                                    \
-        const fa_matrix rows_from = fa_rows_from(m, from);                                           \
-        FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
-    } else {                                                                                         \
-        const fa_matrix rows_from = {m.at + from * m.stride, m.stride, m.dtype, NULL, m.ahead};      \
-        FA_BY_STORAGE(m.dtype, f, rows_from, __VA_ARGS__)                                            \
-    }
 
 /* turned[d][key] in float32, n numbers from d on of SIMD_LANES keys. */
 FA_INLINE void turn_square(float *turned, int ld, const key_places *x, int64_t d, int64_t n, fastattn_dtype dtype) {
     const int64_t at = d * fa_size_of(dtype);
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-        fetch_later(x, i, at);
+        fetch_later(x->later[i], at);
         square[i] = load_as(x->key[i] + at, n, dtype);
     }
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + i * ld, square[i]);
 }
 
+static FA_NOINLINE void turn_edge(float *turned, int ld, const key_places *x, int64_t d, int64_t n, fastattn_dtype dtype) {
+    turn_square(turned, ld, x, d, n, dtype);
+}
+
 /* turned[d - first][key] for the numbers of head_dim from `first` up to `end`, and `count` keys from key j on of a block, the last of
  * which fills up the vectors. */
-FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, int64_t j, int64_t count, int64_t first, int64_t end,
+FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t keys, int64_t j, int64_t count, int64_t first, int64_t end,
                          fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
     for (const int64_t last = j + count; j < last; j += SIMD_LANES, turned += SIMD_LANES) {
         key_places x;
         int64_t d = first;
-        find_keys(&x, SIMD_LANES, block, j, keys);
-        for (int i = 0; i < SIMD_LANES; i++) fetch_line(&x, i, end * size - 1); /* rows need not begin with a line */
+        for (int i = 0; i < SIMD_LANES; i++) {
+            const int64_t key = j + i < keys ? j + i : keys - 1;
+            x.key[i] = tile_row(block, key);
+            x.later[i] = tile_later(block, key);
+            simd_fetch((const char *)(x.later[i] + (uintptr_t)(end * size - 1))); /* rows need not begin with a line */
+        }
         if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
             for (; d + 2 * SIMD_LANES <= end; d += 2 * SIMD_LANES) {
                 simd_f square[SIMD_LANES];
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                    fetch_later(&x, i, d * size);
+                    fetch_later(x.later[i], d * size);
                     square[i] = load_full(x.key[i] + d * size, FASTATTN_FLOAT32);
                 }
                 simd_transpose(square);
@@ -91,7 +73,7 @@ FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, i
                 }
             }
         for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, &x, d, SIMD_LANES, dtype);
-        if (d < end) turn_square(turned + (d - first) * ld, ld, &x, d, end - d, dtype);
+        if (d < end) turn_edge(turned + (d - first) * ld, ld, &x, d, end - d, dtype);
     }
 }
 
@@ -99,11 +81,11 @@ FA_INLINE void turn_keys(float *turned, int ld, fa_matrix block, int64_t keys, i
 static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* One row and a few keys, at most SIMD_LANES: one by one, or most sums across lanes would be of nothing. */
-FA_INLINE void few_scores(float *s, const float *q, fa_matrix k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const simd_f lane = simd_load(lane_numbers);
     simd_f dots = simd_set1(0.0f);
     for (int64_t j = keys - 1; j >= 0; j--) {
-        const char *key = fa_row_at(k, j);
+        const char *key = tile_row(k, j);
         simd_f sum = simd_set1(0.0f);
         for (int64_t d = 0; d < head_dim; d += SIMD_LANES)
             sum = simd_fma(load_as(key + d * fa_size_of(dtype), head_dim - d, dtype), simd_load(q + d), sum);
@@ -112,62 +94,64 @@ FA_INLINE void few_scores(float *s, const float *q, fa_matrix k, int64_t keys, i
     simd_store(s, dots);
 }
 
+/* The products of one key with `rows` rows, number by number: a sum across lanes is still due. Whole keys, for a line that two loads share
+ * is near then. */
+FA_INLINE void key_products(int rows, simd_f *sum, int apart, const float *q, int64_t pitch, const tile_rows *k, int64_t n,
+                            int64_t head_dim, fastattn_dtype dtype) {
+    const int64_t size = fa_size_of(dtype);
+    const char *const key = tile_row(k, n);
+    const uintptr_t later = tile_later(k, n);
+    simd_f products[4];
+    simd_fetch((const char *)(later + (uintptr_t)(head_dim * size - 1)));
+    FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_set1(0.0f);
+    int64_t d = 0;
+    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) {
+        fetch_later(later, d * size);
+        const simd_f numbers = load_full(key + d * size, dtype);
+        FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_fma(numbers, simd_load(q + r * pitch + d), products[r]);
+    }
+    if (d < head_dim) {
+        const simd_f numbers = load_as(key + d * size, head_dim - d, dtype);
+        FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_fma(numbers, simd_load(q + r * pitch + d), products[r]);
+    }
+    FA_UNROLL for (int r = 0; r < rows; r++) sum[r * apart] = products[r];
+}
+
 /* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
  * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
-FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, fa_matrix k, int64_t keys, int64_t head_dim,
-                            fastattn_dtype dtype) {
+FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
+                            int64_t head_dim, fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
-    const int64_t size = fa_size_of(dtype);
     const int tile_keys = SUMS / rows;
     if (keys <= tile_keys / 4) {
         FA_UNROLL for (int r = 0; r < rows; r++) few_scores(s + r * ld, q + r * pitch, k, keys, head_dim, dtype);
         return;
     }
     for (int64_t first = 0; first < keys; first += tile_keys) {
-        key_places x;
+        const int64_t last = keys - 1 - first;
         simd_f sum[SUMS];
         float dots[SUMS];
-        find_keys(&x, tile_keys, k, first, keys);
-        FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
-        FA_UNROLL for (int j = 0; j < tile_keys; j++) { /* whole rows: a line that two loads share is near then */
-            fetch_line(&x, j, head_dim * size - 1);
-            int64_t d = 0;
-            for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) {
-                fetch_later(&x, j, d * size);
-                const simd_f numbers = load_full(x.key[j] + d * size, dtype);
-                FA_UNROLL for (int r = 0; r < rows; r++)
-                    sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
-            }
-            if (d == head_dim) continue;
-            const simd_f numbers = load_as(x.key[j] + d * size, head_dim - d, dtype);
-            FA_UNROLL for (int r = 0; r < rows; r++)
-                sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d), sum[r * tile_keys + j]);
-        }
+        if (rows == 4) /* their sums stay in registers */
+            FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
+                key_products(4, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
+        else
+            for (int j = 0; j < tile_keys; j++)
+                key_products(rows, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         FA_UNROLL for (int r = 0; r < rows; r++)
             memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
     }
 }
 
-/* A strip of so many vectors, one, two or the most. */
-FA_INLINE void rows_strip(fastattn_dtype storage, int vectors, int rows, tile_operands x) {
-    const tile_kind kind = {TILE_FLOAT32, storage, 1, 0, 0};
-    switch (vectors) {
-    case 1: tile_strip(kind, 1, rows, x); break;
-    case 2: tile_strip(kind, 2, rows, x); break;
-#if SIMD_TILE_VECTORS >= 4
-    case 4: tile_strip(kind, 4, rows, x); break;
-#endif
-    }
-}
-
 FA_INLINE void rows_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                           fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim);
+    const char *room[2];
+    const tile_rows places = tile_rows_of(k, keys, room);
     if (rows <= SHORT_ROWS) {
-        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, k, keys, head_dim, dtype);
-        if (rows & 2) short_scores(2, s, ld, q, pitch, k, keys, head_dim, dtype);
-        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, keys, head_dim, dtype);
+        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, &places, keys, head_dim, dtype);
+        if (rows & 2) short_scores(2, s, ld, q, pitch, &places, keys, head_dim, dtype);
+        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
         return;
     }
     for (int64_t j = 0, n; j < keys; j += n) {
@@ -178,10 +162,10 @@ FA_INLINE void rows_qk_of(fa_matrix k, float *s, const float *q, int ld, int row
         do { /* once if there are no numbers, too: scores are 0 then */
             float turned[TURNED_NUMBERS * SIMD_TILE_VECTORS * SIMD_LANES];
             const int64_t steps = head_dim - d < run ? head_dim - d : run;
-            turn_keys(turned, vectors * SIMD_LANES, k, keys, j, n, d, d + steps, dtype);
+            turn_keys(turned, vectors * SIMD_LANES, &places, keys, j, n, d, d + steps, dtype);
             const tile_operands x = {.c = s + j, .c_ld = ld, .adds = d > 0, .a = q + d, .across = pitch, .along = 1,
                                      TILE_PANEL(turned, vectors * SIMD_LANES), .steps = steps, .run = run};
-            rows_strip(FASTATTN_FLOAT32, vectors, rows, x);
+            product_along(vectors * SIMD_LANES, rows, &x);
             d += run;
         } while (d < head_dim);
     }
@@ -194,31 +178,35 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    ROWS_BY_STORAGE(k, from, rows_qk_of, s, q, ld, rows, keys, head_dim)
+    FA_BY_STORAGE(k.dtype, rows_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
 }
 
 FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
-    int vectors = rows_vectors(rows);
+    const tile_kind kind = {TILE_FLOAT32, dtype, 1, 0, 0}, ragged = {TILE_FLOAT32, dtype, 1, 1, 0};
+    const char *room[2];
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
-                       .panel = v.at, .stride = v.stride, .rows = v.rows, .steps = keys, .run = keys > 0 ? keys : 1,
-                       .ahead = keys, .ahead_bytes = v.ahead};
-    int64_t left = v_head_dim;
-    while (left >= SIMD_LANES) {
-        while (left < vectors * SIMD_LANES) vectors /= 2;
-        rows_strip(dtype, vectors, rows, x);
+                       .rows = tile_rows_of(v, keys, room), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
+    int vectors = rows_vectors(rows);
+    for (int64_t left = v_head_dim; left > 0; left -= vectors * SIMD_LANES) {
+        while (vectors > 1 && left < vectors * SIMD_LANES) vectors /= 2;
+        switch (vectors) {
+#if SIMD_TILE_VECTORS >= 4
+        case 4: tile_strip(kind, 4, rows, x); break;
+#endif
+        case 2: tile_strip(kind, 2, rows, x); break;
+        default:
+            x.lanes = left < SIMD_LANES ? left : SIMD_LANES;
+            tile_strip(ragged, 1, rows, x);
+        }
         x.c += vectors * SIMD_LANES;
         x.column += vectors * SIMD_LANES * fa_size_of(dtype);
-        left -= vectors * SIMD_LANES;
     }
-    x.lanes = left;
-    const tile_kind ragged = {TILE_FLOAT32, dtype, 1, 1, 0};
-    if (left > 0) tile_strip(ragged, 1, rows, x);
 }
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
-    ROWS_BY_STORAGE(v, from, rows_pv_of, o, alpha, p, ld, rows, keys, v_head_dim)
+    FA_BY_STORAGE(v.dtype, rows_pv_of, fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim)
 }
 
 /* Scores beyond the keys, in the last vector of a row, become -inf. */

@@ -139,9 +139,9 @@ typedef union mask_line {
     uint8_t bytes[SIMD_LANES];
 } mask_line;
 
-/* `keys` elements of a row, at most SIMD_LANES; what is beyond them repeats the last. */
-FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
-    if (dtype == FASTATTN_BOOL && keys == SIMD_LANES) { /* four at a time: as many bytes stored one by one would take longer */
+/* `keys` elements of a row, at most SIMD_LANES, of so many bytes each; what is beyond them repeats the last. */
+static FA_NOINLINE void mask_collect(mask_line *line, const char *from, int64_t key_stride, int64_t keys, int64_t itemsize) {
+    if (itemsize == 1 && keys == SIMD_LANES) { /* four at a time: as many bytes stored one by one would take longer */
         FA_UNROLL for (int j = 0; j < SIMD_LANES; j += 4) {
             const uint8_t *at = (const uint8_t *)from + j * key_stride;
             const uint8_t four[4] = {at[0], at[key_stride], at[2 * key_stride], at[3 * key_stride]};
@@ -149,16 +149,16 @@ FA_INLINE void mask_collect(mask_line *line, const char *from, int64_t key_strid
         }
         return;
     }
-    FA_UNROLL for (int j = 0; j < SIMD_LANES; j++) {
-        const char *at = from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride;
-        switch (dtype) {
-        case FASTATTN_BOOL: line->bytes[j] = *(const uint8_t *)at; break;
-        case FASTATTN_FLOAT16:
-        case FASTATTN_BFLOAT16: line->halves[j] = *(const uint16_t *)(const void *)at; break;
-        case FASTATTN_FLOAT64: line->doubles[j] = *(const double *)(const void *)at; break;
-        default: line->floats[j] = *(const float *)(const void *)at;
-        }
+#define MASK_COLLECT(items, type)                                                                                                  \
+    FA_UNROLL for (int j = 0; j < SIMD_LANES; j++)                                                                                 \
+        line->items[j] = *(const type *)(const void *)(from + (keys == SIMD_LANES || j < keys ? j : keys - 1) * key_stride);
+    switch (itemsize) {
+    case 1: MASK_COLLECT(bytes, uint8_t) break;
+    case 2: MASK_COLLECT(halves, uint16_t) break;
+    case 4: MASK_COLLECT(floats, float) break;
+    default: MASK_COLLECT(doubles, double)
     }
+#undef MASK_COLLECT
 }
 
 /* How the elements that a vector of rows has for one key lie: as one, one behind the other, or anyhow. */
@@ -202,7 +202,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
             else {
                 mask_line lines[SIMD_LANES];
                 for (int i = 0; i < SIMD_LANES; i++)
-                    mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, dtype);
+                    mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, itemsize);
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full(&lines[i], dtype);
             }
             simd_transpose(square);
@@ -230,7 +230,7 @@ FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of,
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
         for (; j < keys; j += SIMD_LANES) {
             mask_line line;
-            mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, dtype);
+            mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, itemsize);
             mask_store(bias + j, load_full(&line, dtype), &seen);
         }
     }

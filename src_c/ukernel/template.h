@@ -11,8 +11,10 @@
 
 #if defined(__GNUC__)
 #define FA_INLINE static inline __attribute__((always_inline))
+#define FA_NOINLINE __attribute__((noinline))
 #else
 #define FA_INLINE static inline
+#define FA_NOINLINE
 #endif
 #if defined(__clang__)
 #define FA_UNROLL _Pragma("clang loop unroll(full)")

@@ -5,6 +5,7 @@
  * `width` single elements. */
 
 #define FA_TILE_MAX_WIDTH 12
+#define FA_TILE_NARROW 6 /* up to which every width is worth a tile */
 
 _Static_assert(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, "strips of two vectors or four");
 _Static_assert(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
@@ -32,13 +33,32 @@ FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) {
                                        : simd_fma(a, b, c);
 }
 
-FA_INLINE simd_f tile_sum(int multiply, simd_f sum, simd_f unit) {
-    return multiply == TILE_INT16 ? simd_mul(simd_of_integers(sum), unit) : sum;
-}
+FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return simd_mul(simd_of_integers(sum), unit); }
 #else
 FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) { return (void)multiply, simd_fma(a, b, c); }
-FA_INLINE simd_f tile_sum(int multiply, simd_f sum, simd_f unit) { return (void)multiply, (void)unit, sum; }
+FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return (void)unit, sum; }
 #endif
+
+/* Rows that pointers find, or a stride from one on, without a question: row n is at[n * pointers] + n * stride, and what is read in its
+ * place later likewise. */
+typedef struct tile_rows {
+    const char *const *at, *const *later;
+    int64_t pointers, stride;
+} tile_rows;
+
+/* The rows of a matrix, of which `keys` are in use; where they have no pointers, `room` holds those of the first. */
+FA_INLINE tile_rows tile_rows_of(fa_matrix m, int64_t keys, const char *room[2]) {
+    room[0] = m.at;
+    room[1] = (const char *)((uintptr_t)m.at + (uintptr_t)m.ahead);
+    return m.rows ? (tile_rows){m.rows, m.rows + keys, 1, 0} : (tile_rows){room, room + 1, 0, m.stride};
+}
+
+FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) { return x->at[n * x->pointers] + n * x->stride; }
+
+/* Nothing is read there yet: what is ahead of the last rows may be nowhere. */
+FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
+    return (uintptr_t)x->later[n * x->pointers] + (uintptr_t)(n * x->stride);
+}
 
 /* One product: c[w][lane] = alpha * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane]; without alpha
  * the sum alone, or with `adds` alpha is 1. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding
@@ -51,35 +71,36 @@ typedef struct tile_operands {
     const float *a;
     ptrdiff_t across, along;
     const char *panel;
-    int64_t stride; /* bytes from one step of the panel to the next */
-    const char *const *rows; /* of the panel by rows, a pointer for each instead; or null */
-    int64_t column; /* bytes from the beginning of a step to the strip, by rows */
-    int64_t lanes;  /* of a ragged panel */
+    int64_t stride;      /* bytes from one step of the panel to the next */
+    tile_rows rows;      /* by rows, in place of these two */
+    int64_t column;      /* bytes from the beginning of a row to the strip */
+    int64_t lanes;       /* of a ragged panel */
     int64_t steps, run;
-    int64_t ahead; /* rows from those in use, of the panel by rows or else of elements (whose `along` is 1), to what will be read next,
-                      which memory is asked for meanwhile; 0: nothing */
-    int64_t ahead_bytes; /* the same from a row of the panel by rows, where there are no pointers */
+    int64_t ahead; /* rows of elements (whose `along` is 1) from those in use to what will be read next, which memory is asked for
+                      meanwhile, as for the rows of a panel; 0: nothing */
     const float *units, *lane_units;
 } tile_operands;
 
-/* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. */
+/* An alpha that changes nothing. */
+static const float unchanged[FA_PANEL_ROWS] = {
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+/* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. By rows there are as many
+ * rounds as keys. */
 #define FA_TILE_UNROLL 4
 
-/* Row n of the panel, which need not be one of it: nothing is read yet. */
 FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t n) {
-    if (!kind.by_rows) return x->panel + n * x->stride;
-    const uintptr_t row = x->rows ? (uintptr_t)x->rows[n] : (uintptr_t)x->panel + (uintptr_t)n * (uintptr_t)x->stride;
-    return (const char *)(row + (uintptr_t)x->column);
+    return kind.by_rows ? tile_row(&x->rows, n) + x->column : x->panel + n * x->stride;
 }
 
-/* By rows, what lies `ahead` of a row. Else rows of elements come as their lines are used up: one line with each step, those of up to 16
- * rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
+/* By rows, what will be read in the place of a row. Else rows of elements come as their lines are used up: one line with each step, those
+ * of up to 16 rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
 FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n) {
     enum { LINE = 16 };
     if (!x->ahead) return;
     if (kind.by_rows) {
-        const uintptr_t later = x->rows ? (uintptr_t)tile_panel(kind, x, n + x->ahead)
-                                        : (uintptr_t)tile_panel(kind, x, n) + (uintptr_t)x->ahead_bytes;
+        const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)x->column;
         const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage);
         FA_UNROLL for (int64_t at = 0; at <= bytes; at += 64) /* and the line that it ends in */
             simd_fetch((const char *)(later + (uintptr_t)(at < bytes ? at : at - 1)));
@@ -121,7 +142,26 @@ FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_T
     }
 }
 
-/* width, vectors, across or along, and alpha's presence are constants, too. */
+/* Sums of integers as numbers. */
+FA_INLINE void tile_sums(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x) {
+    if (kind.multiply != TILE_INT16) return;
+    FA_UNROLL for (int v = 0; v < vectors; v++) {
+        const simd_f lane_unit = simd_load(x->lane_units + v * SIMD_LANES);
+        FA_UNROLL for (int w = 0; w < width; w++)
+            acc[w][v] = tile_sum(acc[w][v], simd_mul(simd_set1(x->units[w * x->across]), lane_unit));
+    }
+}
+
+/* By rows, each number of rows up to the widest has a tile of its own, so that what is read is read once. Else, and for the last vector of
+ * a row, there are the narrow ones and the widest, which are nearly as good. */
+FA_INLINE int tile_widest(tile_kind kind, int vectors) {
+    const int widest = SIMD_TILE_WIDTH(vectors);
+    (void)vectors;
+    return kind.ragged && widest > FA_TILE_NARROW ? FA_TILE_NARROW : widest;
+}
+
+/* width, vectors, and across or along are constants, too. What becomes of c is asked once for a tile, not for each of its vectors: those
+ * questions would be most of the code. */
 FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands *x) {
     for (int64_t step = 0;;) {
         const int64_t end = step + x->run < x->steps ? step + x->run : x->steps;
@@ -129,30 +169,37 @@ FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands 
         simd_f acc[FA_TILE_MAX_WIDTH][4];
         FA_UNROLL for (int w = 0; w < width; w++)
             FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
-        if (width == SIMD_TILE_WIDTH(vectors))
+        if (width == SIMD_TILE_WIDTH(vectors) && !kind.by_rows)
             for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
                 FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++) tile_step(kind, width, vectors, acc, x, step + u);
         for (; step < end; step++) tile_step(kind, width, vectors, acc, x, step);
-        FA_UNROLL for (int v = 0; v < vectors; v++) {
-            const simd_f one = simd_set1(1.0f), lane_alpha = x->alpha && first && !kind.by_rows ? simd_load(x->alpha + v * SIMD_LANES) : one;
-            const simd_f lane_unit = kind.multiply == TILE_INT16 ? simd_load(x->lane_units + v * SIMD_LANES) : one;
-            FA_UNROLL for (int w = 0; w < width; w++) {
-                float *to = x->c + w * x->c_ld + v * SIMD_LANES;
-                const simd_f factor = x->alpha && first && kind.by_rows ? simd_set1(x->alpha[w]) : lane_alpha;
-                const simd_f unit = kind.multiply == TILE_INT16 ? simd_mul(simd_set1(x->units[w * x->across]), lane_unit) : one;
-                const simd_f sum = tile_sum(kind.multiply, acc[w][v], unit);
-                simd_store(to, x->alpha || x->adds || !first ? simd_fma(simd_load(to), factor, sum) : sum);
-            }
+        tile_sums(kind, width, vectors, acc, x);
+        float *to = x->c;
+        if (!first || x->alpha || x->adds) {
+            const float *alpha = first && x->alpha ? x->alpha : unchanged;
+            FA_UNROLL for (int w = 0; w < width; w++, to += x->c_ld)
+                FA_UNROLL for (int v = 0; v < vectors; v++) {
+                    const simd_f factor = kind.by_rows ? simd_set1(alpha[w]) : simd_load(alpha + v * SIMD_LANES);
+                    simd_store(to + v * SIMD_LANES, simd_fma(simd_load(to + v * SIMD_LANES), factor, acc[w][v]));
+                }
+        } else {
+            FA_UNROLL for (int w = 0; w < width; w++, to += x->c_ld)
+                FA_UNROLL for (int v = 0; v < vectors; v++) simd_store(to + v * SIMD_LANES, acc[w][v]);
         }
         if (step >= x->steps) break;
     }
+}
+
+FA_INLINE int tile_has(tile_kind kind, int width, int vectors) {
+    const int widest = tile_widest(kind, vectors);
+    return width == widest || (width < widest && (width <= FA_TILE_NARROW || kind.by_rows));
 }
 
 /* Calls tile() with width as a constant. */
 FA_INLINE void tile_of(tile_kind kind, int width, int vectors, const tile_operands *x) {
 #define FA_CASE(n)                                                         \
     case n:                                                                \
-        if (n <= SIMD_TILE_WIDTH(vectors)) tile(kind, n, vectors, x);      \
+        if (tile_has(kind, n, vectors)) tile(kind, n, vectors, x);         \
         break;
     switch (width) {
         FA_CASE(1) FA_CASE(2) FA_CASE(3) FA_CASE(4) FA_CASE(5) FA_CASE(6)
@@ -164,10 +211,11 @@ FA_INLINE void tile_of(tile_kind kind, int width, int vectors, const tile_operan
 /* All `count` elements across, for `vectors` vectors of the panel. The last two tiles share what is left evenly, because a
  * narrow tile cannot keep the multipliers busy. */
 FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_operands x) {
-    const int widest = SIMD_TILE_WIDTH(vectors);
+    const int widest = tile_widest(kind, vectors);
     while (count > 0) {
         int width = (int)count;
         if (count > widest) width = count >= 2 * widest ? widest : (int)((count + 1) / 2);
+        if (!tile_has(kind, width, vectors)) width = count >= widest ? widest : (width + 1) / 2;
         tile_of(kind, width, vectors, &x);
         x.c += width * x.c_ld;
         x.a += width * x.across;
@@ -182,8 +230,8 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
 FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
     const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0, 0};
     for (int row = 0; row < rows;) {
-        int vectors = (rows - row) / SIMD_LANES;
-        if (vectors > SIMD_TILE_VECTORS) vectors = SIMD_TILE_VECTORS;
+        int vectors = SIMD_TILE_VECTORS;
+        while (vectors * SIMD_LANES > rows - row) vectors /= 2;
         tile_operands strip = x;
         strip.c += row;
         strip.panel += row * (int64_t)sizeof(float);
@@ -192,7 +240,6 @@ FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
         case 4: tile_strip(kind, 4, count, strip); break;
-        case 3: tile_strip(kind, 3, count, strip); break;
 #endif
         case 2: tile_strip(kind, 2, count, strip); break;
         case 1: tile_strip(kind, 1, count, strip); break;
@@ -211,11 +258,24 @@ FA_INLINE int64_t tile_run(int64_t head_dim) {
     return head_dim > 0 ? (head_dim + runs - 1) / runs : 1;
 }
 
+/* The product of float32 whose elements lie side by side along the steps, and across. */
+static FA_NOINLINE void product_along(int rows, int64_t count, const tile_operands *operands) {
+    tile_operands x = *operands;
+    x.along = 1, x.ahead = 0;
+    tile_product(TILE_FLOAT32, rows, count, x);
+}
+
+static FA_NOINLINE void product_across(int rows, int64_t count, const tile_operands *operands) {
+    tile_operands x = *operands;
+    x.across = 1, x.ahead = 0;
+    tile_product(TILE_FLOAT32, rows, count, x);
+}
+
 static void qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
     const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, TILE_PANEL(q, ld),
                              .c_ld = ld, .steps = head_dim, .run = tile_run(head_dim)};
-    tile_product(TILE_FLOAT32, rows, keys, x);
+    product_along(rows, keys, &x);
 }
 
 static void pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
@@ -223,7 +283,7 @@ static void pv(float *o, const float *alpha, const float *p, int ld, int rows, f
     const float *row = (const float *)(const void *)(v.at + from * v.stride);
     const tile_operands x = {.c = o, .alpha = alpha, .a = row, .across = 1, .along = v.stride / (int64_t)sizeof(float),
                              TILE_PANEL(p, ld), .c_ld = ld, .steps = keys, .run = keys > 0 ? keys : 1};
-    tile_product(TILE_FLOAT32, rows, v_head_dim, x);
+    product_across(rows, v_head_dim, &x);
 }
 
 static float power(const float *p, int ld, int row, int64_t key) { return p[key * ld + row]; }
