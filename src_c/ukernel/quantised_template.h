@@ -54,21 +54,20 @@ static int scales_finite(fa_matrix rows, int64_t keys, int64_t dim) {
 }
 
 /* The scores of `rows` rows, a constant, as short_scores makes them. The scale of int8 comes last. */
-FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, fa_matrix k, int64_t keys, int64_t dim,
-                                fastattn_dtype dtype) {
+FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
+                                int64_t dim, fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
     const int tile_keys = SUMS / rows;
     const int64_t bytes = fa_row_bytes(dtype, dim);
     for (int64_t first = 0; first < keys; first += tile_keys) {
         const int count = keys - first < tile_keys ? (int)(keys - first) : tile_keys;
-        key_places x;
         simd_f sum[SUMS];
         float dots[SUMS];
-        find_keys(&x, tile_keys, k, first, keys);
         FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
         FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-            const char *key = x.key[j];
-            for (int64_t at = 0; at < bytes + 63; at += 64) fetch_line(&x, j, at < bytes ? at : bytes - 1);
+            const int64_t n = first + (j < count ? j : count - 1);
+            const char *key = tile_row(k, n);
+            for (int64_t at = 0; at < bytes + 63; at += 64) simd_fetch((const char *)(tile_later(k, n) + (uintptr_t)(at < bytes ? at : bytes - 1)));
             for (int64_t d = 0; d < dim; d += FA_GROUP) {
                 const simd_f scale = simd_set1(dtype == FASTATTN_INT4 ? fa_scale_at(key, d, dim, dtype) : 1.0f);
                 FA_UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
@@ -82,7 +81,7 @@ FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int6
         }
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         for (int j = 0; j < count; j++) {
-            const float scale = dtype == FASTATTN_INT8 ? fa_scale_at(x.key[j], 0, dim, dtype) : 1.0f;
+            const float scale = dtype == FASTATTN_INT8 ? fa_scale_at(tile_row(k, first + j), 0, dim, dtype) : 1.0f;
             FA_UNROLL for (int r = 0; r < rows; r++) s[r * ld + first + j] = dots[r * tile_keys + j] * scale;
         }
     }
@@ -90,9 +89,11 @@ FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int6
 
 FA_INLINE void quantised_qk_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
-    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) quantised_scores(4, s, ld, q, pitch, k, keys, dim, dtype);
-    if (rows & 2) quantised_scores(2, s, ld, q, pitch, k, keys, dim, dtype);
-    if (rows & 1) quantised_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, k, keys, dim, dtype);
+    const char *room[2];
+    const tile_rows x = tile_rows_of(k, keys, room);
+    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) quantised_scores(4, s, ld, q, pitch, &x, keys, dim, dtype);
+    if (rows & 2) quantised_scores(2, s, ld, q, pitch, &x, keys, dim, dtype);
+    if (rows & 1) quantised_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &x, keys, dim, dtype);
 }
 
 static void quantised_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
