@@ -18,6 +18,7 @@ ISAS = ("portable", "avx2", "avx512", "amx", "neon")
 # The engine, a fixture, stays the same for all examples of a test.
 shared = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
 hypothesis.settings.register_profile("fixed", derandomize=True, max_examples=60, **shared)
+hypothesis.settings.register_profile("seeded", max_examples=60, **shared)  # pytest --hypothesis-seed=7
 hypothesis.settings.register_profile("search", max_examples=2000, **shared)  # HYPOTHESIS_PROFILE=search pytest ...
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
@@ -83,6 +84,11 @@ def huge_zeros():
         return np.frombuffer(memory, np.float32).reshape(shape)
 
     return make
+
+
+def pytest_configure(config):
+    if config.getoption("hypothesis_seed", None) is not None and "HYPOTHESIS_PROFILE" not in os.environ:
+        hypothesis.settings.load_profile("seeded")  # the fixed cases know no seed
 
 
 def pytest_report_header():
