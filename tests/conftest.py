@@ -1,6 +1,8 @@
 """Every behavioural test runs on every engine: each backend, and for the native one each instruction set, that is here."""
 
 import contextlib
+import contextvars
+import functools
 import math
 import mmap
 import os
@@ -89,6 +91,33 @@ def huge_zeros():
 def pytest_configure(config):
     if config.getoption("hypothesis_seed", None) is not None and "HYPOTHESIS_PROFILE" not in os.environ:
         hypothesis.settings.load_profile("seeded")  # the fixed cases know no seed
+
+
+# ---- pytest-run-parallel: a test in several threads at once (pytest --parallel-threads=4)
+
+_of_fixtures = contextvars.Context()  # of the test that runs; a new thread's own context would know no engine
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("parallel_threads", None):
+        for item in items:
+            if isinstance(item, pytest.Function):
+                item.obj = _in_context_of_fixtures(item.obj)
+
+
+def _in_context_of_fixtures(test):
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        return _of_fixtures.copy().run(test, *args, **kwargs)
+
+    return run
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    global _of_fixtures
+    _of_fixtures = contextvars.copy_context()
+    return (yield)
 
 
 def pytest_report_header():
