@@ -1,7 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
-Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain`, which checks for itself. 16-bit storage is handled as
+Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain` and :func:`linear_plain`, which check for
+themselves. 16-bit storage is handled as
 memory: nothing here computes with an element.
 """
 
@@ -185,6 +186,8 @@ cdef extern from "fastattn.h" nogil:
 
     ctypedef enum fastattn_feature_map:
         FASTATTN_FEATURE_IDENTITY
+        FASTATTN_FEATURE_ELU
+        FASTATTN_FEATURE_RELU
 
     ctypedef struct fastattn_linear_args:
         size_t size
@@ -610,6 +613,8 @@ def explain(call):
         "visible_fraction": info.visible_fraction,
     }
 
+
+FEATURE_MAPS = {"identity": FASTATTN_FEATURE_IDENTITY, "elu": FASTATTN_FEATURE_ELU, "relu": FASTATTN_FEATURE_RELU}
 
 # The short way into the engine: ordinary arguments, checked without a Python object being made. Whatever is not ordinary, errors
 # included, is left to ``fastattn._check``, whose messages have one source.
@@ -1051,3 +1056,155 @@ def linear_attention(call):
     with nogil:
         status = fastattn_linear_attention(&args, NULL, 0)
     return <int>status
+
+
+cdef bint take_gates(value, int64_t *shape, int64_t *strides, const void **at, fastattn_dtype *dtype, int *rows) noexcept:
+    """Numbers (B, H, L), or where `rows` is not NULL (B, H, L, Dk) too, which broadcast to a shape along the first three axes."""
+    cdef int64_t all_strides[4]
+    cdef np.ndarray array
+    cdef int type_num, axis, axes
+    if not lies_well(value):
+        return False
+    array = value
+    type_num, axes = np.PyArray_TYPE(array), np.PyArray_NDIM(array)
+    if type_num != np.NPY_FLOAT32 and type_num != np.NPY_FLOAT16 and type_num != bfloat16_type:
+        return False
+    if axes == 4 and (rows is NULL or not is_plain(value, type_num) or array.shape[3] != shape[3] or shape[3] <= 1):
+        return False
+    if axes < 3 or axes > 4 or not take_table(value, type_num, shape, all_strides, axes):
+        return False
+    for axis in range(3):
+        strides[axis] = all_strides[axis]
+    at[0], dtype[0] = np.PyArray_DATA(array), dtype_code(array)
+    if rows is not NULL:
+        rows[0] = axes == 4
+    return True
+
+
+cdef bint lie_alike(np.ndarray a, np.ndarray b) noexcept:
+    """Whether two arrays of the same shape are one in memory."""
+    cdef int axis
+    for axis in range(np.PyArray_NDIM(a)):
+        if a.strides[axis] != b.strides[axis]:
+            return False
+    return np.PyArray_DATA(a) == np.PyArray_DATA(b)
+
+
+cdef bint has_shape(array, np.npy_intp *shape) noexcept:
+    cdef int axis
+    for axis in range(4):
+        if (<np.ndarray>array).shape[axis] != shape[axis]:
+            return False
+    return True
+
+
+def linear_plain(
+    q, k, v, beta=None, decay=None, log_decay=None, default_scale=None, scale=None, feature_map="identity", causal=True, normalize=False,
+    state=None, return_state=False, kv_lengths=None, cu_seqlens=None, out=None, state_out=None,
+):  # fmt: skip
+    """What the linear family returns for ordinary arguments, or None where any of them is out of the ordinary."""
+    cdef fastattn_linear_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    cdef np.ndarray q_array, k_array, v_array, out_array
+    cdef np.npy_intp shape[4]
+    cdef np.npy_intp state_shape[4]
+    cdef int64_t tokens[4]
+    cdef int type_num, kv_type_num
+    cdef int64_t states, heads
+    cdef double factor = 0
+    gates = decay if log_decay is None else log_decay
+
+    if kv_lengths is not None or cu_seqlens is not None or not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
+        return None
+    type_num, kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
+    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
+        return None
+    if type_num != kv_type_num and type_num != np.NPY_FLOAT32:
+        return None
+    if not (is_plain(q, type_num) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)):
+        return None
+    if causal is not True:
+        return None
+    if (normalize is not True and normalize is not False) or (return_state is not True and return_state is not False):
+        return None
+    q_array, k_array, v_array = q, k, v
+    states = max(k_array.shape[1], v_array.shape[1])
+    heads = max(q_array.shape[1], states)
+    if k_array.shape[1] == 0 or v_array.shape[1] == 0 or q_array.shape[1] == 0:
+        return None
+    if states % k_array.shape[1] or states % v_array.shape[1] or heads % states or heads % q_array.shape[1]:
+        return None
+    if k_array.shape[0] != q_array.shape[0] or v_array.shape[0] != q_array.shape[0] or k_array.shape[3] != q_array.shape[3]:
+        return None
+    if k_array.shape[2] != q_array.shape[2] or v_array.shape[2] != q_array.shape[2]:
+        return None
+    shape[0], shape[1], shape[2], shape[3] = q_array.shape[0], heads, q_array.shape[2], v_array.shape[3]
+    tokens[0], tokens[1], tokens[2], tokens[3] = shape[0], states, shape[2], k_array.shape[3]
+    state_shape[0], state_shape[1], state_shape[2], state_shape[3] = shape[0], states, tokens[3], shape[3] + (normalize is True)
+
+    fastattn_linear_args_init(&args, sizeof(args))
+    if type(feature_map) is not str or feature_map not in FEATURE_MAPS:
+        return None
+    args.feature_map = <fastattn_feature_map><int>FEATURE_MAPS[feature_map]
+    if scale is None:
+        factor = 1.0 / sqrt(<double>max(tokens[3], 1)) if default_scale is None else default_scale
+    elif not take_number(scale, &factor):
+        return None
+    if gates is not None:
+        if not take_gates(gates, tokens, args.decay_strides, &args.decay, &args.decay_dtype, &args.decay_rows):
+            return None
+        args.decay_log = log_decay is not None
+    if beta is not None and not take_gates(beta, tokens, args.beta_strides, &args.beta, &args.beta_dtype, NULL):
+        return None
+    if state is not None:
+        if not np.PyArray_CheckExact(state) or not is_plain(state, np.NPY_FLOAT32) or not has_shape(state, state_shape):
+            return None
+        args.state = <const float *>np.PyArray_DATA(<np.ndarray>state)
+        copy_strides(args.state_strides, state, 3)
+    new_state = state_out
+    if state_out is not None:
+        if not is_plain(state_out, np.NPY_FLOAT32) or not has_shape(state_out, state_shape):
+            return None
+        if not np.PyArray_ISWRITEABLE(<np.ndarray>state_out):
+            return None
+        for array in (q, k, v, beta, gates):
+            if not are_apart(state_out, array):
+                return None
+        if state is not None and not lie_alike(state_out, state) and not are_apart(state_out, state):
+            return None
+    elif return_state is True:
+        new_state = np.PyArray_EMPTY(4, state_shape, np.NPY_FLOAT32, 0)
+    if new_state is not None:
+        args.new_state = <float *>np.PyArray_DATA(<np.ndarray>new_state)
+        copy_strides(args.new_state_strides, new_state, 3)
+    if out is None:
+        out_array = np.PyArray_EMPTY(4, shape, type_num, 0)
+    else:
+        if not is_plain(out, type_num) or not np.PyArray_ISWRITEABLE(<np.ndarray>out) or not has_shape(out, shape):
+            return None
+        out_array = out
+        for array in (q, k, v, beta, gates, state, state_out):
+            if not are_apart(out_array, array):
+                return None
+
+    if find_settings(&found):
+        return None
+    args.batch, args.num_q_heads, args.num_k_heads, args.num_v_heads = shape[0], q_array.shape[1], k_array.shape[1], v_array.shape[1]
+    args.q_len = args.kv_len = shape[2]
+    args.head_dim, args.v_head_dim = tokens[3], shape[3]
+    args.q_dtype, args.kv_dtype = dtype_code(q_array), dtype_code(k_array)
+    args.q, args.k, args.v, args.out = (
+        np.PyArray_DATA(q_array), np.PyArray_DATA(k_array), np.PyArray_DATA(v_array), np.PyArray_DATA(out_array)
+    )  # fmt: skip
+    copy_strides(args.q_strides, q_array, 3)
+    copy_strides(args.k_strides, k_array, 3)
+    copy_strides(args.v_strides, v_array, 3)
+    copy_strides(args.out_strides, out_array, 3)
+    args.scale, args.normalize, args.causal = <float>factor, normalize is True, True
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    with nogil:
+        status = fastattn_linear_attention(&args, NULL, 0)
+    if status != FASTATTN_OK:
+        return None
+    return (out_array, new_state) if return_state is True else out_array

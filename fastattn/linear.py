@@ -315,6 +315,10 @@ def causal_conv(
 
 
 def _compute(q, k, v, **keywords):
+    plain = runtime._state.linear_plain
+    result = None if plain is None else plain(q, k, v, **keywords)
+    if result is not None:
+        return result
     backend = runtime.backend()
     call = LinearCall(backend, q, k, v, **keywords)
     backend.linear_attention(call)

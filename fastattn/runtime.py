@@ -38,15 +38,15 @@ class BackendWarning(RuntimeWarning):
 
 
 class _State:
-    """The settings of the process. `plain` is the short way into the native engine, or None where another backend is in use."""
+    """The settings of the process. `plain` and `linear_plain` are short ways into the native engine, None where another is in use."""
 
-    __slots__ = ("choices", "modules", "plain", "threads", "threads_from", "forked", "missing", "lock")
+    __slots__ = ("choices", "modules", "plain", "linear_plain", "threads", "threads_from", "forked", "missing", "lock")
 
 
 _state = _State()
 _state.choices = []  # (backend name, a weak reference to the object that may withdraw it); the last one holds
 _state.modules = {}  # backend name: its module, once it has been needed
-_state.plain = None
+_state.plain = _state.linear_plain = None
 _state.threads, _state.threads_from = 1, "default"
 _state.forked = False
 _state.missing = {}  # backend name: why it cannot be used
@@ -111,7 +111,8 @@ def _withdraw(owner):
 
 
 def _note_plain():
-    _state.plain = getattr(_state.modules.get(_state.choices[-1][0]), "attention_plain", None)
+    module = _state.modules.get(_state.choices[-1][0])
+    _state.plain, _state.linear_plain = (getattr(module, name, None) for name in ("attention_plain", "linear_plain"))
 
 
 class _Choice:

@@ -145,3 +145,111 @@ def test_leaves_large_batches_with_tables():
     np.testing.assert_array_equal(
         fastattn.attention(*arrays, kv_lengths=np.full(65, 2)), long_way(*(x[..., :2, :] for x in arrays))
     )
+
+
+# The linear family
+
+tokens = np.random.default_rng(1).standard_normal((3, 2, 4, 5, 8)).astype(np.float32)
+keys = tokens[1, :, :2]
+rates, factors = np.random.default_rng(2).uniform(0, 1, (2, 2, 4, 5)).astype(np.float32)
+states = np.random.default_rng(3).standard_normal((2, 4, 8, 9)).astype(np.float32)
+
+ORDINARY_LINEAR = [
+    {},
+    {"return_state": True},
+    {"scale": 0.5, "state": states[..., :8], "return_state": True},
+    {"beta": rates[:, :1], "return_state": True},
+    {"beta": rates, "decay": factors.astype(np.float16), "state": states[..., :8]},
+    {"decay": factors[..., None] * np.ones(8, np.float32)},
+    {"log_decay": np.log(factors)[:1, ::-1], "default_scale": 1.0},
+    {"feature_map": "elu", "normalize": True, "state": states, "return_state": True},
+    {"feature_map": "relu", "normalize": True},
+    {"out": np.empty((2, 4, 5, 16), np.float32)[..., 4:12]},
+    {"state_out": np.empty((2, 4, 8, 8), np.float32), "return_state": True},
+]
+
+
+def long_linear(*arrays, **options):
+    former, runtime._state.linear_plain = runtime._state.linear_plain, None
+    try:
+        return fastattn.linear._compute(*arrays, **options)
+    finally:
+        runtime._state.linear_plain = former
+
+
+@pytest.mark.parametrize("options", ORDINARY_LINEAR, ids=[str(n) + "-" + "-".join(o) for n, o in enumerate(ORDINARY_LINEAR)])
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("float32", "float16")], ids=str)
+@pytest.mark.parametrize("length", [1, 5])
+def test_linear_takes_what_is_ordinary(options, dtypes, length):
+    arrays = [x[:, :, :length].astype(dtype_of(name)) for x, name in zip((tokens[0], keys, tokens[2]), (dtypes[0], dtypes[1], dtypes[1]))]
+    options = {name: x[:, :, :length] if name in ("beta", "decay", "log_decay", "out") else x for name, x in options.items()}
+    if "out" in options:
+        options["out"] = options["out"].astype(arrays[0].dtype, copy=dtypes[0] != "float32")
+    long = copied(long_linear(*arrays, **options))
+    short = native.linear_plain(*arrays, **options)
+    assert short is not None
+    first, *rest = short if isinstance(short, tuple) else (short,)
+    assert first is options.get("out", first) and all(x is options.get("state_out", x) for x in rest)
+    for a, b in zip(copied(short), long, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_linear_state_in_place():
+    expected, after = long_linear(tokens[0], keys, tokens[2], beta=rates, state=states[..., :8], return_state=True)
+    state = states[..., :8].copy()
+    out, returned = native.linear_plain(tokens[0], keys, tokens[2], beta=rates, state=state, state_out=state, return_state=True)
+    assert returned is state
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(state, after)
+
+
+shared = np.zeros((2, 4, 8, 9), np.float32)
+UNUSUAL_LINEAR = [
+    {"kv_lengths": 3},
+    {"cu_seqlens": np.array([0, 5])},
+    {"causal": False},
+    {"causal": 1},
+    {"scale": 1},
+    {"feature_map": ["elu"]},
+    {"feature_map": "tanh"},
+    {"beta": rates.astype(np.float64)},
+    {"beta": rates[..., None]},
+    {"beta": rates[:, :3]},
+    {"decay": factors[..., None] * np.ones(7, np.float32)},
+    {"decay": factors[..., None]},
+    {"decay": factors + 1},
+    {"log_decay": factors + 1},
+    {"decay": unaligned(factors)},
+    {"state": states},
+    {"state": states[..., :8].astype(np.float64)},
+    {"state": states[..., :8].tolist()},
+    {"state_out": states[..., :8].astype(np.float16)},
+    {"state": shared[..., :8], "state_out": shared[..., 1:]},
+    {"state_out": shared[..., :8], "out": shared[:, :, :5, :8]},
+    {"state": shared[..., :8], "out": shared[:, :, :5, :8]},
+    {"out": np.zeros((2, 4, 5, 16), np.float32)[..., ::2]},
+    {"out": np.zeros((2, 4, 6, 8), np.float32)},
+    {"out": tokens[0]},
+]
+
+
+@pytest.mark.parametrize("n", range(len(UNUSUAL_LINEAR)), ids=["-".join(options) for options in UNUSUAL_LINEAR])
+def test_linear_leaves_what_is_unusual(n):
+    options = {"state_out": np.full((2, 4, 8, 8), 99, np.float32), **UNUSUAL_LINEAR[n]}
+    assert native.linear_plain(tokens[0], keys, tokens[2], **options) is None
+    assert UNUSUAL_LINEAR[n].keys() & {"state_out"} or (options["state_out"] == 99).all()
+
+
+WRONG_SHAPES = [
+    [(2, 4, 5, 8), (2, 3, 5, 8), (2, 4, 5, 8)],
+    [(2, 4, 5, 8), (2, 2, 5, 8), (2, 4, 6, 8)],
+    [(2, 4, 5, 8), (2, 0, 5, 8), (2, 4, 5, 8)],
+    [(2, 4, 5, 8), (2, 2, 5, 7), (2, 4, 5, 8)],
+    [(1, 4, 5, 8), (2, 2, 5, 8), (2, 4, 5, 8)],
+    [(4, 5, 8)] * 3,
+]
+
+
+@pytest.mark.parametrize("shapes", WRONG_SHAPES, ids=str)
+def test_linear_leaves_shapes_that_do_not_fit(shapes):
+    assert native.linear_plain(*(np.zeros(shape, np.float32) for shape in shapes)) is None

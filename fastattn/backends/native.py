@@ -5,6 +5,7 @@ from itertools import count, takewhile
 from .._native import (  # first, for its error names a missing extension
     attention_plain,
     has_openmp,
+    linear_plain,
     note_fork,
     set_isa,
     set_num_threads,

@@ -107,9 +107,10 @@ static void plan_slices(fa_linear_call *call) {
     call->items = a->batch * call->states * call->slices;
 }
 
-/* As for attention: each thread must have enough to do, and what is short is not interrupted. */
+/* As for attention: each thread must have enough to do, which is less here, for one step waits for memory; and what is short is not
+ * interrupted. */
 static void plan_team(fa_linear_call *call) {
-    const double enough = 2e6, worth_interrupting = 1e9;
+    const double enough = 5e5, worth_interrupting = 1e9;
     const fastattn_linear_args *a = call->args;
     const double tokens = a->cu_seqlens ? (double)a->kv_len : (double)a->batch * (double)fa_max(a->kv_len, a->q_len);
     const double work = (tokens + (double)a->batch) * (double)(call->states + call->heads) * (double)a->head_dim * (double)a->v_head_dim;
