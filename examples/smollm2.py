@@ -249,6 +249,26 @@ class Model:
             raise ModelError(f"the model's context of {self.config.context} tokens is full")
         return self.decoder([tokens], cache=cache)[0]
 
+    def prefill_all(self, prompts, cache):
+        """The same of several prompts at once: logits (B, vocab), a row after the last token of each."""
+        lengths, last = np.array([len(prompt) for prompt in prompts]), [None] * len(prompts)
+        for start in range(0, int(lengths.max()), PREFILL):
+            chunks = [prompt[start : start + PREFILL] for prompt in prompts]
+            hidden = self.forward_all(chunks, cache)
+            for n in np.flatnonzero((lengths > start) & (lengths <= start + PREFILL)):
+                last[n] = hidden[n, len(chunks[n]) - 1]
+        return self.logits(np.stack(last))
+
+    def forward_all(self, chunks, cache):
+        """Run the next tokens of each sequence, of which it may have none; return (B, most, hidden), 0 beyond the last of each."""
+        lengths = [len(chunk) for chunk in chunks]
+        if (cache[0].lengths + lengths).max() > self.config.context:
+            raise ModelError(f"the model's context of {self.config.context} tokens is full")
+        tokens = np.zeros((len(chunks), max(lengths)), np.int64)
+        for row, chunk in zip(tokens, chunks):
+            row[: len(chunk)] = chunk
+        return self.decoder(tokens, lengths=lengths, cache=cache)
+
     def logits(self, hidden):
         """Scores (..., vocab) of the next token."""
         return self.decoder.logits(hidden)

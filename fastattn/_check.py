@@ -173,6 +173,30 @@ def broadcast_mask(name, array, shape, axes="(B, Hq, Lq, Lk)"):
         raise ValueError(f"{name} must broadcast to {axes} = {shape}; got shape {array.shape}{hint}") from error
 
 
+def take_tail_mask(tail_mask, q_len, lengths):
+    """A checked `tail_mask`, (1 or B, Lq, Lt), of entries with so many queries each and these numbers of keys."""
+    mask, batch = as_array("tail_mask", tail_mask), len(lengths)
+    if mask.dtype != bool:
+        raise TypeError(f"tail_mask must hold bools; got {mask.dtype}")
+    if mask.shape[:-1] not in ((q_len,), (batch, q_len)):
+        raise ValueError(f"tail_mask must have shape ({q_len}, Lt) or ({batch}, {q_len}, Lt); got {mask.shape}")
+    if batch and mask.shape[-1] > lengths.min():
+        b = int(lengths.argmin())
+        raise ValueError(f"tail_mask must not be longer than an entry; entry {b} has {lengths[b]} keys, got {mask.shape}")
+    return mask if mask.ndim == 3 else mask[None]
+
+
+def spread_tail(tail_mask, lengths, token):
+    """The mask (B or 1, 1, Lq, Lk) that a `tail_mask` makes of keys that are these tokens, (Lk,) or (B, Lk)."""
+    tail = tail_mask.shape[2]
+    if (lengths == lengths[:1]).all() and token.ndim == 1:
+        lengths = lengths[:1]
+    place = token - (lengths[:, None] - tail)  # (B or 1, Lk), from 0 in the tail
+    tail_mask = np.concatenate([tail_mask, np.ones((*tail_mask.shape[:2], 1), bool)], axis=2)  # and what is before it
+    place = np.where((place >= 0) & (place < tail), place, tail)
+    return np.take_along_axis(tail_mask, place[:, None], axis=2)[:, None]
+
+
 def _overlap(a, b):
     """Whether two arrays share an element; where that takes too long to decide, they are said to."""
     if not np.may_share_memory(a, b):
@@ -259,7 +283,7 @@ class Call:
     lse : ndarray or None
         ``(B, Hq, Lq)`` float32, for the backend to fill.
     mask : ndarray or None
-        A view broadcast to ``(B, Hq, Lq, Lk)``: bool, float16, bfloat16, float32 or float64.
+        A view broadcast to ``(B, Hq, Lq, Lk)``: bool, float16, bfloat16, float32 or float64. Its rows are those of `q`, packed or not.
     block_mask : BlockMask or None
     causal : bool
     window : tuple of int
@@ -283,6 +307,8 @@ class Call:
         ``(B,)`` float32, with "sigmoid" and when it is given.
     power : int
     score_function : ScoreFunction or None
+    invariant : bool
+        The bits of a row depend on its query, the keys it sees, their distance from `kv_starts` and the rules alone.
     additive : ndarray or None
         ``(Hq, A)``, contiguous, of the dtype that scores have: these are ``additive . tanh(q + k)`` in place of ``q . k``.
     """
@@ -290,13 +316,14 @@ class Call:
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
         "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "scale", "softcap", "alibi_slopes", "sinks", "precision",
-        "activation", "activation_bias", "power", "score_function", "additive", "_rank", "_given_out", "_copy_to",
+        "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, paged=None, additive=None, *, mask=None, causal=False, window=None,
-        query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None, sinks=None,
-        precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None, return_lse=False, out=None,
+        self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, *, mask=None, causal=False,
+        window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None,
+        sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None, invariant=False,
+        return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend, packed is not None, paged is not None)
@@ -344,8 +371,11 @@ class Call:
         if not isinstance(precision, str) or precision not in _PRECISIONS:
             raise ValueError(f"precision must be one of {_PRECISIONS}; got {precision!r}")
         self.precision = precision
+        self.invariant = flag("invariant", invariant)
 
         self.mask = self.block_mask = self.alibi_slopes = self.sinks = None
+        if tail_mask is not None:
+            self._take_tail(tail_mask, q_len, kv_len)
         if mask is not None:
             self._take_mask(names.mask, mask, given)
         if alibi_slopes is not None:
@@ -489,6 +519,19 @@ class Call:
         if not (array.dtype.isnative and array.flags.aligned):
             array = np.array(array, dtype=array.dtype.newbyteorder("="), subok=False)
         self.mask = broadcast_mask(name, array, shape)
+
+    def _take_tail(self, tail_mask, q_len, kv_len):
+        """Keep who sees whom among the last keys of sequences in pages, which then have as many queries each, as a mask of all."""
+        if (q_len != q_len[:1]).any():
+            raise ValueError(f"tail_mask must be None where sequences have different numbers of queries; these have {q_len.tolist()}")
+        tail = take_tail_mask(tail_mask, int(q_len[0]) if len(q_len) else 0, self.kv_lengths)
+        mask = spread_tail(tail, self.kv_lengths, np.arange(kv_len))
+        rows = np.broadcast_to(mask, (len(q_len), *mask.shape[1:])).reshape(-1, kv_len)
+        self.mask = np.broadcast_to(rows, (1, self.q.shape[1], *rows.shape))
+
+    def mask_of(self, b):
+        """The dense mask of entry `b`, ``(Hq, Lq, Lk)``."""
+        return self.mask[b] if self.cu_seqlens_q is None else self.mask[0, :, self.cu_seqlens_q[b] : self.cu_seqlens_q[b + 1]]
 
     @property
     def q_rooms(self):

@@ -127,6 +127,7 @@ cdef extern from "fastattn.h" nogil:
         void *score_context
         const int32_t *block_table
         int64_t block_table_stride, num_pages, page_size
+        int invariant
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -508,6 +509,7 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
         take_block_mask(block_mask, call.block_mask)
         args.block_mask = block_mask
     args.activation, args.power = <fastattn_activation><int>ACTIVATIONS.index(call.activation), call.power
+    args.invariant = call.invariant
     if call.activation_bias is not None:
         array = call.activation_bias
         args.activation_bias = <const float *>np.PyArray_DATA(array)
@@ -754,7 +756,7 @@ cdef bint are_apart(np.ndarray a, b) noexcept:
 
 def attention_plain(
     q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
-    softcap=None, alibi_slopes=None, sinks=None, precision="highest", return_lse=False, out=None,
+    softcap=None, alibi_slopes=None, sinks=None, precision="highest", invariant=False, return_lse=False, out=None,
 ):  # fmt: skip
     """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them is out of the ordinary."""
     cdef fastattn_attention_args args
@@ -802,6 +804,9 @@ def attention_plain(
         return None
     if (causal is not True and causal is not False) or (return_lse is not True and return_lse is not False):
         return None
+    if invariant is not True and invariant is not False:
+        return None
+    args.invariant = invariant is True
     if window is not None and not take_window(window, &args):
         return None
     if kv_lengths is not None:

@@ -43,6 +43,7 @@ class PackedRules(TypedDict, total=False):
     activation_bias: Array | None
     power: int
     score_function: Any
+    invariant: bool
 
 
 class Rules(PackedRules, total=False):

@@ -80,6 +80,7 @@ def attention(
     activation_bias: Array | None = None,
     power: int = 3,
     score_function: Any = None,
+    invariant: bool = False,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -174,6 +175,11 @@ def attention(
         Changes the scores of a query and of keys that follow each other: a C function of the signature that ``fastattn.h`` gives
         (of ctypes, cffi, a capsule or ``numba.cfunc``), or a callable ``f(s, b, h, i, j)`` of arrays that broadcast to the shape
         of `s`, ``(rows, keys)``, which is slow. What it raises reaches the caller, and nothing is written then.
+    invariant : bool
+        Let the bits of a row depend on its own query, the keys that it sees, their positions and the rules, and on nothing else: all
+        at once or in chunks of any size, side by side or in pages, hidden by a `mask` or left out of a BlockMask, alone or in
+        company. Positions count from `kv_starts`. Each backend and each instruction set has bits of its own, as without. It takes a
+        little longer, above all on the numba and numpy backends. (Activations that depend on the number of keys still do.)
     return_lse : bool
         Return also the natural logarithm of the softmax denominator.
     out : array, (B, Hq, Lq, Dv), optional
@@ -208,15 +214,15 @@ def attention(
     if plain is not None and ordinary:
         result = plain(
             q, k, v, mask, causal, window, query_offset, kv_lengths, kv_starts, q_lengths, scale, softcap, alibi_slopes,
-            sinks, precision, return_lse, out,
+            sinks, precision, invariant, return_lse, out,
         )  # fmt: skip
         if result is not None:  # else something is out of the ordinary, and goes through the checks below
             return result
     return _attend(
         NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision,
-        activation=activation, activation_bias=activation_bias, power=power, score_function=score_function, return_lse=return_lse,
-        out=out,
+        activation=activation, activation_bias=activation_bias, power=power, score_function=score_function, invariant=invariant,
+        return_lse=return_lse, out=out,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, window_sides
+from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, spread_tail, take_tail_mask, window_sides
 from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
 from .quantized import attend_turned, check_dim, store
@@ -254,8 +254,8 @@ class KVCache:
             Who sees whom among the last Lt keys, as in a tree of drafts; keys before them are visible to all. It takes the place
             of `causal`.
         **keywords
-            As for :func:`attention`: window, scale, softcap, alibi_slopes, sinks, return_lse, out, ... but none that the cache
-            knows better: query_offset and kv_lengths; nor `mask` on a ring.
+            As for :func:`attention`: window, scale, softcap, alibi_slopes, sinks, invariant, return_lse, out, ... but none that the
+            cache knows better: query_offset and kv_lengths; nor `mask` and `invariant` on a ring.
 
         Returns
         -------
@@ -279,12 +279,12 @@ class KVCache:
         if tail_mask is not None:
             if "mask" in keywords:
                 raise TypeError("attend() has either mask or tail_mask")
-            tail_mask, causal = self._tail(tail_mask, q.shape[2]), False
+            tail_mask, causal = take_tail_mask(tail_mask, q.shape[2], self._lengths), False
         if self._window is not None:
             return self._attend_ring(q, flag("causal", causal), tail_mask, keywords)
         longest = int(self._lengths.max(initial=0))
         if tail_mask is not None:
-            keywords["mask"] = _spread(tail_mask, self._lengths, np.arange(longest))
+            keywords["mask"] = spread_tail(tail_mask, self._lengths, np.arange(longest))
         if (self._lengths != longest).any():
             keywords["kv_lengths"] = self._lengths
         return attention(q, self._k[:, :, :longest], self._v[:, :, :longest], causal=causal, **keywords)
@@ -345,24 +345,13 @@ class KVCache:
             new[:, :, :used] = old[:, :, :used]
             setattr(self, name, new)
 
-    def _tail(self, tail_mask, q_len):
-        """A checked `tail_mask`, (1 or B, Lq, Lt)."""
-        mask = as_array("tail_mask", tail_mask)
-        batch = self._lengths.size
-        if mask.dtype != bool:
-            raise TypeError(f"tail_mask must hold bools; got {mask.dtype}")
-        if mask.shape[:-1] not in ((q_len,), (batch, q_len)):
-            raise ValueError(f"tail_mask must have shape ({q_len}, Lt) or ({batch}, {q_len}, Lt); got {mask.shape}")
-        if batch and mask.shape[-1] > self._lengths.min():
-            b = int(self._lengths.argmin())
-            raise ValueError(f"tail_mask must not be longer than an entry; entry {b} has {self._lengths[b]} keys, got {mask.shape}")
-        return mask if mask.ndim == 3 else mask[None]
-
     def _attend_ring(self, q, causal, tail_mask, keywords):
         """Attention to the first tokens, the older turn of the ring and the newer one, merged.
 
         Of ``n`` tokens the newer turn holds the last ``w``, and row ``i`` of the older one is token ``n - w - ring + i``.
         """
+        if flag("invariant", keywords.get("invariant", False)):
+            raise ValueError("invariant must be False on a ring, whose parts are merged where it happens to begin; got True")
         if keywords.get("score_function") is not None:
             raise ValueError("score_function must be None on a ring, whose places are not the keys' positions; got one")
         n, first, ring = self._lengths, self._keep_first, self._ring
@@ -404,7 +393,7 @@ class KVCache:
                 continue
             k, v = self._k[:, :, places], self._v[:, :, places]
             if tail_mask is not None:
-                keywords["mask"] = _spread(tail_mask, n, token[:, None] + np.arange(k.shape[2]))
+                keywords["mask"] = spread_tail(tail_mask, n, token[:, None] + np.arange(k.shape[2]))
             if starts is not None:
                 keywords["kv_starts"] = np.minimum(starts, ends)
             state = attention(
@@ -436,14 +425,3 @@ class KVCache:
         oldest = np.maximum(self._lengths - self._window, self._keep_first)
         held = np.where(self._lengths > self.capacity, self._lengths - self._ring, self._keep_first)
         return not position_matters and (held == oldest).all() and (held == self._held_from).all()
-
-
-def _spread(tail_mask, lengths, token):
-    """The mask (B or 1, 1, Lq, Lk) that a `tail_mask` makes of keys that are these tokens, (Lk,) or (B, Lk)."""
-    tail = tail_mask.shape[2]
-    if (lengths == lengths[:1]).all() and token.ndim == 1:
-        lengths = lengths[:1]
-    place = token - (lengths[:, None] - tail)  # (B or 1, Lk), from 0 in the tail
-    tail_mask = np.concatenate([tail_mask, np.ones((*tail_mask.shape[:2], 1), bool)], axis=2)  # and what is before it
-    place = np.where((place >= 0) & (place < tail), place, tail)
-    return np.take_along_axis(tail_mask, place[:, None], axis=2)[:, None]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ._typing import Array, Ints
 
 # Arguments of attention under which it matters to keys that sequences share how far away a query is, or which it is.
-_NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function")
+_NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function", "tail_mask")
 
 
 class Sequence:
@@ -264,10 +264,12 @@ class PagedKVCache:
         causal : bool
         cascade : bool
             Read the pages that sequences have in common, from their first on, once for all of them, and merge (Juravsky et al.,
-            "Hydragen", 2024). Bits then depend on the company. Without effect where the distance from query to key matters to
-            shared keys: with `window`, `alibi_slopes`, `kv_starts`, `q_lengths`, a `score_function` or another `activation`.
+            "Hydragen", 2024). Bits then depend on the company. Without effect where they must not, with `invariant`, and where the
+            distance from query to key matters to shared keys: with `window`, `alibi_slopes`, `kv_starts`, `q_lengths`, a
+            `score_function`, a `tail_mask` or another `activation`.
         **keywords
-            As for :func:`paged_attention`, but query_offset and kv_lengths, which the pool knows better.
+            As for :func:`paged_attention`, `tail_mask` and `invariant` among them, but query_offset and kv_lengths, which the pool
+            knows better.
 
         Returns
         -------
@@ -296,7 +298,7 @@ class PagedKVCache:
         starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         table, lengths = self.block_table(sequences), self.lengths(sequences)
         plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"
-        if flag("cascade", cascade) and plain:
+        if flag("cascade", cascade) and plain and not flag("invariant", keywords.get("invariant", False)):
             # The pages that every query of a sequence sees may be shared.
             seen = np.maximum(lengths - np.diff(starts) + 1, 0) if flag("causal", causal) else lengths
             levels = list(_levels(table, np.minimum(seen, lengths) // self.page_size))

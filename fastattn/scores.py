@@ -81,7 +81,7 @@ def additive_attention(
     >>> out = fastattn.additive_attention(state, annotations, annotations, w_a, u_a, v_a)  # (1, 512), (40, 1024), (40, 1024)
     """
     known_keywords("additive_attention", keywords)
-    problem = _Problem(runtime.backend(), q, k, v, out)
+    problem = _Problem(runtime.backend(), q, k, v, out, flag("invariant", keywords.get("invariant", False)))
     problem.add(w_q, w_k, w_v, bias, ("w_q", "w_k", "w_v", "bias"))
     return problem.solve(keywords)
 
@@ -168,7 +168,7 @@ def luong_attention(
             if (weights is not None) != (name in wanted):
                 must, got = ("given", "None") if name in wanted else ("None", "weights")
                 raise ValueError(f"{name} must be {must} with {why}; got {got}")
-    problem = _Problem(runtime.backend(), q, k, v, out)
+    problem = _Problem(runtime.backend(), q, k, v, out, flag("invariant", keywords.get("invariant", False)))
     q_dim, k_dim = problem.q.shape[3], problem.k.shape[3]
     if local is not None:
         if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 1:
@@ -197,8 +197,8 @@ def luong_attention(
 class _Problem:
     """Queries, keys and values of rank 4, in the dtype of the arithmetic once they are projected, and how they are scored."""
 
-    def __init__(self, backend, q, k, v, out):
-        self.backend = backend
+    def __init__(self, backend, q, k, v, out, rows_alone):
+        self.backend, self._rows_alone = backend, rows_alone
         self.given = given = {"q": as_array("q", q), "k": as_array("k", k), "v": as_array("v", v)}
         q, k, v = given.values()
         if q.ndim not in (2, 3, 4):
@@ -238,8 +238,11 @@ class _Problem:
         return array.astype(self.dtype)
 
     def _times(self, x, weights):
+        x = x.astype(self.dtype)
         with np.errstate(all="ignore"):
-            return np.matmul(x.astype(self.dtype), weights)
+            if not self._rows_alone:
+                return np.matmul(x, weights)
+            return np.matmul(x[..., None, :], weights[..., None, :, :] if weights.ndim == 3 else weights)[..., 0, :]
 
     def project(self, w, k_dim):
         """Queries become ``q @ w``."""

@@ -74,6 +74,7 @@ def attention_varlen(
     activation_bias: Array | None = None,
     power: int = 3,
     score_function: Any = None,
+    invariant: bool = False,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -96,7 +97,7 @@ def attention_varlen(
         Cumulative lengths (int32 or int64): from 0, never decreasing, ending at `total_q`.
     cu_seqlens_k : array_like of int, (B + 1,)
         The same for keys and values, ending at `total_k`.
-    causal, window, scale, softcap, alibi_slopes, sinks, precision, activation, activation_bias, power, score_function
+    causal, window, scale, softcap, alibi_slopes, sinks, precision, activation, activation_bias, power, score_function, invariant
         As in :func:`attention`; `alibi_slopes` is ``(Hq,)`` or ``(B, Hq)``.
     query_offset : int or array_like of int, (B,), optional
         The position of a sequence's first query. Default: its number of keys less its number of queries.
@@ -132,7 +133,7 @@ def attention_varlen(
         backend, q, k, v, packed=(cu_seqlens_q, cu_seqlens_k), causal=causal, window=window, query_offset=query_offset,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         precision=precision, activation=activation, activation_bias=activation_bias, power=power, score_function=score_function,
-        return_lse=return_lse, out=out,
+        invariant=invariant, return_lse=return_lse, out=out,
     )  # fmt: skip
     backend.attention(call)
     return call.result()
@@ -160,6 +161,8 @@ def paged_attention(
     activation_bias: Array | None = None,
     power: int = 3,
     score_function: Any = None,
+    invariant: bool = False,
+    tail_mask: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Any:
@@ -186,8 +189,11 @@ def paged_attention(
         Cumulative numbers of queries: from 0, never decreasing, ending at `total_q`. Default: each sequence has an equal share.
     causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks, precision
         As in :func:`attention_varlen`; pages that lie wholly before `kv_starts` need not be there.
-    activation, activation_bias, power, score_function
+    activation, activation_bias, power, score_function, invariant
         Likewise.
+    tail_mask : array_like of bool, (Lq, Lt) or (B, Lq, Lt), optional
+        Of sequences with Lq queries each: who sees whom among the last Lt keys, as in a tree of drafts; keys before them are visible
+        to all. It takes the place of `causal`.
     return_lse : bool
         Return also the natural logarithm of the softmax denominator.
     out : array, (total_q, Hq, Dv), optional
@@ -218,10 +224,11 @@ def paged_attention(
     if kv_lengths is None:
         raise TypeError("kv_lengths must be an int or an integer array; got None")
     call = Call(
-        backend, q, k_pages, v_pages, _PAGED_NAMES, paged=(block_table, cu_seqlens_q), causal=causal, window=window,
-        query_offset=query_offset, kv_lengths=kv_lengths, kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, precision=precision, activation=activation, activation_bias=activation_bias, power=power,
-        score_function=score_function, return_lse=return_lse, out=out,
+        backend, q, k_pages, v_pages, _PAGED_NAMES, paged=(block_table, cu_seqlens_q), tail_mask=tail_mask,
+        causal=causal if tail_mask is None else False, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
+        kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        precision=precision, activation=activation, activation_bias=activation_bias, power=power, score_function=score_function,
+        invariant=invariant, return_lse=return_lse, out=out,
     )  # fmt: skip
     backend.attention(call)
     return call.result()

@@ -242,6 +242,51 @@ def test_program_keeps_keys_and_values_in_any_dtype(tiny_path, tokenizer, model,
     assert capsys.readouterr().out.rstrip("\n") == text.translate(generate.CONTROLS).rstrip("\n")
 
 
+def greedy(model, prompt, limit):
+    tokens = list(generate.generate(model, prompt, limit, generate.sampler(0, 1.0, 0)))
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("beginning", [[], [7, 3] * 20])
+def test_several_prompts_get_the_answers_that_each_gets_alone(model, monkeypatch, beginning, paged):
+    monkeypatch.setattr(smollm2, "PREFILL", 30)  # one prompt ends in the first pass, others later
+    prompts = [beginning + random_tokens(n, seed=n) for n in (3, 40, 61, 1)]
+    cache = generate.new_pages(model, prompts, 12, "float32") if paged else model.new_cache(batch=4)
+    answers = [[] for _ in prompts]
+    for n, token in generate.generate_all(model, prompts, 12, [generate.sampler(0, 1.0, 0)] * 4, END, cache):
+        answers[n].append(token)
+    assert answers == [greedy(model, prompt, 12) for prompt in prompts]
+    if paged and beginning:  # which is there once
+        pool = cache[0]._pool
+        assert pool.block_table(cache[0]._sequences).shape[0] == 1
+        used = pool._references.size - pool.num_free_pages
+        assert used < sum(-(-(len(prompt) + 12) // 16) for prompt in prompts) - 3
+
+
+def test_several_answers_end_with_the_context(model):
+    prompts = [random_tokens(508), random_tokens(3)]
+    found = list(generate.generate_all(model, prompts, 9, [generate.sampler(0, 1.0, 0)] * 2, -1, model.new_cache(batch=2)))
+    assert [sum(n == m for n, _ in found) for m in (0, 1)] == [4, 9]
+
+
+@pytest.mark.parametrize("options", [[], ["--paged"]])
+def test_program_prints_each_line_behind_the_number_of_its_prompt(tiny_path, tokenizer, model, options, capsys):
+    generate.main(["--prompt", "the cat", "--prompt", "42", "--model", str(tiny_path), "--max-tokens", "9", "--temperature", "0", *options])
+    output = capsys.readouterr()
+    for n, text in enumerate(["the cat", "42"], 1):
+        decode, tokens = tokenizer.decoder(), greedy(model, tokenizer.chat(text), 9)
+        wanted = "".join(decode(token) for token in tokens if token != END).translate(generate.CONTROLS).split("\n")
+        assert [line.partition(": ")[2] for line in output.out.split("\n") if line.startswith(f"{n}: ")] == wanted
+    assert re.search(r"prompts: 2 of \d+ tokens in all, [\d.]+ tokens/s\nanswers: \d+ tokens", output.err)
+
+
+def test_program_wants_a_prompt(capsys):
+    with pytest.raises(SystemExit):
+        generate.parse_arguments(["--paged"])
+    assert "there must be a prompt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

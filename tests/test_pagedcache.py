@@ -377,3 +377,55 @@ def test_bad_arguments(backend):
         with pytest.raises(error, match=message):
             call()
     assert (pool.num_free_pages, pool._k.tobytes(), pool.lengths(sequences).tolist()) == before
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 3, 3), (3, 9)])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_drafts_in_pages_see_what_their_mask_says(engine, shape, page_size):
+    """Bitwise what arrays side by side give, each sequence by itself."""
+    lengths, tail = [70, 21], shape[-1]
+    rng = np.random.default_rng(4)
+    pool = fastattn.PagedKVCache(200, page_size, 2, 16, dtype="float32")
+    sequences, stored = [pool.new_sequence() for _ in lengths], []
+    for sequence, n in zip(sequences, lengths):
+        k, v = rng.standard_normal((2, n, 2, 16), np.float32)
+        pool.append([sequence], k, v)
+        stored.append((k, v))
+    q = rng.standard_normal((6, 4, 16), np.float32)
+    tree = rng.random(shape) < 0.6
+    out, lse = pool.attend(sequences, q, tail_mask=tree, return_lse=True)
+    for b, (k, v) in enumerate(stored):
+        mask = np.ones((3, lengths[b]), bool)
+        mask[:, lengths[b] - tail :] = tree if tree.ndim == 2 else tree[b]
+        some = q[3 * b : 3 * b + 3].swapaxes(0, 1)
+        wanted, wanted_lse = fastattn.attention(some, k.swapaxes(0, 1), v.swapaxes(0, 1), mask=mask, return_lse=True)
+        assert np.array_equal(out[3 * b : 3 * b + 3].swapaxes(0, 1), wanted)
+        assert np.array_equal(lse[:, 3 * b : 3 * b + 3], wanted_lse)
+
+
+def test_a_tail_mask_that_does_not_fit_is_refused(backend):
+    pool = fastattn.PagedKVCache(20, 4, 1, 8, dtype="float32")
+    long, short = pool.new_sequence(), pool.new_sequence()
+    pool.append([long, short], *np.zeros((2, 12, 1, 8), np.float32), cu_seqlens=[0, 10, 12])
+    q, tree = np.zeros((6, 1, 8), np.float32), np.ones((3, 3), bool)
+    for message, error, mask, bounds in (
+        ("tail_mask must not be longer than an entry; entry 1 has 2 keys", ValueError, tree, None),
+        ("tail_mask must hold bools; got float64", TypeError, np.ones((3, 2)), None),
+        (r"tail_mask must have shape \(3, Lt\) or \(2, 3, Lt\); got \(2, 2\)", ValueError, tree[:2, :2], None),
+        ("tail_mask must be None where sequences have different numbers of queries", ValueError, tree[:, :2], [0, 4, 6]),
+    ):
+        with pytest.raises(error, match=message):
+            pool.attend([long, short], q, bounds, tail_mask=mask)
+
+
+def test_cascade_keeps_the_bits_of_invariant_rows(backend):
+    rng = np.random.default_rng(5)
+    pool = fastattn.PagedKVCache(40, 16, 2, 16, dtype="float32")
+    parent = pool.new_sequence()
+    pool.append([parent], *rng.standard_normal((2, 64, 2, 16), np.float32))
+    sequences = [parent, pool.fork(parent), pool.fork(parent)]
+    pool.append(sequences, *rng.standard_normal((2, 9, 2, 16), np.float32))
+    q = rng.standard_normal((3, 4, 16), np.float32)
+    together = pool.attend(sequences, q, cascade=True, invariant=True)
+    for n, sequence in enumerate(sequences):
+        assert np.array_equal(together[n : n + 1], pool.attend([sequence], q[n : n + 1], invariant=True))

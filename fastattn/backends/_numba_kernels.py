@@ -365,7 +365,7 @@ def see_mask(plan, panel, j, n, bits, at, row):
         low = min(max(low - j, 0), n)
         high = min(max(high - j, low), n)
         if plan.mask:
-            mask = plan.mask + panel.entry.batch * plan.mask_batch + head * plan.mask_head + i * plan.mask_row
+            mask = plan.mask + panel.entry.batch * plan.mask_batch + head * plan.mask_head + (panel.entry.query + i) * plan.mask_row
             mask += (panel.entry.start + j + low) * plan.mask_key
             bias_row(mask, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
         else:

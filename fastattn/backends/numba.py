@@ -90,7 +90,7 @@ def set_num_threads(n):
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
-    if call.score_function is not None:  # which is not compiled into the kernels
+    if _is_for_numpy(call):
         numpy.attention(call)
         return
     for work in _works(call):
@@ -105,6 +105,11 @@ def attention(call):
         for phase in (PARTS, MERGE) if work.states_bytes else (WHOLE,):
             _share(partial(run, phase), work.threads, work.is_long and threading.current_thread() is threading.main_thread())
     call.clear_padding()
+
+
+def _is_for_numpy(call):
+    """A score function is not compiled into the kernels, and theirs is another order of sums for few rows than for many."""
+    return call.score_function is not None or call.invariant
 
 
 def merge_states(outs, lses, out, lse):
@@ -179,7 +184,7 @@ def linear_attention(call):
 
 def explain(call):
     """How `call` is computed; where entries differ, what is done to those with the most rows."""
-    if call.score_function is not None:
+    if _is_for_numpy(call):
         return numpy.explain(call)
     works = list(_works(call)) or [_Work(call, np.arange(0), _MANY_ROWS)]
     work = works[-1]

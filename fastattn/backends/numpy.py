@@ -13,6 +13,7 @@ from .._quantized import encoded, kind_of, turned
 
 _TILE_ROWS = 256
 _TILE_KEYS = 4096
+_ALIKE_KEYS = 256  # of a tile where rows are invariant
 
 dtypes = frozenset({"float16", "bfloat16", "float32", "float64", np.dtype(np.longdouble).name})
 
@@ -296,8 +297,9 @@ def _score_blocks(call, entry, b, h, i0, i1):
     listed = None if call.block_mask is None else call.block_mask.dense_rows(b, h, i0, i1)
 
     start = int(call.kv_starts[b])
-    for j0 in range(low - (low - start) % _TILE_KEYS, high, _TILE_KEYS):
-        keys = np.arange(max(j0, low), min(j0 + _TILE_KEYS, high))
+    step = _ALIKE_KEYS if call.invariant else _TILE_KEYS
+    for j0 in range(low - (low - start) % step, high, step):
+        keys = np.arange(max(j0, low), min(j0 + step, high))
         span = slice(keys[0], keys[-1] + 1)
         visible = np.ones((i1 - i0, keys.size), bool)
         if call.causal:
@@ -310,9 +312,9 @@ def _score_blocks(call, entry, b, h, i0, i1):
             visible &= listed[:, span]
         bias = None
         if call.mask is not None and call.mask.dtype == bool:
-            visible &= call.mask[b, h, i0:i1, span]
+            visible &= call.mask_of(b)[h, i0:i1, span]
         elif call.mask is not None:
-            bias = call.mask[b, h, i0:i1, span]
+            bias = call.mask_of(b)[h, i0:i1, span]
             visible &= bias != -np.inf
 
         seen = np.flatnonzero(visible.any(axis=0))
@@ -320,7 +322,7 @@ def _score_blocks(call, entry, b, h, i0, i1):
             continue
         keys, visible = keys[seen], visible[:, seen]
 
-        scores = q @ k[keys].astype(dtype).T if call.additive is None else _additive(call.additive[h], q, k[keys].astype(dtype))
+        scores = _raw_scores(call, h, q, k[keys].astype(dtype), keys - j0)
         scores *= dtype.type(call.scale)
         if call.softcap:
             scores = dtype.type(call.softcap) * np.tanh(scores / dtype.type(call.softcap))
@@ -331,6 +333,42 @@ def _score_blocks(call, entry, b, h, i0, i1):
         if call.alibi_slopes is not None:
             scores -= call.alibi_slopes[b, h] * np.abs(position - keys).astype(dtype)
         yield keys, np.where(visible, scores, dtype.type(-np.inf)), visible
+
+
+def _raw_scores(call, h, q, k, places):
+    """Products, or additive scores; `places` are those of the keys in their tile."""
+    if not call.invariant:
+        return q @ k.T if call.additive is None else _additive(call.additive[h], q, k)
+    k = _in_place(k, places)
+    if call.additive is None:
+        return _each_alone(q, k.T)[:, places]
+    return np.concatenate([_additive(call.additive[h], row[None], k) for row in q])[:, places]
+
+
+def _in_place(x, places):
+    """Rows at their places in a tile of which the others are 0.
+
+    Where rows are invariant, every sum is over a whole tile: what a library adds up, and in which order, depends on the shapes that it
+    is given.
+    """
+    tile = np.zeros((_ALIKE_KEYS, *x.shape[1:]), x.dtype)
+    tile[places] = x
+    return tile
+
+
+def _each_alone(a, b):
+    """``a @ b``, each row of `a` by a product of its own, the same one however many there are."""
+    return (a[:, None] @ b)[:, 0]
+
+
+def _tile_of(call, b, keys, scores, visible, v):
+    """Scores, visibility and values of `keys` as they are summed up."""
+    if not call.invariant:
+        return scores, visible, v
+    places = (keys - call.kv_starts[b]) % _ALIKE_KEYS
+    hidden = np.full((_ALIKE_KEYS, len(scores)), -np.inf, scores.dtype)
+    hidden[places] = scores.T
+    return np.ascontiguousarray(hidden.T), _in_place(visible.T, places).T, _in_place(v, places)
 
 
 def _additive(weights, q, k):
@@ -385,7 +423,8 @@ def _weighted_sums(call, entry, b, h, i0, i1):
     v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
     acc = np.zeros((i1 - i0, v.shape[1]), _compute_dtype(call.q.dtype))
     for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
-        acc += _weighted_values(_activate(call, b, scores), visible, v[keys].astype(acc.dtype))
+        scores, visible, values = _tile_of(call, b, keys, scores, visible, v[keys].astype(acc.dtype))
+        acc += _weighted_values(call, _activate(call, b, scores), visible, values)
     return acc
 
 
@@ -396,8 +435,9 @@ def _mean_values(call, entry, b, h, i0, i1, v_scale=1):
     acc = np.zeros((i1 - i0, v.shape[1]), l.dtype)
     sees = np.zeros(i1 - i0, bool)
     for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
+        scores, visible, values = _tile_of(call, b, keys, scores, visible, v[keys].astype(l.dtype) * l.dtype.type(v_scale))
         m, l, p, alpha = _softmax_step(m, l, scores)
-        acc = acc * alpha[:, None] + _weighted_values(p, visible, v[keys].astype(l.dtype) * l.dtype.type(v_scale))
+        acc = acc * alpha[:, None] + _weighted_values(call, p, visible, values)
         sees |= visible.any(axis=1)
     m, l, alpha = _add_sink(call, h, m, l)
     acc *= alpha[:, None]
@@ -432,12 +472,13 @@ def _shift(m):
     return np.where(m == -np.inf, 0, m).astype(m.dtype)
 
 
-def _weighted_values(p, visible, v):
+def _weighted_values(call, p, visible, v):
     """``p @ v`` in which a NaN or inf of `v` reaches only the rows that see its key."""
+    product = _each_alone if call.invariant else np.matmul
     finite = np.isfinite(v).all(axis=1)
     if finite.all():
-        return p @ v
-    out = p @ np.where(finite[:, None], v, 0)
+        return product(p, v)
+    out = product(p, np.where(finite[:, None], v, 0))
     for j in np.flatnonzero(~finite):
         rows = visible[:, j]
         out[rows] += p[rows, j, None] * v[j]

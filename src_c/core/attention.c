@@ -91,6 +91,25 @@ static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
     return activation;
 }
 
+/* Whether an item takes several parts, one after the other. */
+static int by_turns(const fa_shape *shape) { return shape->split_keys > shape->state_keys; }
+
+/* The state of the keys that come next. */
+static void begin_state(fa_work *w) {
+    fastattn_state_clear(&w->state);
+    if (w->activation.kind == FASTATTN_SOFTMAX) return;
+    for (int r = 0; r < w->panel.padded; r++) /* no maximum moves, so that states merge by adding */
+        w->state.m[r] = 0.0f, w->panel.alpha[r] = w->panel.fade[r] = 1.0f;
+}
+
+/* A block of the next part. */
+static void next_state(fa_work *w, int64_t key) {
+    const int64_t keys = w->panel.entry->shape.state_keys;
+    fastattn_state_merge(&w->total, &w->state, w->call->exponent);
+    begin_state(w);
+    w->state_end = (key / keys + 1) * keys;
+}
+
 /* Panel `panel` of an entry, as number `n` of a bundle, at its first block of keys. */
 static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker,
                   fa_run *run, float v_scale) {
@@ -115,9 +134,11 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
     w->products = run->ways[w->way].products;
     w->ld = ld_by(w->products, &entry->shape);
     state_at(&w->state, call, &w->panel, entry->shape.splits > 1 ? partial_memory(call, entry, panel, part) : own + at->panel.o);
-    fastattn_state_clear(&w->state);
-    if (w->activation.kind != FASTATTN_SOFTMAX) { /* no maximum moves, so that states merge by adding */
-        for (int r = 0; r < w->panel.padded; r++) w->state.m[r] = 0.0f, w->panel.alpha[r] = w->panel.fade[r] = 1.0f;
+    w->state_end = w->panel.first_key + entry->shape.state_keys;
+    begin_state(w);
+    if (by_turns(&entry->shape)) {
+        state_at(&w->total, call, &w->panel, own + at->panel.total);
+        fastattn_state_clear(&w->total);
     }
     w->q_finite = !w->products->in_parts || finite_queries(w);
     fastattn_key_blocks(&w->blocks, call, &w->panel);
@@ -168,11 +189,15 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
         for (fa_work *w = works; w < works + panels; w++)
             if (w->pending && (!next || w->block.first < next->block.first)) next = w;
         if (!next) break;
+        if (next->block.first >= next->state_end) next_state(next, next->block.first);
         fastattn_run_block(next, &next->block);
         next->pending = fastattn_next_key_block(&next->blocks, &next->block);
     }
-    for (int64_t n = 0; n < panels && shape->splits == 1; n++)
-        if (finish(call, &works[n].panel, &works[n].state, v_scale)) overflown |= (uint32_t)1 << n;
+    for (int64_t n = 0; n < panels && shape->splits == 1; n++) {
+        fa_work *w = works + n;
+        if (by_turns(shape)) fastattn_state_merge(&w->total, &w->state, call->exponent);
+        if (finish(call, &w->panel, by_turns(shape) ? &w->total : &w->state, v_scale)) overflown |= (uint32_t)1 << n;
+    }
     if (shape->products->leave) shape->products->leave();
     return overflown;
 }

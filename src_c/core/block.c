@@ -13,7 +13,7 @@ static unsigned block_bias(fa_work *w, const fa_key_block *block) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
         found = w->products->mask(w->bias, w->ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
     }
-    if (block->bits && found & FA_MASK_SHOWS) {
+    if (fa_hides(block) && found & FA_MASK_SHOWS) {
         const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->products, w->ld, w->bias, w->keys_of);
         found = (found | of_bits) & (of_bits & FA_MASK_SHOWS ? ~0u : ~(unsigned)FA_MASK_SHOWS);
     }

@@ -33,7 +33,8 @@ typedef struct fa_work {
     int ld;                    /* of the panel, as these products lay it out */
     fa_run *run;
     fa_panel panel;
-    fa_state state;
+    fa_state state, total; /* of a part, and of those before it that the item has taken */
+    int64_t state_end;     /* keys from there on are for the next state */
     fa_activation activation;
     float *s, *p, *bias, *shown;
     char *finite_v;

@@ -27,14 +27,19 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
 }
 
 /* Few rows over many keys leave threads idle, so the keys are split; the parts are merged exactly. The number depends on
- * one batch entry's shape alone, never on the threads or the batch: results must not. */
+ * one batch entry's shape alone, never on the threads or the batch: results must not. Where rows are invariant, parts do not
+ * depend on the number of rows or keys either, and an item that takes all of them merges them as those are merged that have items of
+ * their own. */
 static void plan_splits(const fa_call *call, fa_shape *shape) {
-    enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024 };
-    const int64_t of_entry = call->sequences * shape->rows.panels, keys = shape->kv_len;
+    enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024, MOST_PARTIALS = 1 << 26 };
+    const int64_t of_entry = call->sequences * shape->rows.panels, keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
     const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
+    const double partials = (double)parts * (double)of_entry * (double)fastattn_state_bytes(shape->rows.ld, call->args->v_head_dim);
     shape->split_keys = keys;
-    if (wanted > 1) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
+    if (wanted > 1 && !call->args->invariant) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
+    if (wanted > 1 && call->args->invariant && partials < MOST_PARTIALS) shape->split_keys = FEWEST_KEYS;
     shape->splits = shape->split_keys > 0 ? fa_ceil_div(keys, shape->split_keys) : 1;
+    shape->state_keys = call->args->invariant ? FEWEST_KEYS : fa_max(shape->split_keys, 1);
 }
 
 /* Whether rows of so many bytes leave gaps, as those of heads side by side do. */
@@ -55,9 +60,12 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
         return;
     }
     const fa_products *alone = call->args->kv_dtype == FASTATTN_BFLOAT16 ? products->alone : NULL;
-    if (alone && kv_len >= FA_MANY_KEYS && q_len * call->group <= alone->panel_rows) products = alone;
+    /* Lanes give a row the same bits however few there are, and none other do but float32 where keys are turned. */
+    const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->quantised;
+    const int any_rows = call->args->invariant && (products != call->exact || decodes);
+    if (alone && (many || any_rows) && q_len * call->group <= alone->panel_rows) products = alone;
     shape->rows = plan_rows(call, q_len, products->panel_rows);
-    if (shape->rows.panel_rows < products->fewest_rows) {
+    if (shape->rows.panel_rows < products->fewest_rows && !any_rows) {
         products = call->exact;
         shape->rows = plan_rows(call, q_len, products->panel_rows);
     }
@@ -65,8 +73,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
-    const int many = kv_len >= FA_MANY_KEYS && !call->quantised; /* what is decoded is read front to back in any case */
-    shape->few_below = many ? products->fewest_rows_over_many : products->fewest_rows;
+    const int from_memory = many && !call->quantised; /* what is decoded is read front to back in any case */
+    shape->few_below = any_rows ? 1 : from_memory ? products->fewest_rows_over_many : products->fewest_rows;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
     for (int way = 0; way < FA_WAYS; way++)
@@ -98,7 +106,7 @@ typedef struct fa_totals {
     double parts, work, partials;  /* panels times parts of their keys, multiplications, and bytes of states */
     int64_t panels, block_keys;    /* the most that an entry has */
     int ld, prepared[FA_WAYS];     /* the most, and whether any has them */
-    int p_apart;                   /* powers need room of their own */
+    int p_apart, by_turns;         /* powers need room of their own, and so do states of several parts */
 } fa_totals;
 
 /* Multiplications that a panel takes as long as, besides its own. */
@@ -117,6 +125,7 @@ static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape
     t->block_keys = fa_max(t->block_keys, shape->block_keys);
     for (int way = 0; way < FA_WAYS; way++) t->prepared[way] |= shape->prepared[way];
     t->p_apart |= !shape->products->in_place;
+    t->by_turns |= shape->split_keys > shape->state_keys;
 }
 
 static fa_totals survey(fa_call *call) {
@@ -216,6 +225,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->quantised * a->v_head_dim * (int64_t)sizeof(float);
     m->finite_v = take(&bytes, keys * fa_max(as_read, wide), 1);
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
+    m->panel.total = take(&panel, totals->by_turns, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
     m->panel.bytes = panel;
     m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), panel);
@@ -237,12 +247,12 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
     call->quantised = fa_is_quantised(args->kv_dtype);
-    call->few = args->additive ? call->uk->additive_few : call->quantised ? call->uk->few_quantised : call->uk->few;
+    call->few = args->additive ? call->uk->additive_few : call->quantised ? call->uk->few_quantised : args->invariant ? call->uk->turned : call->uk->few;
     call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
     call->products = args->additive || args->activation != FASTATTN_SOFTMAX
                          ? call->exact
-                         : fastattn_products_select(args->isa, args->q_dtype, args->precision);
+                         : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     plan_team(call, 0);
     take(&call->workspace, 1, sizeof *call);

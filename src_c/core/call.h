@@ -45,6 +45,7 @@ typedef struct fa_shape {
     int64_t block_keys;    /* keys in one step */
     int64_t splits;        /* parts of the keys, each an item of work */
     int64_t split_keys;    /* keys of a part, a multiple of block_keys */
+    int64_t state_keys;    /* keys that are summed in one state: those of a part, unless an item takes several parts by turns */
     int prepared[FA_WAYS]; /* keys and values are not used as stored */
     int few_below;         /* panels of fewer rows are for the products by rows */
 } fa_shape;
@@ -68,7 +69,7 @@ typedef struct fa_entry {
 typedef struct fa_scratch {
     size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], wide_k, wide_v, k_rows, v_rows, finite_v, panels;
     size_t bytes;
-    struct { size_t q[FA_WAYS], o, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
+    struct { size_t q[FA_WAYS], o, total, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
 /* A call in its workspace, to which it belongs: the public plan. */

@@ -63,7 +63,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
-        {a->mask, a->mask_strides, 4, {batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
+        {a->mask, a->mask_strides, 4, {q_batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
         {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, used, 4, 0, 0},
         {a->sinks, NULL, 0, {0}, heads, 4, 0, 0},
         {a->query_offset, NULL, 0, {0}, batch, 8, 0, 0},
@@ -116,8 +116,8 @@ static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
 
 /* The shape that each entry is said to have fits into what there is. */
 static fastattn_status check_lengths(const fastattn_attention_args *a) {
-    if ((a->cu_seqlens_q || a->cu_seqlens_k) && (a->mask || a->block_mask)) return FASTATTN_ERROR_ARGUMENT;
-    if (a->cu_seqlens_k && a->block_table) return FASTATTN_ERROR_ARGUMENT;
+    if (a->cu_seqlens_q && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
+    if (a->cu_seqlens_k && (a->mask || a->block_mask || a->block_table)) return FASTATTN_ERROR_ARGUMENT;
     if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
         (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
         return FASTATTN_ERROR_SEQLENS;

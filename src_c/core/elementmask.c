@@ -25,6 +25,18 @@ static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t fi
     return lanes;
 }
 
+/* Which rows the list lets see key j of the block; entry is that of the key before. */
+static uint64_t lanes_of_list(const fa_panel *p, const fa_key_block *block, int64_t j, int64_t *entry, int64_t group) {
+    const fastattn_block_mask *m = block->listed;
+    const int64_t key = block->listed_key + j, size = m->block_size;
+    while (*entry < block->last_entry && (m->indices[*entry] + 1) * size <= key) ++*entry;
+    if (*entry == block->last_entry || m->indices[*entry] * size > key) return 0;
+    const int32_t element_mask = m->partial ? m->partial[*entry] : -1;
+    if (element_mask < 0) return ~(uint64_t)0;
+    const int64_t row = element_mask * size + key - m->indices[*entry] * size;
+    return lanes_of_bits(p, m->element_bits + row * block->bits_stride, block->bits_query, group);
+}
+
 unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, const fa_products *products,
                                int ld, float *bias, fa_key_range *keys_of) {
     static const float hidden[16][4] = {
@@ -37,10 +49,11 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
     const int groups = (int)fa_ceil_div(p->padded, FA_ROW_STEP);
     uint64_t lanes[FA_MOST_BLOCK_KEYS];
     unsigned found = 0;
+    int64_t entry = block->entry;
     for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;
     for (int64_t j = 0; j < block->keys; j++) {
-        const uint8_t *bits = block->bits + j * block->bits_stride;
-        lanes[j] = lanes_of_bits(p, bits, block->bits_query, call->group) & real;
+        lanes[j] = real & (block->listed ? lanes_of_list(p, block, j, &entry, call->group)
+                                         : lanes_of_bits(p, block->bits + j * block->bits_stride, block->bits_query, call->group));
         found |= (lanes[j] ? FA_MASK_SHOWS : 0u) | (lanes[j] != real ? FA_MASK_HIDES : 0u);
         for (int g = 0; g < groups; g++)
             if (lanes[j] >> (g * FA_ROW_STEP) & 0xffff) {

@@ -22,6 +22,7 @@ void fastattn_key_blocks(fa_key_blocks *it, const fa_call *call, const fa_panel 
         it->entry = it->mask->indptr[row];
         it->last_entry = it->mask->indptr[row + 1];
         it->run_end = it->next;
+        it->whole_steps = call->args->invariant;
     } else
         it->next -= (it->next - it->first_key) % FA_SUM_RUN;
 }
@@ -51,8 +52,44 @@ static int next_run(fa_key_blocks *it) {
     return 1;
 }
 
+static int64_t first_of(const fa_key_blocks *it, int64_t entry) { return it->mask->indices[entry] * it->mask->block_size - it->start; }
+
+/* The next step of keys of which some are listed, from the first of these to the last. What is between them is hidden, so that they are
+ * taken into the state as they are where all are there and a mask hides the others. */
+static int next_step(fa_key_blocks *it, fa_key_block *block) {
+    const fastattn_block_mask *m = it->mask;
+    const int64_t size = m->block_size;
+    while (it->entry < it->last_entry && first_of(it, it->entry) + size <= it->next) it->entry++;
+    if (it->entry == it->last_entry || first_of(it, it->entry) >= it->end) return 0;
+    const int64_t listed = fa_max(first_of(it, it->entry), it->next), from = listed - (listed - it->first_key) % FA_SUM_RUN;
+    const int64_t step_end = fa_min(it->first_key + (from - it->first_key) / it->step * it->step + it->step, it->end);
+    int64_t end = from, last = it->entry;
+    int hides = 0;
+    for (; last < it->last_entry && first_of(it, last) < step_end; last++) {
+        hides |= first_of(it, last) > end || (m->partial && m->partial[last] >= 0);
+        end = fa_min(first_of(it, last) + size, step_end);
+    }
+    block->first = block->run_first = from;
+    block->keys = block->run_keys = end - from;
+    block->listed = hides ? m : NULL;
+    block->listed_key = from + it->start;
+    block->entry = it->entry;
+    block->last_entry = last;
+    block->bits_stride = (size + 7) / 8;
+    block->bits_query = it->block_row * size;
+    it->next = end;
+    return 1;
+}
+
 int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
+    block->bits = NULL;
+    block->listed = NULL;
     if (it->next >= it->end) return 0;
+    if (it->mask && it->whole_steps) {
+        if (!next_step(it, block)) return 0;
+        block->partial = block->first < it->full_from || it->next > it->full_to;
+        return 1;
+    }
     if (it->next >= it->run_end && !(it->mask && next_run(it))) return 0;
     block->first = it->next;
     block->run_first = it->next;
@@ -66,7 +103,6 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     }
     it->next += block->keys;
     block->partial = block->first < it->full_from || it->next > it->full_to;
-    block->bits = NULL;
     if (it->bits) {
         block->bits_stride = (it->mask->block_size + 7) / 8;
         block->bits = it->bits + (block->first - it->bits_first) * block->bits_stride;

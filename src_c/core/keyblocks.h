@@ -14,6 +14,9 @@ typedef struct fa_key_block {
     const uint8_t *bits;   /* element mask (see fastattn_block_mask) from the first key on, or null */
     int64_t bits_stride;   /* bytes from one key's bits to the next */
     int64_t bits_query;    /* the query of bit 0 */
+    const fastattn_block_mask *listed; /* or what the list from `entry` up to `last_entry` leaves of it, or null */
+    int64_t listed_key;    /* the mask's key that is the block's first */
+    int64_t entry, last_entry;
 } fa_key_block;
 
 typedef struct fa_key_blocks {
@@ -22,6 +25,7 @@ typedef struct fa_key_blocks {
     int64_t step;
     int64_t first_key, end_key;   /* of the part; runs follow each other from its first key on */
     const fastattn_block_mask *mask;
+    int whole_steps;              /* blocks are those that there are without a mask, whatever is listed of them */
     int64_t start;                /* the mask's key that is the entry's first */
     int64_t entry, last_entry;    /* of the block row's list */
     int64_t run_end;              /* keys before it belong to blocks already taken from the list */
@@ -34,5 +38,8 @@ void fastattn_key_blocks(fa_key_blocks *blocks, const fa_call *call, const fa_pa
 
 /* The next block, in ascending order of keys; 0 when there is none. */
 int fastattn_next_key_block(fa_key_blocks *blocks, fa_key_block *block);
+
+/* Whether the block hides keys by a list or an element mask. */
+static inline int fa_hides(const fa_key_block *block) { return block->bits || block->listed; }
 
 #endif

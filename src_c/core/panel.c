@@ -100,7 +100,8 @@ void fastattn_panel_queries(const fa_call *call, fa_panel *p) {
 
 void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     const fastattn_attention_args *a = call->args;
-    const char *mask = (const char *)a->mask + p->entry->batch * a->mask_strides[0] + (p->entry->start + key) * a->mask_strides[3];
+    const char *mask = (const char *)a->mask + p->entry->batch * a->mask_strides[0] + p->entry->query * a->mask_strides[2] +
+                       (p->entry->start + key) * a->mask_strides[3];
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 

@@ -39,21 +39,45 @@ void fastattn_state_clear(fa_state *state) {
     for (int64_t r = 0; r < state->rows && state->norm != state->l; r++) state->norm[r * state->of_norm] = 0.0f;
 }
 
+enum { MINE = 1, THEIRS = 2 };
+
+static float merged(float a, float b, float mine, float theirs, int taken) {
+    return taken == (MINE | THEIRS) ? a * mine + b * theirs : taken == THEIRS ? b : a;
+}
+
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
+    float mine[FA_PANEL_ROWS], theirs[FA_PANEL_ROWS];
+    int taken[FA_PANEL_ROWS]; /* which of the two have seen a key */
+    int whole = 1;
     for (int64_t r = 0; r < state->rows; r++) {
-        if (other->seen[r] == 0.0f) continue;
+        taken[r] = (state->seen[r] != 0.0f ? MINE : 0) | (other->seen[r] != 0.0f ? THEIRS : 0);
+        whole &= taken[r] == (MINE | THEIRS);
         const float m = state->m[r] > other->m[r] ? state->m[r] : other->m[r];
         const float base = m == -INFINITY ? 0.0f : m;
-        const float mine = exp2f((state->m[r] - base) * c), theirs = exp2f((other->m[r] - base) * c);
-        state->m[r] = m;
+        mine[r] = exp2f((state->m[r] - base) * c);
+        theirs[r] = exp2f((other->m[r] - base) * c);
+        if (taken[r] & THEIRS) state->m[r] = taken[r] == THEIRS ? other->m[r] : m;
         const int64_t norm = r * state->of_norm;
-        if (state->norm != state->l) state->norm[norm] = state->norm[norm] * mine + other->norm[norm] * theirs;
-        state->l[r] = state->l[r] * mine + other->l[r] * theirs;
-        state->seen[r] = 1.0f;
-        const int64_t step = state->of_number;
+        if (state->norm != state->l) state->norm[norm] = merged(state->norm[norm], other->norm[norm], mine[r], theirs[r], taken[r]);
+        state->l[r] = merged(state->l[r], other->l[r], mine[r], theirs[r], taken[r]);
+        if (taken[r] & THEIRS) state->seen[r] = 1.0f;
+    }
+    /* Side by side, row by row or number by number. */
+    if (state->of_row == 1 && whole) {
+        for (int64_t d = 0; d < state->v_head_dim; d++) {
+            float *o = state->o + d * state->of_number;
+            const float *added = other->o + d * state->of_number;
+            for (int64_t r = 0; r < state->rows; r++) o[r] = o[r] * mine[r] + added[r] * theirs[r];
+        }
+        return;
+    }
+    for (int64_t r = 0; r < state->rows; r++) {
         float *o = state->o + r * state->of_row;
         const float *added = other->o + r * state->of_row;
-        for (int64_t d = 0; d < state->v_head_dim; d++) o[d * step] = o[d * step] * mine + added[d * step] * theirs;
+        for (int64_t d = 0; d < state->v_head_dim; d++) {
+            const int64_t at = d * state->of_number;
+            o[at] = merged(o[at], added[at], mine[r], theirs[r], taken[r]);
+        }
     }
 }
 

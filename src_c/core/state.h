@@ -27,7 +27,7 @@ void fastattn_state_at(fa_state *state, void *memory, const fa_products *product
 /* The state of no keys. */
 void fastattn_state_clear(fa_state *state);
 
-/* state becomes the state of both sets of keys; c as in fa_products.softmax. */
+/* state becomes the state of both sets of keys; c as in fa_products.softmax. That of no keys changes no bit of a row. */
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c);
 
 /* What row r's o must be multiplied by, and its lse. Scores times unit are logits; sink points to one more logit of the

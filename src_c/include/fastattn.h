@@ -260,8 +260,8 @@ typedef struct fastattn_attention_args {
     const int64_t *cu_seqlens_q;     /* (batch + 1), or null. Packed sequences: q, out and lse have no batch axis (their first stride is
                                         not used), q_len is the number of all their rows, and those of entry b are
                                         cu_seqlens_q[b] to cu_seqlens_q[b + 1]; from 0, never decreasing, to q_len. Its q_len, for
-                                        q_lengths and query_offset, is the difference. No mask then, and no block mask */
-    const int64_t *cu_seqlens_k;     /* (batch + 1), or null; the same for k, v and kv_len */
+                                        q_lengths and query_offset, is the difference. A mask has the rows of q then. No block mask */
+    const int64_t *cu_seqlens_k;     /* (batch + 1), or null; the same for k, v and kv_len. No mask then */
 
     fastattn_activation activation;
     int power;                       /* of FASTATTN_POLYNOMIAL, 1 to 64 */
@@ -283,6 +283,11 @@ typedef struct fastattn_attention_args {
                                         give side by side, whatever the size of the pages */
     int64_t block_table_stride;      /* from one entry's row to the next, in bytes */
     int64_t num_pages, page_size;    /* page_size at least 1 */
+
+    int invariant;                   /* non-zero: the bits of a row depend on its query, the keys that it sees, their positions (from
+                                        kv_starts on) and the rules alone: not on the rows that are computed beside it, on keys that
+                                        it does not see, or on how its keys are given, in pages or not, hidden by a mask or left out of
+                                        a block mask. Work is cut where the keys say, which takes a little longer */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -296,7 +301,7 @@ typedef struct fastattn_attention_args {
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
             NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
-            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0                                           \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0                                        \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */

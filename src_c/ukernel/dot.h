@@ -53,7 +53,8 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 }
 
 /* Where a panel is alone, bfloat16 values of two keys need not be put side by side for others: rows and numbers change sides in the
- * second product, pairs are made as values are read, front to back, and no row is multiplied that is not there. */
+ * second product, pairs are made as values are read, front to back, and no row is multiplied that is not there. A row gets the bits
+ * that it has among many. */
 
 /* 32 numbers of all rows. */
 static void dot_strip(int rows, tile_operands x) {
@@ -68,34 +69,30 @@ static void dot_sums(float *sums, int64_t pitch, const float *alpha, const float
         simd_f sum = simd_set1(0.0f);
         for (int64_t j = 0; j < keys; j += 2) sum = simd_dot_bf16(ones, simd_load(p + j / 2 * ld + row), sum);
         simd_store(of_lane, sum);
-        for (int r = row; r < rows && r < row + SIMD_LANES; r++) sums[r * pitch] = sums[r * pitch] * alpha[r] + of_lane[r - row];
+        for (int r = row; r < rows && r < row + SIMD_LANES; r++) sums[r * pitch] = fmaf(sums[r * pitch], alpha[r], of_lane[r - row]);
     }
 }
 
-/* Rows that end within a vector, and the last without a partner, are copied to where there are zeros beyond them. */
+/* Rows that end within a vector, and those of which the last has no partner, are copied to where there are zeros beyond them. */
 static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                         int64_t v_head_dim) {
     const int64_t sums = fa_round_up(v_head_dim, FA_TILE), pitch = sums + FA_ROW_STEP;
     v = fa_rows_from(v, from);
     dot_sums(o + sums, pitch, alpha, p, ld, rows, keys);
     for (int64_t d = 0; d < v_head_dim; d += HALVES) {
-        const int64_t in_place = v_head_dim - d < HALVES ? 0 : keys - keys % 2;
         const char *room[2];
         tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, keys, room),
-                           .column = d * 2, .steps = in_place / 2, .run = DOT_KEYS, .ahead = keys};
-        if (in_place > 0 || keys == 0) dot_strip(rows, x);
-        if (in_place == keys) continue;
+                           .column = d * 2, .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
-        for (int64_t j = in_place; j < keys + keys % 2; j++) {
-            __m512i halves[2] = {_mm512_setzero_si512()};
-            if (j < keys) halves_of(1, halves, fa_row_at(v, j) + d * 2, v_head_dim - d, FASTATTN_BFLOAT16, 1.0f);
-            copy[j - in_place] = halves[0];
+        if (v_head_dim - d < HALVES || keys % 2 != 0) {
+            for (int64_t j = 0; j < keys + keys % 2; j++) {
+                __m512i halves[2] = {_mm512_setzero_si512()};
+                if (j < keys) halves_of(1, halves, fa_row_at(v, j) + d * 2, v_head_dim - d, FASTATTN_BFLOAT16, 1.0f);
+                copy[j] = halves[0];
+            }
+            x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), keys, room);
+            x.column = x.ahead = 0;
         }
-        x.a += in_place / 2 * ld;
-        x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), keys, room);
-        x.column = x.ahead = 0;
-        x.steps = (keys + 1 - in_place) / 2;
-        if (in_place > 0) x.alpha = NULL, x.adds = 1;
         dot_strip(rows, x);
     }
 }

@@ -128,16 +128,18 @@ FA_INLINE __m512i coarse_exp2(simd_f x) {
 }
 
 /* How powers are made: relative to `base`, in units of 2**c. Beyond PAIRS_NEAR the product of base and c is not exact enough to
- * take it from that of the score, and either may overflow, as with a bias of -FLT_MAX; then the difference comes first. */
+ * take it from that of the score, and either may overflow, as with a bias of -FLT_MAX; then the difference comes first. Which of them it
+ * is, each row decides for itself; that all are near is what spares the others. */
 #define PAIRS_NEAR 128.0f
 
 typedef struct powers_of {
     simd_f c, base[4], product[4]; /* c * base */
+    simd_m near[4];
 } powers_of;
 
 FA_INLINE simd_f exponent_of(int near, const powers_of *x, int v, const float *s) {
-    const simd_f score = simd_load(s);
-    return near ? simd_fms(score, x->c, x->product[v]) : simd_mul(simd_sub(score, x->base[v]), x->c);
+    const simd_f score = simd_load(s), quick = simd_fms(score, x->c, x->product[v]);
+    return near ? quick : simd_select(x->near[v], quick, simd_mul(simd_sub(score, x->base[v]), x->c));
 }
 
 /* The powers of two keys, the second of which may be missing: in one plane rounded, with the larger of those so far in `largest`;
@@ -180,12 +182,11 @@ FA_INLINE void power_pairs(int planes, int vectors, int summed, const powers_of 
                        p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
 }
 
-/* The same for one vector that is not near, which is rare. */
-static FA_NOINLINE void far_pairs(int planes, simd_f base, simd_f c, const float *s, float *p, ptrdiff_t ld, int64_t keys, __m512i *largest,
-                                  simd_f *sum) {
-    const powers_of x = {.c = c, .base = {base}};
+/* The same for one vector where some row is not near, which is rare. */
+static FA_NOINLINE void far_pairs(int planes, const powers_of *x, int v, const float *s, float *p, ptrdiff_t ld, int64_t keys,
+                                  __m512i *largest, simd_f *sum) {
     for (int64_t j = 0; j < keys; j += 2)
-        power_pair(planes, 1, 0, &x, 0, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
+        power_pair(planes, 1, 0, x, v, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
 }
 
 FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const float *s, float *p, ptrdiff_t ld, int64_t keys,
@@ -211,7 +212,8 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             /* While all is -inf, powers are taken relative to 0 and vanish; -inf - -inf would be NaN. */
             x.base[v] = simd_select(simd_eq(top[v], lowest), zero, top[v]);
             x.product[v] = simd_mul(x.base[v], x.c);
-            near &= !simd_any(simd_not(simd_lt(simd_abs(x.product[v]), simd_set1(PAIRS_NEAR))));
+            x.near[v] = simd_lt(simd_abs(x.product[v]), simd_set1(PAIRS_NEAR));
+            near &= !simd_any(simd_not(x.near[v]));
             largest[v] = _mm512_setzero_si512();
             sum[v] = zero;
         }
@@ -219,7 +221,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             power_pairs(planes, vectors, summed, &x, s, p, ld, keys, largest, sum, beside, work);
         else
             FA_UNROLL for (int v = 0; v < vectors; v++)
-                far_pairs(planes, x.base[v], x.c, s + v * SIMD_LANES, p + v * SIMD_LANES, ld, keys, &largest[v], &sum[v]);
+                far_pairs(planes, &x, v, s + v * SIMD_LANES, p + v * SIMD_LANES, ld, keys, &largest[v], &sum[v]);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             const __m512i evens = _mm512_slli_epi32(largest[v], 16);
             const simd_f most = planes > 1 ? sum[v] : _mm512_castsi512_ps(_mm512_max_epu32(largest[v], evens));

@@ -3,7 +3,8 @@
  * brings is read once, front to back, in its storage type, and widened in registers.
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
- * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, unless there are only SHORT_ROWS rows or fewer.
+ * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, unless there are only SHORT_ROWS rows or fewer
+ * and a row may have other bits in company: the slots that begin with `turned` turn keys for any number of rows.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
@@ -143,17 +144,21 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
     }
 }
 
-FA_INLINE void rows_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
-                          fastattn_dtype dtype) {
+FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+                           fastattn_dtype dtype) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    const char *room[2];
+    const tile_rows places = tile_rows_of(k, keys, room);
+    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    if (rows & 2) short_scores(2, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
+}
+
+FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+                            fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim);
     const char *room[2];
     const tile_rows places = tile_rows_of(k, keys, room);
-    if (rows <= SHORT_ROWS) {
-        for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, &places, keys, head_dim, dtype);
-        if (rows & 2) short_scores(2, s, ld, q, pitch, &places, keys, head_dim, dtype);
-        if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
-        return;
-    }
     for (int64_t j = 0, n; j < keys; j += n) {
         int vectors = rows_vectors(rows);
         while (fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;
@@ -177,8 +182,16 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
     return stored;
 }
 
+static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    FA_BY_STORAGE(k.dtype, turned_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+}
+
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, rows_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    if (rows > SHORT_ROWS)
+        turned_qk(s, q, ld, rows, k, from, keys, head_dim);
+    else {
+        FA_BY_STORAGE(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    }
 }
 
 FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
@@ -244,11 +257,7 @@ FA_INLINE void short_softmax(float *s, float *p, int ld, int rows, int64_t keys,
 }
 
 /* The maximum, and what follows from it, of SIMD_LANES rows at a time, which are lanes when their vectors of keys have turned. */
-static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
-    if (rows <= SHORT_ROWS) {
-        short_softmax(s, p, ld, rows, keys, c, m, l, alpha);
-        return;
-    }
+static void turned_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
     const simd_f scale = simd_set1(c), lowest = simd_set1(-INFINITY), zero = simd_set1(0.0f);
     const int64_t whole = fa_round_up(keys, SIMD_LANES);
     for (int row = 0; row < rows; row += SIMD_LANES, s += SIMD_LANES * ld, p += SIMD_LANES * ld) {
@@ -283,6 +292,13 @@ static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, flo
         }
         store_as(l + row, simd_fma(load_as(l + row, lanes, FASTATTN_FLOAT32), fade, sum), lanes, FASTATTN_FLOAT32);
     }
+}
+
+static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+    if (rows > SHORT_ROWS)
+        turned_softmax(s, p, ld, rows, keys, c, m, l, alpha);
+    else
+        short_softmax(s, p, ld, rows, keys, c, m, l, alpha);
 }
 
 static float rows_power(const float *p, int ld, int row, int64_t key) { return p[row * ld + key]; }

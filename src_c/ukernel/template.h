@@ -51,26 +51,31 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
 #define FA_ROWS(instructions, block_size, second)                                                                        \
     .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
     .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack, .keys = as_stored, .values = as_stored,  \
-    .softmax = rows_softmax, .pv = second, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
+    .pv = second, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
         .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES_OVER_MANY,        \
         .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
     static const fa_products suffix##_few = {                                                                            \
-        .name = "float32_rows_" #suffix, .qk = rows_qk, FA_FLOAT32_ROWS(instructions, block_size)};              \
+        .name = "float32_rows_" #suffix, .qk = rows_qk, .softmax = rows_softmax, FA_FLOAT32_ROWS(instructions, block_size)};  \
+    static const fa_products suffix##_turned = {                                                                         \
+        .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
+        FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_products suffix##_few_quantised = {                                                                  \
-        .name = "quantised_rows_" #suffix, .qk = fastattn_quantised_qk_##suffix,                              \
+        .name = "quantised_rows_" #suffix, .qk = fastattn_quantised_qk_##suffix, .softmax = rows_softmax,                \
         FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                                              \
     static const fa_products suffix##_additive = {                                                                       \
         .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,         \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
     static const fa_products suffix##_additive_few = {                                                                   \
-        .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, FA_FLOAT32_ROWS(instructions, block_size)}; \
+        .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, .softmax = rows_softmax,                       \
+        FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,            \
                                             .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
                                             .features = dense_features, .outside = dense_outside};                         \
-    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few, .dense = &suffix##_dense, \
+    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few,                    \
+                                                  .turned = &suffix##_turned, .dense = &suffix##_dense,                    \
                                                   .few_quantised = &suffix##_few_quantised,                                \
                                                   .quantised = &fastattn_quantised_##suffix,                               \
                                                   .additive = &suffix##_additive, .additive_few = &suffix##_additive_few,  \

@@ -17,7 +17,7 @@
  * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they
  * lie are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it
  * says itself (by_rows; o_by_rows: the second product alone); the loop, which only moves pointers, asks for the strides below.
- * Sums are formed in the same order either way, so that float32 tables give a row the same bits, if there are five or more.
+ * Sums are formed in the same order either way, so that float32 tables can give a row the same bits.
  *
  *                   lanes are rows                  by rows
  *     q             [head_dim][ld]                  [rows][head_dim, whole vectors]
@@ -261,6 +261,7 @@ typedef struct fa_ukernel {
     const struct fa_quantised *quantised; /* of quantised.h */
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
+    const fa_products *turned;   /* as few, but that any number of rows gets the bits of `products` */
     const fa_products *few_quantised; /* these over quantised keys and values, which become numbers in registers */
 
     /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to six
@@ -299,8 +300,9 @@ typedef struct fa_ukernel {
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 
-/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than. */
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
+/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than; where a row is
+ * to be invariant, of those that give it bits of its own: float32, or such as give them alone as well. */
+const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision, int invariant);
 
 /* The tables that a library holds: those of its architecture, but for what the build has left out (-DFASTATTN_NO_AVX512), which is
  * then not available. */

@@ -167,6 +167,7 @@ void problem_build(struct problem *problem, const struct spec *spec, uint64_t se
     }
     a->isa = test_isa;
     a->num_threads = spec->num_threads;
+    a->invariant = spec->invariant;
 
     const double amplitude = spec->amplitude != 0 ? spec->amplitude : 1;
     const int64_t q_shape[4] = {a->batch, a->num_heads, a->q_len, a->head_dim};
@@ -318,13 +319,13 @@ int problem_equals(const struct problem *problem, const uint8_t *snapshot) {
 void spec_context(const struct spec *s, uint64_t seed) {
     context(
         "%s seed %llu: B%lld H%lld/%lld L%lld/%lld D%lld/%lld dtype %d/%d layout %d %d %d %d prec %d cap %g causal %d "
-        "window %d:%lld,%lld offset %d lengths %d mask %d/%d alibi %d sinks %d blocks %lld/%d/%d/%d threads %d",
+        "window %d:%lld,%lld offset %d lengths %d mask %d/%d alibi %d sinks %d blocks %lld/%d/%d/%d threads %d invariant %d",
         s->name ? s->name : "case", (unsigned long long)seed, (long long)s->batch, (long long)s->heads,
         (long long)s->kv_heads, (long long)s->q_len, (long long)s->kv_len, (long long)s->head_dim,
         (long long)s->v_head_dim, s->q_dtype, s->kv_dtype, s->q_layout, s->k_layout, s->v_layout, s->out_layout,
         s->precision, (double)s->softcap, s->causal, s->windowed, (long long)s->window_left, (long long)s->window_right,
         s->offset, s->lengths, s->mask, s->mask_layout, s->alibi, s->sinks, (long long)s->block_size, s->blocks_partial,
-        s->blocks_by_batch, s->blocks_by_head, s->num_threads);
+        s->blocks_by_batch, s->blocks_by_head, s->num_threads, s->invariant);
 }
 
 void spec_check(const struct spec *spec, uint64_t seed) {
@@ -392,6 +393,7 @@ struct spec spec_random(struct rng *rng) {
     s.blocks_by_head = ONE_IN(2);
     s.blocks_density = ONE_IN(3) ? 0.2 : 0.6;
     s.num_threads = (int)random_between(rng, 0, 3);
+    s.invariant = ONE_IN(3);
     return s;
 #undef PICK
 #undef ONE_IN

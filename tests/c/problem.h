@@ -47,6 +47,7 @@ struct spec {
     int blocks_partial, blocks_by_batch, blocks_by_head;
     double blocks_density;
     int num_threads; /* 0 as in the header */
+    int invariant;
 };
 
 struct block {

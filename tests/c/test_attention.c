@@ -3,6 +3,8 @@
  */
 #include "problem.h"
 
+#include <string.h>
+
 /* Row counts around tile heights, key counts around panel widths, head sizes around vectors. */
 TEST_EACH_ISA(attention_shapes) {
     static const int64_t rows[] = {1, 2, 5, 6, 7, 8, 13, 16, 33};
@@ -138,7 +140,7 @@ TEST_EACH_ISA(attention_block_masks) {
                                 .blocks_partial = kind & 1, .blocks_by_head = kind >> 1 & 1,
                                 .blocks_by_batch = kind >> 2 & 1, .causal = kind == 3,
                                 .lengths = kind == 5 ? LENGTHS_RANDOM : LENGTHS_FULL,
-                                .mask = kind == 6 ? MASK_BOOL : MASK_NONE, .hidden = 0.3};
+                                .mask = kind == 6 ? MASK_BOOL : MASK_NONE, .hidden = 0.3, .invariant = (int)(n + (size_t)kind) % 2};
             spec_check(&spec, n * 8 + (uint64_t)kind);
         }
 }
@@ -159,8 +161,54 @@ TEST_EACH_ISA(attention_long) {
         {.name = "long blocks", .q_len = 2, .kv_len = 4000, .head_dim = 8, .block_size = 64, .blocks_partial = 1,
          .blocks_density = 0.3},
     };
-    for (size_t n = 0; n < COUNT(specs); n++)
-        spec_check(&specs[n], n);
+    for (size_t n = 0; n < 2 * COUNT(specs); n++) {
+        struct spec spec = specs[n / 2];
+        spec.invariant = n % 2;
+        spec_check(&spec, n);
+    }
+}
+
+/* A row alone, over the keys that it sees, has the bits that it has among others. */
+TEST_EACH_ISA(attention_invariant_rows) {
+    static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+    static const struct spec specs[] = {
+        {.name = "a panel", .heads = 4, .kv_heads = 2, .q_len = 40, .kv_len = 70, .head_dim = 24, .causal = 1},
+        {.name = "parts", .heads = 2, .kv_heads = 1, .q_len = 90, .kv_len = 2300, .head_dim = 8, .causal = 1, .num_threads = 2},
+        {.name = "parts by turns", .batch = 2, .heads = 16, .kv_heads = 8, .q_len = 200, .kv_len = 2100, .head_dim = 8, .causal = 1},
+        {.name = "a window, softcap, sinks", .heads = 2, .kv_heads = 2, .q_len = 70, .kv_len = 1300, .head_dim = 33, .causal = 1,
+         .windowed = 1, .window_left = 200, .window_right = -1, .softcap = 3, .sinks = 1},
+        {.name = "large scores", .heads = 2, .kv_heads = 1, .q_len = 50, .kv_len = 300, .head_dim = 64, .causal = 1, .amplitude = 9},
+    };
+    for (size_t n = 0; n < COUNT(specs) * COUNT(dtypes); n++) {
+        struct spec spec = specs[n / COUNT(dtypes)];
+        spec.invariant = 1;
+        spec.q_dtype = spec.kv_dtype = dtypes[n % COUNT(dtypes)];
+        struct problem problem;
+        spec_context(&spec, n);
+        problem_build(&problem, &spec, n, GUARD_BEHIND);
+        problem_check(&problem, GUARD_BEHIND);
+        const fastattn_attention_args *all = &problem.args;
+        for (int64_t row = 0; row < all->q_len; row += 13) {
+            fastattn_attention_args one = *all;
+            double out[64 * 33];
+            float lse[64];
+            const int64_t row_bytes = one.v_head_dim * (int64_t)dtype_size(one.q_dtype);
+            one.q = (const char *)all->q + row * all->q_strides[2];
+            one.q_len = 1;
+            one.kv_len = all->kv_len - all->q_len + row + 1;
+            one.out = out, one.out_strides[1] = row_bytes, one.out_strides[0] = one.num_heads * row_bytes;
+            one.lse = lse, one.lse_strides[1] = 4, one.lse_strides[0] = 4 * one.num_heads;
+            CHECK_STATUS(fastattn_attention(&one, NULL, 0), FASTATTN_OK);
+            for (int64_t b = 0; b < one.batch; b++)
+                for (int64_t h = 0; h < one.num_heads; h++) {
+                    const char *whole = (const char *)all->out + b * all->out_strides[0] + h * all->out_strides[1] + row * all->out_strides[2];
+                    const char *alone = (const char *)out + (b * one.num_heads + h) * row_bytes;
+                    CHECK(memcmp(whole, alone, (size_t)row_bytes) == 0, "row %lld of head %lld has other bits alone", (long long)row,
+                          (long long)h);
+                }
+        }
+        guard_release();
+    }
 }
 
 TEST_EACH_ISA(attention_random) {

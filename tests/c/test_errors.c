@@ -256,7 +256,7 @@ TEST(errors_packed) {
     PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, p.args.q_len = 19);
     PACKED_REFUSED(FASTATTN_ERROR_SEQLENS, p.args.kv_len = 21);
     PACKED_REFUSED(FASTATTN_ERROR_ARGUMENT, p.args.cu_seqlens_q = (const int64_t *)(const void *)((const char *)cu_seqlens + 4));
-    PACKED_REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.mask = &mask, p.args.mask_dtype = FASTATTN_BOOL));
+    PACKED_REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.mask = &mask, p.args.mask_dtype = FASTATTN_BOOL)); /* of packed keys, that is */
     static const int64_t too_long[3] = {7, 1, 0}, fits[3] = {7, 0, 13}, beyond[3] = {0, 0, 14};
     PACKED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.args.kv_lengths = too_long);
     PACKED_REFUSED(FASTATTN_ERROR_KV_LENGTHS, p.args.kv_starts = beyond);

@@ -213,7 +213,7 @@ TEST_EACH_ISA(products_as_a_chain) {
         {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
     table();
     for (size_t n = 0; n < COUNT(kinds); n++) {
-        const fa_products *by = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision);
+        const fa_products *by = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision, 0);
         const int rounded = strncmp(by->name, "float32_", 8) != 0 && !integers(by);
         check_table(by, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
@@ -229,15 +229,18 @@ TEST_EACH_ISA(products_as_a_chain) {
 #endif
 }
 
-/* Float32 products give a row the same bits whether lanes are rows or not: what it is computed beside must not matter. */
+/* Float32 products give a row the same bits whether lanes are rows or not, and those that turn keys whatever number there is of them: what
+ * it is computed beside must not matter. */
 TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
     static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 15, 16, 17, 40, 64};
     enum { ROWS = 19, LD = 32, DIM = 160, KEYS = 64 };
     const fa_ukernel *uk = table();
-    for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3; e++) {
+    for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3 * 2; e++) {
+        static const int turned_rows[] = {1, 2, 5, 12, ROWS};
         const fastattn_dtype dtype = dtypes[e % 3];
-        const int64_t dim = dims[e / 3 % COUNT(dims)], keys = blocks[e / 3 / COUNT(dims)], item = (int64_t)dtype_size(dtype);
-        const fa_products *const sides[2] = {uk->products, uk->few};
+        const int64_t dim = dims[e / 6 % COUNT(dims)], keys = blocks[e / 6 / COUNT(dims)], item = (int64_t)dtype_size(dtype);
+        const fa_products *const sides[2] = {uk->products, e / 3 % 2 ? uk->turned : uk->few};
+        const int few = sides[1] == uk->few ? ROWS : turned_rows[e / 6 % COUNT(turned_rows)];
         static float s[2][KEYS * LD], p[2][KEYS * LD], o[2][DIM * LD];
         float m[2][LD], l[2][LD], alpha[2][LD];
         const void *rows_of[FA_PANEL_ROWS];
@@ -246,7 +249,7 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
         const fa_matrix k = stored_rows("k", keys, dim, dim * item, dtype), v = stored_rows("v", keys, dim, dim * item, dtype);
         for (int side = 0; side < 2; side++) {
             const fa_products *by = sides[side];
-            const int rows = by->by_rows ? ROWS : LD, ld = by->by_rows ? KEYS : LD;
+            const int rows = by->by_rows ? few : LD, ld = by->by_rows ? KEYS : LD;
             float *q = panel("q", DIM, LD), *k_room = panel("k room", KEYS, DIM), *v_room = panel("v room", KEYS, DIM);
             for (int r = 0; r < LD; r++) m[side][r] = -1.0f, l[side][r] = 2.0f;
             for (int n = 0; n < DIM * LD; n++) o[side][n] = 0.5f;
@@ -257,7 +260,7 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
             by->softmax(p[side], p[side], ld, rows, keys, unit, m[side], l[side], alpha[side]);
             by->pv(o[side], alpha[side], p[side], ld, rows, values_made, 0, keys, dim);
         }
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < few; r++) {
             for (int64_t j = 0; j < keys; j++) {
                 check_close("s", r, j, s[1][r * KEYS + j], s[0][j * LD + r], 0);
                 check_close("p", r, j, p[1][r * KEYS + j], p[0][j * LD + r], 0);
