@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
+C_LIBRARY = {"fastattn/include/fastattn.h", "fastattn/lib/libfastattn.a", "fastattn/libfastattn.pxd"}
 JUNK = {".o", ".a", ".pyc", ".nbi", ".nbc"}
 
 
@@ -31,8 +32,8 @@ def extensions(names):
 def check_wheel(names):
     extension = extensions(names)
     metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
-    yield from (f"lacks {name}" for name in sorted(modules() - names))
-    yield from (f"must not hold {name}" for name in sorted(names - modules() - metadata - extension))
+    yield from (f"lacks {name}" for name in sorted((modules() | C_LIBRARY) - names))
+    yield from (f"must not hold {name}" for name in sorted(names - modules() - C_LIBRARY - metadata - extension))
     if len(extension) != 1:
         yield f"holds {len(extension)} native extensions, not 1"
     if not any(name.endswith("licenses/LICENSE") for name in metadata):

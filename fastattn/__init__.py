@@ -12,7 +12,8 @@ loaded, so that a causal call costs half of a full one.
 
 Three backends compute the same thing. ``native`` is a C library with kernels for each instruction set, chosen at run time;
 ``numba`` stands in where the extension was not built; ``numpy`` is the oracle, readable and slow, and alone takes float64.
-:func:`show_config` says which one is in use and why, :func:`explain` how one call would be computed.
+:func:`show_config` says which one is in use and why, :func:`explain` how one call would be computed. The C library is there for
+programs in C and Cython as well, where :func:`get_include` and :func:`get_library_dir` say.
 
 Batches need no padding: :func:`attention_varlen` takes sequences one after the other, and where there is padding (`kv_starts`,
 `kv_lengths`, `q_lengths`) it costs nothing and changes no bit. :class:`KVCache` keeps the keys and values of sequences that grow;
@@ -61,6 +62,8 @@ from .runtime import (
     _initialize,
     cpu_info,
     explain,
+    get_include,
+    get_library_dir,
     get_num_threads,
     set_num_threads,
     show_config,
@@ -95,6 +98,8 @@ __all__ = [
     "explain",
     "gated_delta_rule",
     "gated_linear_attention",
+    "get_include",
+    "get_library_dir",
     "get_num_threads",
     "linear_attention",
     "luong_attention",

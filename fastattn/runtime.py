@@ -389,6 +389,56 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
     return None
 
 
+def get_include() -> str:
+    """The folder of ``fastattn.h``, for programs in C and Cython that call the engine themselves.
+
+    Returns
+    -------
+    str
+        A path inside the package. ``from fastattn.libfastattn cimport fastattn_attention`` finds the same declarations in Cython.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package was installed without its native backend.
+
+    See Also
+    --------
+    get_library_dir
+    """
+    return _installed("include")
+
+
+def get_library_dir() -> str:
+    """The folder of the static library ``fastattn``, for programs that are linked with the engine.
+
+    What they need besides is a library of threads (``-pthread``), that of mathematics (``-lm``) and, where the engine was built
+    with OpenMP (``show_config("dicts")["openmp"]``), that as well (``-fopenmp``).
+
+    Returns
+    -------
+    str
+        A path inside the package.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package was installed without its native backend.
+
+    See Also
+    --------
+    get_include
+    """
+    return _installed("lib")
+
+
+def _installed(folder):
+    path = os.path.join(os.path.dirname(__file__), folder)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path}: fastattn was installed without its native backend, and so without its C library")
+    return path
+
+
 class Explanation(dict):
     """A dict that prints as a table."""
 

@@ -30,6 +30,20 @@ def test_sources_txt_lists_each_c_file_once():
     assert sorted(listed_sources()) == sorted(existing)
 
 
+def test_header_and_library_are_in_the_package():
+    pytest.importorskip("fastattn._native", exc_type=ImportError)
+    header = Path(fastattn.get_include(), "fastattn.h")
+    assert header.read_bytes() == (SRC / "include" / "fastattn.h").read_bytes()
+    assert [path.name for path in Path(fastattn.get_library_dir()).iterdir()] in (["libfastattn.a"], ["fastattn.lib"])
+
+
+def test_without_the_native_backend_there_is_no_library(monkeypatch):
+    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    for folder in (fastattn.get_include, fastattn.get_library_dir):
+        with pytest.raises(FileNotFoundError, match="without its native backend"):
+            folder()
+
+
 FORBIDDEN = re.compile(
     r"-m(arch|cpu|tune)=|/arch:"  # a build serves every machine of a family
     r"|-Ofast|-f(fast|unsafe|finite|associative|reciprocal)-?math|-fno-signed-zeros|/fp:fast"  # IEEE arithmetic
