@@ -50,6 +50,7 @@ from .attention import (
     merge_states,
     scaled_dot_product_attention,
 )
+from .indexed import attention_indexed, select_keys
 from .inspect import attention_entropy, attention_mass, attention_scores, attention_span, attention_weights, rollout
 from .kvcache import CacheFullError, KVCache
 from .linear import causal_conv, gated_delta_rule, gated_linear_attention, linear_attention
@@ -87,6 +88,7 @@ __all__ = [
     "apply_rope",
     "attention",
     "attention_entropy",
+    "attention_indexed",
     "attention_mass",
     "attention_scores",
     "attention_span",
@@ -111,6 +113,7 @@ __all__ = [
     "rope_table",
     "scaled_dot_product_attention",
     "score_function",
+    "select_keys",
     "set_num_threads",
     "show_config",
     "sinusoidal_positions",

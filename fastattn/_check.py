@@ -294,6 +294,9 @@ class Call:
         ``(B + 1,)`` int64: the first row, of `q` and of `k`, of each packed sequence and the end of the last.
     block_table : ndarray or None
         ``(B, most)`` int32, contiguous: the pages of each entry, which are there for all keys from `kv_starts` to `kv_lengths`.
+    indices : ndarray or None
+        ``(B, Hkv, Lq, n)`` int32 or int64, the last axis contiguous: the keys that each row has chosen, -1 for none. Their values are
+        for the backend to check (`check_indices`), unless the library does it.
     scale, softcap : float
         Finite; a softcap of 0 is none.
     alibi_slopes : ndarray or None
@@ -315,13 +318,13 @@ class Call:
 
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
-        "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "scale", "softcap", "alibi_slopes", "sinks", "precision",
-        "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out", "_copy_to",
+        "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "indices", "scale", "softcap", "alibi_slopes", "sinks",
+        "precision", "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, *, mask=None, causal=False,
-        window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None,
+        self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, indices=None, *, mask=None,
+        causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None,
         sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None, invariant=False,
         return_lse=False, out=None,
     ):  # fmt: skip
@@ -373,6 +376,7 @@ class Call:
         self.precision = precision
         self.invariant = flag("invariant", invariant)
 
+        self.indices = None if indices is None else self._take_indices(indices, packed)
         self.mask = self.block_mask = self.alibi_slopes = self.sinks = None
         if tail_mask is not None:
             self._take_tail(tail_mask, q_len, kv_len)
@@ -510,6 +514,8 @@ class Call:
             if not fits or tuple(mask.shape[2:]) != shape[2:]:
                 wanted = f"a BlockMask for {shape}, 1 standing for any batch size or heads"
                 raise ValueError(f"{name} must be {wanted}; got {mask.shape}")
+            if self.indices is not None:
+                raise ValueError(f"{name} must be an array where keys are chosen by indices, which do what a BlockMask does")
             self.block_mask = mask
             return
         array = given[name] = as_array(name, mask)
@@ -532,6 +538,44 @@ class Call:
     def mask_of(self, b):
         """The dense mask of entry `b`, ``(Hq, Lq, Lk)``."""
         return self.mask[b] if self.cu_seqlens_q is None else self.mask[0, :, self.cu_seqlens_q[b] : self.cu_seqlens_q[b + 1]]
+
+    def _take_indices(self, indices, packed):
+        """A private copy, nothing of which but its shape and dtype has been checked."""
+        array = as_array("indices", indices)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"indices must hold ints; got {array.dtype}")
+        batch, heads, rows = self.q.shape[0], self.k.shape[1], self.q.shape[2]
+        lead = (rows, heads) if packed else (batch, heads, rows)[4 - self._rank :]
+        of_heads = 1 if packed or self._rank == 4 else 0
+        shared = tuple(1 if axis == of_heads and self._rank > 2 else n for axis, n in enumerate(lead))
+        if array.ndim != len(lead) + 1 or array.shape[:-1] not in (lead, shared):
+            wanted = ", ".join(map(str, lead))
+            hint = f", or 1 in the place of {heads} heads" if heads > 1 else ""
+            raise ValueError(f"indices must have shape ({wanted}, n){hint}; got {array.shape}")
+        array = np.array(array, array.dtype if array.dtype in (np.int32, np.int64) else np.int64, order="C", subok=False)
+        array = array[(None,) * (4 - array.ndim)]
+        return np.broadcast_to(array.swapaxes(1, 2) if packed else array, (batch, heads, rows, array.shape[3]))
+
+    def check_indices(self):
+        """Raise unless every list of keys names such as are there, each once."""
+        heads = 1 if self.indices.strides[1] == 0 else self.indices.shape[1]
+        for b, rows in enumerate(self.q_lengths.tolist()):
+            first, of = (0, b) if self.cu_seqlens_q is None else (int(self.cu_seqlens_q[b]), 0)
+            lists = self.indices[of, :heads, first : first + rows]
+            wrong = np.argwhere((lists < -1) | (lists >= self.kv_len))
+            if wrong.size:
+                place, what = tuple(wrong[0]), f"must lie between -1 and {self.kv_len - 1}"
+            else:
+                order = np.argsort(lists, axis=-1, kind="stable")
+                ranked = np.take_along_axis(lists, order, axis=-1)
+                again = np.argwhere((ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0))
+                if not again.size:
+                    continue
+                h, i, n = again[0]
+                place, what = (h, i, order[h, i, n + 1]), "must not name a key twice in a list"
+            h, i, n = map(int, place)
+            where = (first + i, h, n) if self.cu_seqlens_q is not None else (b, h, i, n)[4 - self._rank :]
+            raise ValueError(f"indices {what}; got {lists[place]} at {where}")
 
     @property
     def q_rooms(self):

@@ -45,6 +45,7 @@ cdef extern from "fastattn.h" nogil:
         FASTATTN_ERROR_INTERRUPTED
         FASTATTN_ERROR_DECAY
         FASTATTN_ERROR_NOT_FINITE
+        FASTATTN_ERROR_INDICES
 
     ctypedef enum fastattn_dtype:
         FASTATTN_FLOAT32
@@ -128,6 +129,10 @@ cdef extern from "fastattn.h" nogil:
         const int32_t *block_table
         int64_t block_table_stride, num_pages, page_size
         int invariant
+        const void *indices
+        int64_t indices_size
+        int64_t indices_strides[3]
+        int64_t num_indices
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -167,6 +172,28 @@ cdef extern from "fastattn.h" nogil:
         fastattn_threading threading
         const fastattn_store_args *also
         int rotate
+
+    ctypedef struct fastattn_select_args:
+        size_t size
+        int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim
+        fastattn_dtype q_dtype, k_dtype
+        const void *q
+        const void *k
+        int64_t q_strides[3]
+        int64_t k_strides[3]
+        const float *weights
+        int64_t weights_strides[3]
+        int rectified, causal
+        const int64_t *query_offset
+        const int64_t *kv_lengths
+        const int32_t *block_table
+        int64_t block_table_stride, num_pages, page_size
+        int64_t num_keys, block_size, keep_first, keep_recent
+        int32_t *indices
+        int64_t indices_strides[3]
+        fastattn_isa isa
+        int num_threads
+        fastattn_threading threading
 
     ctypedef struct fastattn_rope_args:
         size_t size
@@ -233,6 +260,7 @@ cdef extern from "fastattn.h" nogil:
     fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_plan_info *info)
     fastattn_status fastattn_store(const fastattn_store_args *args)
     fastattn_status fastattn_merge(const fastattn_merge_args *args)
+    fastattn_status fastattn_select_keys(const fastattn_select_args *args)
     fastattn_status fastattn_rope(const fastattn_rope_args *args)
     fastattn_status fastattn_linear_args_init(fastattn_linear_args *args, size_t size)
     fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace, size_t workspace_size)
@@ -283,6 +311,7 @@ OK = FASTATTN_OK
 ERROR_MEMORY = FASTATTN_ERROR_MEMORY
 ERROR_DECAY = FASTATTN_ERROR_DECAY
 ERROR_NOT_FINITE = FASTATTN_ERROR_NOT_FINITE
+ERROR_INDICES = FASTATTN_ERROR_INDICES
 
 cdef str HIGHEST = "highest"
 cdef dict PRECISIONS = {
@@ -493,6 +522,10 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
         args.block_table_stride = 4 * array.shape[1]
         args.num_pages, args.page_size = k.shape[0], k.shape[2]
         args.kv_len = args.page_size * array.shape[1]
+    if call.indices is not None:
+        array = call.indices
+        args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(array), np.PyArray_ITEMSIZE(array), array.shape[3]
+        copy_strides(args.indices_strides, array, 3)
     if call.mask is not None:
         array = call.mask
         args.mask = np.PyArray_DATA(array)
@@ -934,6 +967,46 @@ def store(pairs, np.ndarray slots, bint rotate):
         args[0].also = &args[1]
     with nogil:
         status = fastattn_store(args)
+    return <int>status
+
+
+def select_keys(call):
+    """Fill ``call.indices`` of a ``Selection``; the status."""
+    cdef fastattn_select_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    cdef np.ndarray q = call.q, k = call.k, indices = call.indices, array
+    memset(&args, 0, sizeof(args))
+    args.size = sizeof(args)
+    args.batch, args.num_heads, args.q_len, args.head_dim = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
+    args.num_kv_heads, args.kv_len = k.shape[1], k.shape[2]
+    args.q_dtype, args.k_dtype = dtype_code(q), dtype_code(k)
+    args.q, args.k = np.PyArray_DATA(q), np.PyArray_DATA(k)
+    copy_strides(args.q_strides, q, 3)
+    copy_strides(args.k_strides, k, 3)
+    if call.weights is not None:
+        array = call.weights
+        args.weights = <const float *>np.PyArray_DATA(array)
+        copy_strides(args.weights_strides, array, 3)
+    args.rectified, args.causal = call.rectified, call.causal
+    array = call.query_offset
+    args.query_offset = <const int64_t *>np.PyArray_DATA(array)
+    array = call.kv_lengths
+    args.kv_lengths = <const int64_t *>np.PyArray_DATA(array)
+    if call.block_table is not None:
+        array = call.block_table
+        args.block_table = <const int32_t *>np.PyArray_DATA(array)
+        args.block_table_stride = array.strides[0]
+        args.num_pages, args.page_size = k.shape[0], k.shape[2]
+        args.kv_len = args.page_size * array.shape[1]
+    args.num_keys, args.block_size = indices.shape[3], call.block
+    args.keep_first, args.keep_recent = call.keep_first, call.keep_recent
+    args.indices = <int32_t *>np.PyArray_DATA(indices)
+    copy_strides(args.indices_strides, indices, 3)
+    find_settings(&found)
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    with nogil:
+        status = fastattn_select_keys(&args)
     return <int>status
 
 

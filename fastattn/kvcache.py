@@ -10,6 +10,7 @@ import numpy as np
 from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, spread_tail, take_tail_mask, window_sides
 from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
+from .indexed import attention_indexed
 from .quantized import attend_turned, check_dim, store
 
 if TYPE_CHECKING:
@@ -242,7 +243,9 @@ class KVCache:
         if self._window is not None:
             self._held_from = np.maximum(self._held_from, after - self._ring)
 
-    def attend(self, q: Array, *, causal: bool = True, tail_mask: Array | None = None, **keywords: Any) -> Any:
+    def attend(
+        self, q: Array, *, causal: bool = True, tail_mask: Array | None = None, indices: Array | None = None, **keywords: Any
+    ) -> Any:
         """Attention of the latest tokens' queries to what the cache holds.
 
         Parameters
@@ -253,6 +256,8 @@ class KVCache:
         tail_mask : array_like of bool, (Lq, Lt) or (B, Lq, Lt), optional
             Who sees whom among the last Lt keys, as in a tree of drafts; keys before them are visible to all. It takes the place
             of `causal`.
+        indices : array_like of int, (B, Hkv, Lq, n) or (B, 1, Lq, n), optional
+            The keys that each row sees, by their positions, as in :func:`attention_indexed`. Not on a ring.
         **keywords
             As for :func:`attention`: window, scale, softcap, alibi_slopes, sinks, invariant, return_lse, out, ... but none that the
             cache knows better: query_offset and kv_lengths; nor `mask` and `invariant` on a ring.
@@ -272,22 +277,27 @@ class KVCache:
             raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {dim_of(self._k)}); got {q.shape}")
         if self._rotate:
             check_queries(q, dim_of(self._k))
-            return attend_turned(self._attend, q, {"causal": causal, "tail_mask": tail_mask, **keywords})
-        return self._attend(q, causal, tail_mask, **keywords)
+            return attend_turned(self._attend, q, {"causal": causal, "tail_mask": tail_mask, "indices": indices, **keywords})
+        return self._attend(q, causal, tail_mask, indices, **keywords)
 
-    def _attend(self, q, causal, tail_mask, **keywords):
+    def _attend(self, q, causal, tail_mask, indices, **keywords):
         if tail_mask is not None:
             if "mask" in keywords:
                 raise TypeError("attend() has either mask or tail_mask")
             tail_mask, causal = take_tail_mask(tail_mask, q.shape[2], self._lengths), False
         if self._window is not None:
+            if indices is not None:
+                raise ValueError("indices must be None on a ring, whose places are not the keys' positions; got some")
             return self._attend_ring(q, flag("causal", causal), tail_mask, keywords)
         longest = int(self._lengths.max(initial=0))
         if tail_mask is not None:
             keywords["mask"] = spread_tail(tail_mask, self._lengths, np.arange(longest))
         if (self._lengths != longest).any():
             keywords["kv_lengths"] = self._lengths
-        return attention(q, self._k[:, :, :longest], self._v[:, :, :longest], causal=causal, **keywords)
+        k, v = self._k[:, :, :longest], self._v[:, :, :longest]
+        if indices is not None:
+            return attention_indexed(q, k, v, indices, causal=causal, **keywords)
+        return attention(q, k, v, causal=causal, **keywords)
 
     def truncate(self, lengths: Ints) -> None:
         """Forget all but the first tokens of each entry: drafts that were rejected.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ._typing import Array, Ints
 
 # Arguments of attention under which it matters to keys that sequences share how far away a query is, or which it is.
-_NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function", "tail_mask")
+_NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function", "tail_mask", "indices")
 
 
 class Sequence:
@@ -266,9 +266,9 @@ class PagedKVCache:
             Read the pages that sequences have in common, from their first on, once for all of them, and merge (Juravsky et al.,
             "Hydragen", 2024). Bits then depend on the company. Without effect where they must not, with `invariant`, and where the
             distance from query to key matters to shared keys: with `window`, `alibi_slopes`, `kv_starts`, `q_lengths`, a
-            `score_function`, a `tail_mask` or another `activation`.
+            `score_function`, a `tail_mask`, `indices` or another `activation`.
         **keywords
-            As for :func:`paged_attention`, `tail_mask` and `invariant` among them, but query_offset and kv_lengths, which the pool
+            As for :func:`paged_attention`, `tail_mask`, `indices` and `invariant` among them, but query_offset and kv_lengths, which the pool
             knows better.
 
         Returns

@@ -147,6 +147,7 @@ def paged_attention(
     kv_lengths: Ints,
     *,
     cu_seqlens_q: Ints | None = None,
+    indices: Array | None = None,
     causal: bool = False,
     window: Window | None = None,
     query_offset: Ints | None = None,
@@ -187,6 +188,9 @@ def paged_attention(
         Keys of each sequence, at most ``most_pages * page_size``.
     cu_seqlens_q : array_like of int, (B + 1,), optional
         Cumulative numbers of queries: from 0, never decreasing, ending at `total_q`. Default: each sequence has an equal share.
+    indices : array_like of int, (total_q, Hkv, n) or (total_q, 1, n), optional
+        The keys that each row sees, as in :func:`attention_indexed`: they count from the first of the sequence. Pages that hold none of
+        them are not read.
     causal, window, query_offset, kv_starts, q_lengths, scale, softcap, alibi_slopes, sinks, precision
         As in :func:`attention_varlen`; pages that lie wholly before `kv_starts` need not be there.
     activation, activation_bias, power, score_function, invariant
@@ -224,7 +228,7 @@ def paged_attention(
     if kv_lengths is None:
         raise TypeError("kv_lengths must be an int or an integer array; got None")
     call = Call(
-        backend, q, k_pages, v_pages, _PAGED_NAMES, paged=(block_table, cu_seqlens_q), tail_mask=tail_mask,
+        backend, q, k_pages, v_pages, _PAGED_NAMES, paged=(block_table, cu_seqlens_q), tail_mask=tail_mask, indices=indices,
         causal=causal if tail_mask is None else False, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
         precision=precision, activation=activation, activation_bias=activation_bias, power=power, score_function=score_function,

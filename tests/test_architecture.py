@@ -28,7 +28,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "runtime": {"_check", "_processors", "_settings", "backends", "_native"},
     "attention": {"_check", "runtime", "backends", "sparse"},
     "quantized": {"_check", "_quantized", "runtime"},
-    "kvcache": {"_check", "_quantized", "attention", "quantized"},
+    "indexed": {"_check", "runtime"},
+    "kvcache": {"_check", "_quantized", "attention", "indexed", "quantized"},
     "varlen": {"_check", "runtime"},
     "pagedcache": {"_check", "_quantized", "attention", "kvcache", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do

@@ -10,6 +10,8 @@ Every backend is a module with these names and no others:
     Cast the rows ``(B, L, H, D)`` of each pair into its cache ``(pages, rows of a page, H, D)``, or quantise them where that holds records:
     each to the slot ``page * (rows of a page) + row`` that `slots`, ``(B, L)`` int64, has for it; -1 leaves it out. With `rotate` rows are
     turned first. False, and then nothing is written, where a number cannot be quantised.
+``select_keys(call)``
+    Fill ``call.indices``; `call` is a :class:`fastattn.indexed.Selection`.
 ``apply_rope(x, cos, sin, out, interleaved)``
     Turn the pairs of `x` ``(B, H, L, D)`` by the angles of the tables ``(B, H, L, pairs)`` into `out`, which may be `x`.
 ``normalize(x, add, add_bias, total, weight, bias, out, eps, centred)``

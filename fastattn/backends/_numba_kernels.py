@@ -48,6 +48,8 @@ PLAN = np.dtype(
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
         "activation", "power", "activation_bias", "additive", "additive_head",
+        # Keys that rows list: what is counted are places in a list. A band is one row, so that all lanes have the same.
+        "lists", "list_batch", "list_head", "list_row", "index_size",
     )]
     + [(name, np.float32) for name in ("scale", "softcap", "shrink")]  # `shrink`: what weights are multiplied by, 1 or `SHRINK`
 )  # fmt: skip
@@ -63,6 +65,7 @@ Entry = namedtuple(
     "batch query key"  # where its first row and key are in the arrays
     " start"  # the key of the masks that is its first
     " q_len kv_len offset"  # its rows and keys, and the position of its first row, where that of its first key is 0
+    " keys"  # as many, but where keys are listed: then it has places in a list
     " bands panels split unit",  # how its work is cut; `unit` is the first of its units
 )
 ENTRY_BYTES = 8 * len(Entry._fields)
@@ -138,7 +141,7 @@ def softmax(plan, at, n, row):
 @inline
 def activation_of(plan, entry):
     """What is added to the scores of an entry, and what its weights are multiplied by."""
-    n = float64(max(entry.kv_len, int64(1)))
+    n = float64(max(entry.keys, int64(1)))
     if plan.activation == SIGMOID:
         given = elements(plan.activation_bias, float32)[entry.batch] if plan.activation_bias else np.float32(-np.log(n))
         return given, np.float32(1.0)
@@ -199,7 +202,7 @@ def places(plan, state, scratch, row):
 @inline
 def entry_at(plan, n):
     x = elements(plan.entries + ENTRY_BYTES * n, int64)
-    return Entry(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10])
+    return Entry(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], x[10], x[11])
 
 
 @jit
@@ -230,9 +233,16 @@ def row_of(plan, panel, lane):
 
 @inline
 def interval(plan, entry, i):
-    """The keys ``low <= j < high`` that lengths, causal and window leave to query row `i`."""
+    """The keys ``low <= j < high`` that lengths, causal and window leave to query row `i`; of listed ones all places."""
+    if plan.lists:
+        return int64(0), entry.kv_len
+    return keys_seen(plan, entry, i)
+
+
+@inline
+def keys_seen(plan, entry, i):
     position = i + entry.offset
-    low, high = int64(0), entry.kv_len
+    low, high = int64(0), entry.keys
     if plan.causal:
         high = min(high, position + 1)
     if plan.window_right >= 0:
@@ -240,6 +250,17 @@ def interval(plan, entry, i):
     if plan.window_left >= 0:
         low = max(low, position - plan.window_left)
     return low, max(low, high)
+
+
+@inline
+def key_at(plan, entry, kv_head, i, place):
+    """The key in a place; of a list that of row `i`, or -1 where there is none that it sees."""
+    if not plan.lists:
+        return place
+    line = plan.lists + entry.batch * plan.list_batch + kv_head * plan.list_head + (entry.query + i) * plan.list_row
+    key = elements(line, int64)[place] if plan.index_size == 8 else int64(elements(line, int32)[place])
+    low, high = keys_seen(plan, entry, i)
+    return key - entry.start if low <= key - entry.start < high else int64(-1)
 
 
 @inline
@@ -351,6 +372,19 @@ def see_interval(plan, panel, j, n, at, row):
 
 
 @jit
+def see_list(plan, panel, i, head, j, n, mask, slope, line):
+    """Write the bias of n places of a list from j on for a row: mask and ALiBi of the key that is there, or -inf."""
+    x = elements(line, float32)
+    for place in range(n):
+        key = key_at(plan, panel.entry, head // plan.kv_group, i, j + place)
+        x[place] = 0.0 if key >= 0 else -np.inf
+        if key >= 0 and plan.mask:
+            bias_row(mask + key * plan.mask_key, plan.mask_key, plan.mask_code, 1, line + 4 * place)
+        if slope != 0.0:
+            x[place] -= slope * np.float32(abs(i + panel.entry.offset - key))
+
+
+@jit
 def see_mask(plan, panel, j, n, bits, at, row):
     """Write the bias of n keys from j on, -inf where a lane does not see the key; whether any lane sees any."""
     pitch = 4 * plan.block_keys
@@ -364,10 +398,13 @@ def see_mask(plan, panel, j, n, bits, at, row):
         low, high = interval(plan, panel.entry, i)
         low = min(max(low - j, 0), n)
         high = min(max(high - j, low), n)
-        if plan.mask:
-            mask = plan.mask + panel.entry.batch * plan.mask_batch + head * plan.mask_head + (panel.entry.query + i) * plan.mask_row
-            mask += (panel.entry.start + j + low) * plan.mask_key
-            bias_row(mask, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
+        mask = plan.mask + panel.entry.batch * plan.mask_batch + head * plan.mask_head
+        mask += (panel.entry.query + i) * plan.mask_row
+        mask += panel.entry.start * plan.mask_key
+        if plan.lists:
+            see_list(plan, panel, i, head, j, n, mask, elements(at.slopes, float32)[lane], line)
+        elif plan.mask:
+            bias_row(mask + (j + low) * plan.mask_key, plan.mask_key, plan.mask_code, high - low, line + 4 * low)
         else:
             fill(line, 0.0, low, high)
         if bits:
@@ -397,9 +434,9 @@ Stored = namedtuple("Stored", "address batch head row n_columns")  # keys or val
 
 
 @inline
-def row_at(plan, entry, kv_head, stored, key):
-    """The address of a key, or of its values."""
-    head = stored.address + kv_head * stored.head
+def row_at(plan, entry, kv_head, i, stored, place):
+    """The address of a key, or of its values; of the first one for a place without a key."""
+    head, key = stored.address + kv_head * stored.head, max(key_at(plan, entry, kv_head, i, place), 0)
     if not plan.block_table:
         return head + entry.batch * stored.batch + (entry.key + key) * stored.row
     page, row = divmod(entry.key + key, plan.page_size)
@@ -407,17 +444,17 @@ def row_at(plan, entry, kv_head, stored, key):
 
 
 @jit
-def find_rows(plan, entry, kv_head, stored, j, n, target):
+def find_rows(plan, entry, kv_head, query, stored, j, n, target):
     """The rows of n keys from j on: where they lie, or, if that is in several pages or they have to be float32, as a copy."""
     itemsize = 4 if plan.kv_code == FLOAT32 else 2
-    scattered = plan.block_table != 0 and (entry.key + j) % plan.page_size + n > plan.page_size
+    scattered = plan.lists != 0 or (plan.block_table != 0 and (entry.key + j) % plan.page_size + n > plan.page_size)
     if not (scattered or plan.widened):
-        return Rows(row_at(plan, entry, kv_head, stored, j), stored.row, n, itemsize * stored.n_columns)
+        return Rows(row_at(plan, entry, kv_head, query, stored, j), stored.row, n, itemsize * stored.n_columns)
     if plan.widened:
         itemsize = 4
     nbytes = itemsize * stored.n_columns
     for i in range(n):
-        source, to = row_at(plan, entry, kv_head, stored, j + i), target + i * nbytes
+        source, to = row_at(plan, entry, kv_head, query, stored, j + i), target + i * nbytes
         if plan.kv_code == INT8 or plan.kv_code == INT4:
             decode_row(source, plan.kv_code, stored.n_columns, to)
         elif plan.widened:
@@ -433,7 +470,7 @@ def find_rows(plan, entry, kv_head, stored, j, n, target):
 def step(plan, panel, j, high, bits, at, tile, row, storage):
     """Take a block of keys from j on, but none from `high` on, into the state."""
     n = min(high - j, plan.block_keys)
-    masked = bits != 0 or plan.mask != 0
+    masked = bits != 0 or plan.mask != 0 or plan.lists != 0
     partial = masked or j < panel.inner_low or j + n > panel.inner_high
     if masked and not see_mask(plan, panel, j, n, bits, at, row):
         return
@@ -448,23 +485,25 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
     kv_head, entry = panel.head0 // plan.kv_group, panel.entry
     stored_k = Stored(plan.k, plan.k_batch, plan.k_head, plan.k_row, plan.head_dim)
     stored_v = Stored(plan.v, plan.v_batch, plan.v_head, plan.v_row, plan.v_head_dim)
-    k, v = find_rows(plan, entry, kv_head, stored_k, j, n, at.k), find_rows(plan, entry, kv_head, stored_v, j, n, at.v)
+    k = find_rows(plan, entry, kv_head, panel.i0, stored_k, j, n, at.k)
+    v = find_rows(plan, entry, kv_head, panel.i0, stored_v, j, n, at.v)
     itemsize = 4 if plan.kv_code == FLOAT32 else 2
-    ahead = int64(0) if plan.block_table != 0 or j + n >= high else itemsize * plan.head_dim
-    next_keys = Rows(row_at(plan, entry, kv_head, stored_k, j) + n * plan.k_row, plan.k_row, n, ahead)
+    ahead = int64(0) if plan.block_table != 0 or plan.lists != 0 or j + n >= high else itemsize * plan.head_dim
+    next_keys = Rows(row_at(plan, entry, kv_head, panel.i0, stored_k, j) + n * plan.k_row, plan.k_row, n, ahead)
     code = FLOAT32 if plan.widened else plan.kv_code
 
     scores(plan, at, k, panel.n_rows, v, tile, row, storage)
     n_vectors = -(-n * plan.slots // lanes(row))
     full = n_vectors * lanes(row) == n * plan.slots
     if partial or not full or plan.softcap != 0.0 or plan.alibi != 0:
-        if plan.alibi:
+        sloped = plan.alibi != 0 and plan.lists == 0  # for listed keys that is in the bias
+        if sloped:
             offset = entry.offset - j
             for lane in range(panel.n_rows):
                 elements(at.distance, float32)[lane] = row_of(plan, panel, lane)[0] + offset
             repeat(at.distance, plan.slots, row)
         bias = at.bias if masked else int64(0)
-        slopes = at.slopes if plan.alibi else int64(0)
+        slopes = at.slopes if sloped else int64(0)
         adjust(plan, at, n_vectors, bias, slopes, row)
     if plan.activation == SOFTMAX:
         softmax(plan, at, n_vectors, row)

@@ -21,7 +21,10 @@ _ISAS = {name: code for code, name in enumerate(takewhile(bool, map(_native.isa_
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
-    _raise_unless_ok(_native.attention(call))
+    status = _native.attention(call)
+    if status == _native.ERROR_INDICES:
+        call.check_indices()  # finds what the library has found, and says where
+    _raise_unless_ok(status)
 
 
 def merge_states(outs, lses, out, lse):
@@ -35,6 +38,11 @@ def store(pairs, slots, rotate):
     if status != _native.ERROR_NOT_FINITE:
         _raise_unless_ok(status)
     return status == _native.OK
+
+
+def select_keys(call):
+    """Fill ``call.indices``."""
+    _raise_unless_ok(_native.select_keys(call))
 
 
 def apply_rope(x, cos, sin, out, interleaved):

@@ -24,7 +24,12 @@ from .. import _settings
 from .._quantized import kind_of
 from . import _numba_kernels, _numba_linear, _numba_numbers, _numba_products, _numba_simd, numpy
 from ._numba_kernels import ACTIVATIONS, MERGE, MIN_PART, PARTS, PLAN, SHRINK, WHOLE, Entry
-from .numpy import normalize as normalize, pointwise as pointwise, store as store  # what NumPy does as well
+from .numpy import (  # what NumPy does as well
+    normalize as normalize,
+    pointwise as pointwise,
+    select_keys as select_keys,
+    store as store,
+)
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -93,6 +98,8 @@ def attention(call):
     if _is_for_numpy(call):
         numpy.attention(call)
         return
+    if call.indices is not None:
+        call.check_indices()
     for work in _works(call):
         kernel = _kernel(_numba_kernels.build_attention, *work.shape)
         plan, states = work.plan(), _scratch(work.states_bytes)
@@ -227,7 +234,14 @@ def _group(call):
 
 
 def _band(call, q_len):
-    return q_len if call.block_mask is None else min(q_len, call.block_mask.block_size)
+    return min(q_len, _band_rows(call))
+
+
+def _band_rows(call):
+    """Rows that walk through the same keys."""
+    if call.indices is not None:
+        return 1
+    return call.q.shape[2] if call.block_mask is None else call.block_mask.block_size
 
 
 class _Work:
@@ -272,7 +286,8 @@ class _Work:
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
-        copies = 4 * self.block_keys * (head_dim + v_head_dim) if self.widened or call.block_table is not None else 0
+        gathered = self.widened or call.block_table is not None or call.indices is not None
+        copies = 4 * self.block_keys * (head_dim + v_head_dim) if gathered else 0
         weights = row_bytes * self.head_pitch if self.additive is not None else 0
         self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + max(copies, weights)
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
@@ -283,10 +298,11 @@ class _Work:
     def _cut(self, entries):
         """Units and parts of each entry by its shape alone, the entries with the most keys first."""
         call, mask = self.call, self.call.block_mask
-        kv_len = call.kv_lengths - call.kv_starts
+        keys = call.kv_lengths - call.kv_starts
+        kv_len = keys if call.indices is None else np.full_like(keys, call.indices.shape[3])
         entries = entries[np.argsort(-kv_len[entries], kind="stable")]
         self.q_len, self.kv_len, start = call.q_lengths[entries], kv_len[entries], call.kv_starts[entries]
-        self.band = call.q.shape[2] if mask is None else mask.block_size
+        self.band = _band_rows(call)
         bands = -(-self.q_len // max(self.band, 1))
         panels = -(-np.minimum(self.q_len, self.band) * self.group // self.lanes)
         self.units_of = self.groups * bands * panels
@@ -297,7 +313,7 @@ class _Work:
         query, key = (0 if table is None else table[entries] for table in (call.cu_seqlens_q, call.cu_seqlens_k))
         columns = {
             "batch": entries, "query": query, "key": key + start, "start": start, "q_len": self.q_len, "kv_len": self.kv_len,
-            "offset": self.offset, "bands": bands, "panels": panels, "split": split,
+            "offset": self.offset, "keys": keys[entries], "bands": bands, "panels": panels, "split": split,
             "unit": np.cumsum(self.units_of) - self.units_of,
         }  # fmt: skip
         self.entries = np.empty((len(entries), len(Entry._fields)), np.int64)
@@ -326,6 +342,9 @@ class _Work:
         }  # fmt: skip
         if call.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
+        if call.indices is not None:
+            fields |= _place("lists", call.indices, "list_batch", "list_head", "list_row")
+            fields |= {"index_size": call.indices.itemsize} | ({} if call.cu_seqlens_q is None else {"list_batch": 0})
         if call.cu_seqlens_k is not None:
             fields |= {"k_batch": 0, "v_batch": 0}
         if call.block_table is not None:
@@ -344,6 +363,8 @@ class _Work:
     def visible_pairs(self):
         """The (row, key) pairs that are computed: what causal, window, lengths and a block mask leave to each item."""
         call, mask = self.call, self.call.block_mask
+        if call.indices is not None:
+            return call.q.shape[1] * int((self.q_len * self.kv_len).sum())
         left, right = call.window[0], 0 if call.causal else call.window[1]
         computed = 0
         for b, start, q_len, kv_len, offset in zip(self.entries[:, 0], self.entries[:, 3], self.q_len, self.kv_len, self.offset):

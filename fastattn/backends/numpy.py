@@ -14,6 +14,7 @@ from .._quantized import encoded, kind_of, turned
 _TILE_ROWS = 256
 _TILE_KEYS = 4096
 _ALIKE_KEYS = 256  # of a tile where rows are invariant
+_SELECTED = 1 << 20  # scores of a tile of rows and all keys
 
 dtypes = frozenset({"float16", "bfloat16", "float32", "float64", np.dtype(np.longdouble).name})
 
@@ -24,6 +25,8 @@ def set_num_threads(n):
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
+    if call.indices is not None:
+        call.check_indices()
     with np.errstate(all="ignore"):  # NaN and inf pass through, as in the formula
         for b, h, i0, i1 in _tiles(call):
             entry = call.entry(b)
@@ -102,6 +105,40 @@ def store(pairs, slots, rotate):
         with np.errstate(over="ignore"):  # beyond the largest number is inf, as in any cast
             cache[page, row] = new
     return True
+
+
+def select_keys(call):
+    """Fill ``call.indices``: scores of some rows and all keys, of which each row takes the largest."""
+    num_heads, q_len = call.q.shape[1:3]
+    heads, kv_len = call.k.shape[1], call.kv_len
+    group, dtype, unit = num_heads // max(heads, 1), _compute_dtype(call.q.dtype), max(call.block, 1)
+    call.indices[...] = -1
+    rows = max(1, _SELECTED // max(kv_len * group, 1))
+    for b, h in np.ndindex(len(call.q), heads):
+        length, offset = int(call.kv_lengths[b]), int(call.query_offset[b])
+        k = call.k[b, h] if call.block_table is None else call.k[call.block_table[b], h].reshape(kv_len, -1)
+        k = k[:length].astype(dtype)
+        for i0 in range(0, q_len, rows):
+            here = slice(i0, min(i0 + rows, q_len))
+            of_group = slice(h * group, (h + 1) * group)
+            with np.errstate(all="ignore"):
+                s = call.q[b, of_group, here].astype(dtype) @ k.T
+                if call.rectified:
+                    s = np.maximum(s, 0)
+                w = np.ones(s.shape[:2], dtype) if call.weights is None else call.weights[b, of_group, here].astype(dtype)
+                s = np.einsum("gi,gij->ij", w, s)
+            position, key = np.arange(here.start, here.stop)[:, None] + offset, np.arange(length)
+            s[(key < call.keep_first) | ((key > position - call.keep_recent) & (key <= position))] = np.inf
+            s[np.isnan(s) | (call.causal & (key > position))] = -np.inf
+            if unit > 1 and length:
+                s = np.maximum.reduceat(s, np.arange(0, length, unit), axis=1)
+            for n, own in enumerate(s):
+                best = np.sort(np.argsort(-own, kind="stable")[: call.indices.shape[3] // unit])
+                best = best[own[best] > -np.inf]
+                if unit > 1:
+                    best = (best[:, None] * unit + np.arange(unit)).ravel()
+                    best = best[best < (min(length, position[n, 0] + 1) if call.causal else length)]
+                call.indices[b, h, i0 + n, : best.size] = best
 
 
 def apply_rope(x, cos, sin, out, interleaved):
@@ -246,10 +283,11 @@ def _compute_dtype(dtype):
 
 def _tiles(call):
     """Every ``(b, h, i0, i1)``: query rows i0 to i1 of one head. Tiles depend on the shape of an entry alone."""
+    rows = _TILE_ROWS if call.indices is None else 1  # each has a list of its own
     for b, q_length in enumerate(call.q_lengths.tolist()):
         for h in range(call.q.shape[1]):
-            for i0 in range(0, q_length, _TILE_ROWS):
-                yield b, h, i0, min(i0 + _TILE_ROWS, q_length)
+            for i0 in range(0, q_length, rows):
+                yield b, h, i0, min(i0 + rows, q_length)
 
 
 def _chosen_tiles(call, heads, rows):
@@ -296,11 +334,8 @@ def _score_blocks(call, entry, b, h, i0, i1):
     k = entry.k[h // (call.q.shape[1] // call.k.shape[1])]
     listed = None if call.block_mask is None else call.block_mask.dense_rows(b, h, i0, i1)
 
-    start = int(call.kv_starts[b])
-    step = _ALIKE_KEYS if call.invariant else _TILE_KEYS
-    for j0 in range(low - (low - start) % step, high, step):
-        keys = np.arange(max(j0, low), min(j0 + step, high))
-        span = slice(keys[0], keys[-1] + 1)
+    for keys in _key_blocks(call, b, h, i0, low, high):
+        span = slice(keys[0], keys[-1] + 1) if call.indices is None else keys
         visible = np.ones((i1 - i0, keys.size), bool)
         if call.causal:
             visible &= keys <= position
@@ -312,9 +347,9 @@ def _score_blocks(call, entry, b, h, i0, i1):
             visible &= listed[:, span]
         bias = None
         if call.mask is not None and call.mask.dtype == bool:
-            visible &= call.mask_of(b)[h, i0:i1, span]
+            visible &= call.mask_of(b)[h, i0:i1][:, span]
         elif call.mask is not None:
-            bias = call.mask_of(b)[h, i0:i1, span]
+            bias = call.mask_of(b)[h, i0:i1][:, span]
             visible &= bias != -np.inf
 
         seen = np.flatnonzero(visible.any(axis=0))
@@ -322,7 +357,7 @@ def _score_blocks(call, entry, b, h, i0, i1):
             continue
         keys, visible = keys[seen], visible[:, seen]
 
-        scores = _raw_scores(call, h, q, k[keys].astype(dtype), keys - j0)
+        scores = _raw_scores(call, h, q, k[keys].astype(dtype), _places(call, b, keys))
         scores *= dtype.type(call.scale)
         if call.softcap:
             scores = dtype.type(call.softcap) * np.tanh(scores / dtype.type(call.softcap))
@@ -335,6 +370,21 @@ def _score_blocks(call, entry, b, h, i0, i1):
         yield keys, np.where(visible, scores, dtype.type(-np.inf)), visible
 
 
+def _key_blocks(call, b, h, i, low, high):
+    """The keys from `low` to `high`, some at a time: all of them, or those that row `i` lists."""
+    step = _ALIKE_KEYS if call.invariant else _TILE_KEYS
+    if call.indices is None:
+        start = int(call.kv_starts[b])
+        for j0 in range(low - (low - start) % step, high, step):
+            yield np.arange(max(j0, low), min(j0 + step, high))
+        return
+    of, first = (b, 0) if call.cu_seqlens_q is None else (0, int(call.cu_seqlens_q[b]))
+    listed = call.indices[of, h // (call.q.shape[1] // call.k.shape[1]), first + i]
+    listed = listed[(listed >= low) & (listed < high)]
+    for n in range(0, listed.size, step):
+        yield listed[n : n + step]
+
+
 def _raw_scores(call, h, q, k, places):
     """Products, or additive scores; `places` are those of the keys in their tile."""
     if not call.invariant:
@@ -343,6 +393,11 @@ def _raw_scores(call, h, q, k, places):
     if call.additive is None:
         return _each_alone(q, k.T)[:, places]
     return np.concatenate([_additive(call.additive[h], row[None], k) for row in q])[:, places]
+
+
+def _places(call, b, keys):
+    """Where keys stand in their tile; listed ones one after the other."""
+    return (keys - call.kv_starts[b]) % _ALIKE_KEYS if call.indices is None else np.arange(keys.size)
 
 
 def _in_place(x, places):
@@ -365,7 +420,7 @@ def _tile_of(call, b, keys, scores, visible, v):
     """Scores, visibility and values of `keys` as they are summed up."""
     if not call.invariant:
         return scores, visible, v
-    places = (keys - call.kv_starts[b]) % _ALIKE_KEYS
+    places = _places(call, b, keys)
     hidden = np.full((_ALIKE_KEYS, len(scores)), -np.inf, scores.dtype)
     hidden[places] = scores.T
     return np.ascontiguousarray(hidden.T), _in_place(visible.T, places).T, _in_place(v, places)

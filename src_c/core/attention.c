@@ -83,7 +83,7 @@ static void *partial_memory(const fa_call *call, const fa_entry *entry, int64_t 
 /* How an entry's scores become weights, if not by the softmax. */
 static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
     const fastattn_attention_args *a = call->args;
-    const double keys = (double)fa_max(entry->shape.kv_len, 1);
+    const double keys = (double)fa_max(entry->keys, 1);
     fa_activation activation = {a->activation, a->power, (float)call->unit, 0.0f, 1.0f};
     if (a->activation == FASTATTN_SIGMOID) activation.bias = a->activation_bias ? a->activation_bias[entry->batch] : (float)-log(keys);
     if (a->activation == FASTATTN_RELU) activation.factor = (float)(1 / keys);

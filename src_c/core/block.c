@@ -1,14 +1,16 @@
 #include "block.h"
 
 #include "ints.h"
+#include "listbias.h"
 #include "nonfinite.h"
 #include "operands.h"
 
-/* The block's bias: the mask, and the element mask. */
+/* The block's bias: the mask, and the element mask; of listed keys ALiBi as well. */
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
     for (int g = 0; g < fa_ceil_div(w->panel.padded, FA_ROW_STEP); g++) w->keys_of[g].from = 0, w->keys_of[g].to = block->keys;
+    if (a->indices) return fastattn_bias_of_list(w->call, &w->panel, block, w->products, w->ld, w->bias);
     if (a->mask) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
         found = w->products->mask(w->bias, w->ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
@@ -30,12 +32,13 @@ static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_bl
     const fa_panel *p = &w->panel;
     rules->scale = w->call->natural && !a->score_function ? a->scale : 1.0f; /* a function has been given finished scores */
     rules->softcap = a->score_function ? 0.0f : a->softcap;
-    rules->slopes = a->alibi_slopes ? p->slopes : NULL;
-    rules->offset = a->alibi_slopes ? p->offset_of : NULL;
+    const int sloped = a->alibi_slopes && !a->indices;
+    rules->slopes = sloped ? p->slopes : NULL;
+    rules->offset = sloped ? p->offset_of : NULL;
     rules->begin = block->partial ? p->begin_of : NULL;
     rules->end = block->partial ? p->end_of : NULL;
     rules->bias = biased ? w->bias : NULL;
-    for (int r = 0; r < p->padded && a->alibi_slopes; r++)
+    for (int r = 0; r < p->padded && sloped; r++)
         p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
     for (int r = 0; r < p->padded && block->partial; r++) {
         p->begin_of[r] = relative(p->begin[r], block->first, block->keys);
@@ -91,9 +94,12 @@ static void call_score_function(fa_work *w, const fa_operands *x, float *s, int 
         factor[r] = bends ? 1.0f : a->scale;
     }
     if (!products->by_rows) in_float32->unpack((void *const *)run_of, real, s, ld, factor, keys, FASTATTN_FLOAT32);
-    for (int r = 0; r < real; r++)
-        a->score_function(run_of[r], keys, p->entry->batch, p->head_of[row + r], p->query[row + r], p->entry->start + x->first + from,
-                          a->score_context);
+    for (int64_t n = 0, key, count; n < keys; n += count) {
+        count = fastattn_listed_run(&p->list, x->first + from + n, keys - n, &key);
+        for (int r = 0; r < real && key >= 0; r++)
+            a->score_function(run_of[r] + n, count, p->entry->batch, p->head_of[row + r], p->query[row + r], p->entry->start + key,
+                              a->score_context);
+    }
     if (!products->by_rows) in_float32->pack(s, ld, (const void *const *)run_of, rows, keys, FASTATTN_FLOAT32, 1.0f);
 }
 
@@ -210,7 +216,7 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = call->args;
     const unsigned found = block_bias(w, block);
     if (!(found & FA_MASK_SHOWS)) return;
-    const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL);
+    const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL) || (a->indices && a->alibi_slopes);
     const int in_parts = w->products->in_parts;
     fa_run *run = fastattn_run_of(w, block);
     fa_operands x;

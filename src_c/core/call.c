@@ -15,10 +15,11 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
     fa_rows r;
     const fastattn_block_mask *blocks = call->args->block_mask;
     r.count = q_len * call->group;
-    r.segment = blocks ? fa_min(blocks->block_size * call->group, r.count) : r.count;
+    const int64_t queries = blocks ? blocks->block_size : call->args->indices ? 1 : q_len; /* that see the same blocks, or keys */
+    r.segment = fa_min(queries, q_len) * call->group;
     r.panels_a_segment = fa_ceil_div(r.segment, most);
-    /* Panels of a long sequence are full; those of a block row share it evenly, or a ragged one would come with each. */
-    const int64_t even = blocks ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, most);
+    /* Panels of a long sequence are full; those of a segment share it evenly, or a ragged one would come with each. */
+    const int64_t even = blocks || call->args->indices ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, most);
     r.panel_rows = (int)fa_min(fa_round_up(even, FA_ROW_STEP), r.segment);
     r.panels_a_segment = fa_ceil_div(r.segment, r.panel_rows);
     r.panels = r.count / r.segment * r.panels_a_segment + fa_ceil_div(r.count % r.segment, r.panel_rows);
@@ -46,10 +47,10 @@ static void plan_splits(const fa_call *call, fa_shape *shape) {
 static int apart(int64_t stride, int64_t bytes) { return stride > bytes || stride < -bytes; }
 
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
- * often such that all rows want the same few lines of a cache; and those in pages have no stride. (Products by rows need none.) */
+ * often such that all rows want the same few lines of a cache; and those in pages, or chosen, have no stride. (Products by rows need none.) */
 static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
     if (call->quantised) return products->in_place;
-    if (call->args->block_table) return 0;
+    if (call->args->block_table || call->args->indices) return 0;
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
 }
 
@@ -63,7 +64,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     /* Lanes give a row the same bits however few there are, and none other do but float32 where keys are turned. */
     const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->quantised;
     const int any_rows = call->args->invariant && (products != call->exact || decodes);
-    if (alone && (many || any_rows) && q_len * call->group <= alone->panel_rows) products = alone;
+    const int64_t together = (call->args->indices ? 1 : q_len) * call->group; /* rows that could be in one panel */
+    if (alone && (many || any_rows) && together <= alone->panel_rows) products = alone;
     shape->rows = plan_rows(call, q_len, products->panel_rows);
     if (shape->rows.panel_rows < products->fewest_rows && !any_rows) {
         products = call->exact;
@@ -81,10 +83,14 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
         shape->prepared[way] = (way == FA_PREFERRED || (way == FA_EXACT && products->fits)) && !as_stored(call, shape, ways.of[way]);
 }
 
+static int64_t keys_of(const fastattn_attention_args *a, int64_t b) {
+    return (a->kv_lengths ? a->kv_lengths[b] : fastattn_kv_room(a, b)) - (a->kv_starts ? a->kv_starts[b] : 0);
+}
+
 /* The shape of entry b, as far as the caller gives it. */
 static void lengths_of(const fastattn_attention_args *a, int64_t b, int64_t *q_len, int64_t *kv_len) {
     *q_len = a->q_lengths ? a->q_lengths[b] : fastattn_q_room(a, b);
-    *kv_len = (a->kv_lengths ? a->kv_lengths[b] : fastattn_kv_room(a, b)) - (a->kv_starts ? a->kv_starts[b] : 0);
+    *kv_len = a->indices ? a->num_indices : keys_of(a, b);
 }
 
 /* Where entry b lies: what is not its shape. */
@@ -94,7 +100,8 @@ static void place(const fastattn_attention_args *a, int64_t b, fa_entry *entry) 
     entry->q_room = fastattn_q_room(a, b);
     entry->start = a->kv_starts ? a->kv_starts[b] : 0;
     entry->key = (a->cu_seqlens_k ? a->cu_seqlens_k[b] : 0) + entry->start;
-    entry->offset = a->query_offset ? fa_reach(a->query_offset[b]) - entry->start : entry->shape.kv_len - entry->shape.q_len;
+    entry->keys = keys_of(a, b);
+    entry->offset = a->query_offset ? fa_reach(a->query_offset[b]) - entry->start : entry->keys - entry->shape.q_len;
 }
 
 static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
@@ -134,7 +141,7 @@ static fa_totals survey(fa_call *call) {
     fa_totals t = {0};
     int64_t entries = 0; /* of this shape, not counted yet */
     if (!fastattn_ragged(a)) {
-        plan_shape(shape, call, a->q_len, a->kv_len);
+        plan_shape(shape, call, a->q_len, a->indices ? a->num_indices : a->kv_len);
         entries = a->batch;
     }
     for (int64_t b = 0; b < a->batch && fastattn_ragged(a); b++) {
@@ -168,7 +175,7 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     call->abreast = 1;
-    if (!call->apart || a->block_table || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
+    if (!call->apart || a->block_table || a->indices || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
     const double enough = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     call->abreast = fa_max(1, enough < (double)most ? (int64_t)enough : most);
@@ -217,7 +224,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
-    const int64_t pointers = a->block_table ? fastattn_row_pointers(keys) : 0;
+    const int64_t pointers = a->block_table || a->indices ? fastattn_row_pointers(keys) : 0;
     m->k_rows = take(&bytes, pointers, sizeof(char *));
     m->v_rows = take(&bytes, pointers, sizeof(char *));
     m->wide_k = take(&bytes, call->quantised * keys * a->head_dim, sizeof(float));
@@ -324,7 +331,7 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
         shape = &entry->shape;
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
-        entry->line = abreast ? call->sequences : shape->rows.panels;
+        entry->line = abreast ? call->sequences : a->indices ? shape->rows.panels_a_segment : shape->rows.panels;
         entry->bundle = abreast ? call->abreast : shape->prepared[FA_PREFERRED] || call->quantised ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
         entry->bundles = entry->bundle > 1 ? fa_ceil_div(entry->line, entry->bundle) : entry->line;
         entry->partial_bytes = shape->splits > 1 ? fastattn_state_bytes(shape->rows.ld, a->v_head_dim) : 0;

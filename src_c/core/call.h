@@ -25,7 +25,7 @@ enum { FA_COMPUTE, FA_MERGE, FA_PHASES };
  *
  * The `group` query heads that share a key/value head are packed into one sequence of rows, query by query:
  * row = query * group + head, so that a panel spans few queries and its causal edge stays short. A segment is a run of
- * rows that no panel crosses: all rows, or with a block mask the rows of one block row. Where a block mask differs
+ * rows that no panel crosses: all rows, or with a block mask the rows of one block row, with lists of keys those of one query. Where a block mask differs
  * between the heads of a group, each head is packed alone (group 1, heads_alone query heads in turn). */
 typedef struct fa_rows {
     int64_t count;            /* rows of a packed sequence */
@@ -39,7 +39,7 @@ typedef struct fa_rows {
 /* How a batch entry of so many queries and keys is computed: all that its bits depend on, and nothing about its neighbours, the
  * threads, or what the caller's arrays hold besides. */
 typedef struct fa_shape {
-    int64_t q_len, kv_len;
+    int64_t q_len, kv_len; /* queries, and keys or places in a list of keys */
     const fa_products *products;
     fa_rows rows;
     int64_t block_keys;    /* keys in one step */
@@ -57,6 +57,7 @@ typedef struct fa_entry {
     int64_t query, q_room;  /* its first query among the rows of q, and all rows there that are its own, padding included */
     int64_t key;            /* its first key among the rows of k and v */
     int64_t start;          /* of its keys, those before the first, which no query sees: masks count from there */
+    int64_t keys;           /* that it has: as many as its shape, but where lists of keys are what the loop goes through */
     int64_t offset;         /* position of its first query, where that of its first key is 0 */
     int64_t bundle;         /* consecutive panels of an item: they share what is made of a block of keys, or lines of its rows */
     int64_t line;           /* panels that bundles are cut from: of a packed sequence, or, if each has but one, of all */

@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include "../ukernel/storage.h"
+#include "indices.h"
 #include "ints.h"
 #include "threads.h"
 
@@ -24,6 +25,7 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->kv_dtype == FASTATTN_INT4 && (a->head_dim % FA_GROUP != 0 || a->v_head_dim % FA_GROUP != 0)) return FASTATTN_ERROR_SHAPE;
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
         return FASTATTN_ERROR_SHAPE;
+    if (a->indices && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
     if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
         product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
         return FASTATTN_ERROR_SHAPE;
@@ -59,7 +61,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         fastattn_check_table(&v) != FASTATTN_OK || fastattn_check_table(&out) != FASTATTN_OK)
         return FASTATTN_ERROR_ARGUMENT;
     if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
-        !a->block_table && !fastattn_ragged(a))
+        !a->block_table && !a->indices && !fastattn_ragged(a))
         return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
@@ -75,6 +77,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         {a->activation_bias, NULL, 0, {0}, batch, 4, 0, 0},
         {a->additive, &a->additive_stride, 1, {heads}, used * a->head_dim, 4, 0, 0},
         {a->block_table, &a->block_table_stride, 1, {batch}, fastattn_pages_of(a, keys), 4, 0, 0},
+        {a->indices, a->indices_strides, 3, {q_batch, kv_heads, rows}, used * a->num_indices, a->indices_size, 0, 0},
     };
     for (size_t n = 0; n < sizeof options / sizeof *options; n++)
         if (fastattn_check_table(&options[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
@@ -117,7 +120,8 @@ static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
 /* The shape that each entry is said to have fits into what there is. */
 static fastattn_status check_lengths(const fastattn_attention_args *a) {
     if (a->cu_seqlens_q && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
-    if (a->cu_seqlens_k && (a->mask || a->block_mask || a->block_table)) return FASTATTN_ERROR_ARGUMENT;
+    if (a->cu_seqlens_k && (a->mask || a->block_mask || a->block_table || a->indices)) return FASTATTN_ERROR_ARGUMENT;
+    if (a->indices && (a->block_mask || (a->indices_size != 4 && a->indices_size != 8))) return FASTATTN_ERROR_ARGUMENT;
     if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
         (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
         return FASTATTN_ERROR_SEQLENS;
@@ -233,5 +237,6 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (status == FASTATTN_OK) status = check_lengths(a);
     if (status == FASTATTN_OK) status = check_block_table(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
+    if (status == FASTATTN_OK) status = fastattn_check_indices(a);
     return status;
 }

@@ -69,12 +69,18 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     for (int r = 0; r < p->rows; r++) {
         p->query[r] = i;
         p->head_of[r] = h;
-        visible_keys(a, i + entry->offset, shape->kv_len, &p->begin[r], &p->end[r]);
+        visible_keys(a, i + entry->offset, entry->keys, &p->begin[r], &p->end[r]);
         p->outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
         if (a->alibi_slopes)
             p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
         if (++h == p->head + call->group) h = p->head, i++;
+    }
+    p->list = (fa_key_list){.at = NULL};
+    if (a->indices) {
+        const char *list = fa_list_at(a, entry->batch, p->kv_head, entry->query + p->query[0]);
+        p->list = (fa_key_list){list, a->indices_size, entry->start, p->begin[0], p->end[0]};
+        for (int r = 0; r < p->rows; r++) p->begin[r] = 0, p->end[r] = shape->kv_len;
     }
     for (int r = p->rows, last = p->rows - 1; r < p->padded; r++) {
         p->query[r] = p->query[last];
@@ -107,7 +113,7 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
 
 /* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. The first are those that the last
  * so many of before have been, as of runs that follow each other. */
-static void find_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, int64_t known,
+static void find_paged_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, int64_t known,
                       const char **rows) {
     const fastattn_attention_args *a = call->args;
     const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
@@ -126,16 +132,35 @@ static void find_rows(const fa_call *call, const fa_panel *p, const char *head, 
     for (; n < wanted; n++) rows[n] = rows[n - 1];
 }
 
+/* The same of listed keys from a place on, in pages or not; where there is none, and beyond the list, it is the entry's first. */
+static void find_listed_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t place, int64_t known,
+                             const char **rows) {
+    const fastattn_attention_args *a = call->args;
+    const int32_t *table = NULL;
+    if (a->block_table) table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
+    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys);
+    memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
+    for (int64_t n = known; n < wanted; n++) {
+        const int64_t listed = place + n < p->entry->shape.kv_len ? fa_listed_key(&p->list, place + n) : -1;
+        const int64_t key = p->entry->key + fa_max(listed, 0);
+        rows[n] = table ? head + table[key / a->page_size] * strides[0] + key % a->page_size * strides[2]
+                        : head + p->entry->batch * strides[0] + key * strides[2];
+    }
+}
+
 static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key,
                           int64_t known, const char **pointers) {
     const char *head = (const char *)base + p->kv_head * strides[1];
-    const int in_pages = call->args->block_table != NULL;
-    if (in_pages) find_rows(call, p, head, strides, key, known, pointers);
-    rows->at = in_pages ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
+    const int scattered = call->args->block_table || p->list.at;
+    if (p->list.at)
+        find_listed_rows(call, p, head, strides, key, known, pointers);
+    else if (scattered)
+        find_paged_rows(call, p, head, strides, key, known, pointers);
+    rows->at = scattered ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
     rows->ahead = 0;
-    rows->rows = in_pages ? pointers : NULL;
+    rows->rows = scattered ? pointers : NULL;
 }
 
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int64_t known,

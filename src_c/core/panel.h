@@ -3,6 +3,7 @@
 #define FA_PANEL_H
 
 #include "call.h"
+#include "indices.h"
 
 typedef struct fa_panel {
     const fa_entry *entry;  /* from whose first query and key everything counts */
@@ -16,6 +17,7 @@ typedef struct fa_panel {
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
     int64_t *head_of;       /* [padded] query head */
     int64_t *begin, *end;   /* [padded] visible keys by position: causal, window, lengths; both ascend */
+    fa_key_list list;       /* the keys in their place, where the caller has chosen them: those of the panel's one query */
     float *slopes;          /* [padded] when there are ALiBi slopes */
     float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
     float *begin_of, *end_of;
@@ -38,7 +40,7 @@ const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
 void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
 
-/* k and v become the caller's rows of keys and values from `key` on. Those in pages have pointers, as many as fastattn_row_pointers, which
+/* k and v become the caller's rows of keys and values from `key` on. Those in pages, and those that are listed, have pointers, as many as fastattn_row_pointers, which
  * are put into k_rows and v_rows; the last `known` of what these hold are already those of the first rows. */
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, int64_t known,
                                     const char **k_rows, const char **v_rows);

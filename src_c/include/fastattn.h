@@ -22,8 +22,8 @@
  * change them after the softcap (`score_function`), and weights need not be a softmax (`activation`).
  *
  * Key j is visible when kv_starts[b] <= j < kv_lengths[b], the mask does not hide it (false, or a float of exactly -inf),
- * causal implies j <= p, the window implies p - window_left <= j <= p + window_right, and the block mask, if there is
- * one, lists it. Invisible keys and values are never used, whatever they hold. A row that sees no key is 0 with
+ * causal implies j <= p, the window implies p - window_left <= j <= p + window_right, and the block mask or the indices, if
+ * there are any, list it. Invisible keys and values are never used, whatever they hold. A row that sees no key is 0 with
  * lse = -inf (with a sink: lse = sink).
  *
  * Results are bitwise the same for any number of threads, and for a batch entry alone or among others. The shape of an entry is
@@ -77,7 +77,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_DECAY = 15,       /* a decay outside of [0, 1], or above 0 as a logarithm */
     FASTATTN_ERROR_ACTIVATION = 16,  /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
     FASTATTN_ERROR_BLOCK_TABLE = 17, /* within the length of an entry, a page below 0 or beyond num_pages */
-    FASTATTN_ERROR_NOT_FINITE = 18   /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
+    FASTATTN_ERROR_NOT_FINITE = 18,  /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
+    FASTATTN_ERROR_INDICES = 19      /* a list of keys with one below -1 or beyond kv_len, or with one twice */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -288,6 +289,15 @@ typedef struct fastattn_attention_args {
                                         kv_starts on) and the rules alone: not on the rows that are computed beside it, on keys that
                                         it does not see, or on how its keys are given, in pages or not, hidden by a mask or left out of
                                         a block mask. Work is cut where the keys say, which takes a little longer */
+
+    const void *indices;             /* (batch, num_kv_heads, q_len, num_indices), or null. Chosen keys: of the visible ones a query sees
+                                        those that its list names, in any order, each at most once, none of them for -1. Time and
+                                        memory traffic are those of num_indices keys. In pages as well, and with cu_seqlens_q, where
+                                        there is no batch axis. Without a block mask and cu_seqlens_k; lists of the rows beyond
+                                        q_lengths are not looked at */
+    int64_t indices_size;            /* bytes of an index: 4 (int32_t) or 8 (int64_t) */
+    int64_t indices_strides[3];      /* batch, kv head, row; 0 shares a list among heads */
+    int64_t num_indices;
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -301,7 +311,7 @@ typedef struct fastattn_attention_args {
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
             NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
-            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0                                        \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, NULL, 0, {0, 0, 0}, 0                 \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */
@@ -415,6 +425,56 @@ typedef struct fastattn_store_args {
 
 /* Checks all slots, and that all numbers which are to be quantised can be, before it writes anything. Needs no memory. */
 FASTATTN_API fastattn_status fastattn_store(const fastattn_store_args *args);
+
+/* Which keys, or which blocks of keys, a query would choose: an index of few and narrow numbers in front of attention over chosen keys.
+ *
+ * For query row i and key j of a kv head, whose group of query heads is h, with position p = i + query_offset[b]:
+ *
+ *     s[j] = sum over h of weights[b,h,i] * f(dot(q[b,h,i,:], k[b,kv head,j,:])),   f(x) = max(x, 0) when rectified, else x
+ *
+ * A key is visible when j < kv_lengths[b], and j <= p when causal. Of the visible keys the num_keys with the largest s are chosen, among
+ * equals those that come first. With a block_size whole blocks are chosen, as many as num_keys holds, by the largest s of a visible key of
+ * each, and all their visible keys are listed. What lies among the first keep_first keys or the keep_recent up to p comes before all
+ * else, and with it its block. A key whose s is NaN or -inf is not chosen.
+ *
+ * That is the indexer of DeepSeek-V3.2 (2025) rectified, MiniMax Sparse Attention (2026) with blocks of 128 and without weights, and,
+ * over the largest and smallest numbers of pages in the place of keys, Quest (Tang et al., 2024). Scores exist for a tile of keys at a
+ * time, and of each query the largest num_keys so far. */
+typedef struct fastattn_select_args {
+    size_t size;                     /* sizeof(fastattn_select_args) */
+
+    int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim;
+    fastattn_dtype q_dtype;
+    fastattn_dtype k_dtype;          /* that of q, or a narrower one */
+    const void *q;                   /* (batch, num_heads, q_len, head_dim) */
+    const void *k;                   /* (batch, num_kv_heads, kv_len, head_dim), or in pages as for attention */
+    int64_t q_strides[3];            /* batch, head, row; in bytes, as all strides */
+    int64_t k_strides[3];
+    const float *weights;            /* (batch, num_heads, q_len), finite, or null: 1 */
+    int64_t weights_strides[3];
+    int rectified;
+
+    int causal;
+    const int64_t *query_offset;     /* (batch), or null: kv_length - q_len */
+    const int64_t *kv_lengths;       /* (batch), or null: kv_len */
+    const int32_t *block_table;      /* (batch, ceil(kv_len / page_size)), or null */
+    int64_t block_table_stride;
+    int64_t num_pages, page_size;
+
+    int64_t num_keys;                /* with a block_size a multiple of it */
+    int64_t block_size;              /* 0: keys are chosen one by one */
+    int64_t keep_first, keep_recent; /* together they, or the blocks that they lie in, are no more than num_keys */
+    int32_t *indices;                /* (batch, num_kv_heads, q_len, num_keys): ascending, and -1 behind the last. kv_len is below 2**31 */
+    int64_t indices_strides[3];      /* batch, kv head, row */
+
+    fastattn_isa isa;
+    int num_threads;
+    fastattn_threading threading;
+} fastattn_select_args;
+
+/* Allocates its memory: num_threads times a tile and the candidates of its queries; and where the keys are split the candidates of
+ * each part. */
+FASTATTN_API fastattn_status fastattn_select_keys(const fastattn_select_args *args);
 
 /* Rotary position embedding (Su et al., "RoFormer", 2021). With angles theta of each row, given as cosines and sines, every pair of
  * numbers of a row is turned by the angle that is its own:

@@ -1,0 +1,68 @@
+#include "indices.h"
+
+#include "check.h"
+#include "ints.h"
+
+#include <string.h>
+
+int64_t fastattn_listed_run(const fa_key_list *list, int64_t place, int64_t places, int64_t *key) {
+    *key = fa_listed_key(list, place);
+    if (!list->at) return places;
+    int64_t n = 1;
+    while (n < places && fa_listed_key(list, place + n) == (*key < 0 ? -1 : *key + n)) n++;
+    return n;
+}
+
+/* Most lists ascend, and -1 is at their end, if anywhere: then each key is there once, if the first and the last are there at all. */
+#define ASCENDS(type)                                                        \
+    static int ascends_##type(const type *list, int64_t n, int64_t keys) {   \
+        int rises = 1;                                                       \
+        while (n > 0 && list[n - 1] == -1) n--;                              \
+        for (int64_t i = 1; i < n; i++) rises &= list[i - 1] < list[i];      \
+        return n == 0 || (rises && list[0] >= 0 && list[n - 1] < keys);      \
+    }
+ASCENDS(int32_t)
+ASCENDS(int64_t)
+#undef ASCENDS
+
+static int ascends(const char *list, int64_t size, int64_t n, int64_t keys) {
+    return size == 8 ? ascends_int64_t((const int64_t *)(const void *)list, n, keys)
+                     : ascends_int32_t((const int32_t *)(const void *)list, n, keys);
+}
+
+/* The same of any list, in as many turns as keys come in sets of bits. */
+static int holds_each_once(const char *list, int64_t size, int64_t n, int64_t keys) {
+    enum { SET = 1 << 16 };
+    uint64_t seen[SET / 64];
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t key = fa_index_at(list, size, i);
+        if (key < -1 || key >= keys) return 0;
+    }
+    for (int64_t first = 0; first < keys; first += SET) {
+        memset(seen, 0, sizeof seen);
+        for (int64_t i = 0; i < n; i++) {
+            const uint64_t bit = (uint64_t)(fa_index_at(list, size, i) - first);
+            if (bit >= SET) continue;
+            if (seen[bit / 64] >> (bit % 64) & 1) return 0;
+            seen[bit / 64] |= (uint64_t)1 << (bit % 64);
+        }
+    }
+    return 1;
+}
+
+fastattn_status fastattn_check_indices(const fastattn_attention_args *a) {
+    if (!a->indices || a->num_heads == 0) return FASTATTN_OK;
+    const int64_t heads = a->indices_strides[1] == 0 ? 1 : a->num_kv_heads;
+    for (int64_t b = 0; b < a->batch; b++) {
+        const int64_t first = a->cu_seqlens_q ? a->cu_seqlens_q[b] : 0;
+        const int64_t rows = a->q_lengths ? a->q_lengths[b] : fastattn_q_room(a, b);
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = first; i < first + rows; i++) {
+                const char *list = fa_list_at(a, b, h, i);
+                if (!ascends(list, a->indices_size, a->num_indices, a->kv_len) &&
+                    !holds_each_once(list, a->indices_size, a->num_indices, a->kv_len))
+                    return FASTATTN_ERROR_INDICES;
+            }
+    }
+    return FASTATTN_OK;
+}

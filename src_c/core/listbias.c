@@ -1,0 +1,46 @@
+#include "listbias.h"
+
+#include "../ukernel/storage.h"
+#include "ints.h"
+
+#include <float.h>
+#include <math.h>
+
+/* An element of a mask as a bias; what is finite stays so, for only -inf hides. */
+static float bias_of(const char *at, fastattn_dtype dtype) {
+    if (dtype == FASTATTN_BOOL) return *at ? 0.0f : -INFINITY;
+    if (dtype != FASTATTN_FLOAT64) return fa_get(at, dtype);
+    const double x = *(const double *)(const void *)at;
+    return isfinite(x) ? (float)fmax(-FLT_MAX, fmin(x, FLT_MAX)) : (float)x;
+}
+
+static float bias_of_key(const fa_call *call, const fa_panel *p, int row, int64_t key) {
+    const fastattn_attention_args *a = call->args;
+    float bias = 0.0f;
+    if (a->mask)
+        bias = bias_of((const char *)a->mask + p->entry->batch * a->mask_strides[0] + p->head_of[row] * a->mask_strides[1] +
+                           (p->entry->query + p->query[row]) * a->mask_strides[2] + (p->entry->start + key) * a->mask_strides[3],
+                       a->mask_dtype);
+    if (a->alibi_slopes) bias -= p->slopes[row] * fabsf((float)(p->query[row] + p->entry->offset - key));
+    return bias;
+}
+
+unsigned fastattn_bias_of_list(const fa_call *call, const fa_panel *p, const fa_key_block *block, const fa_products *products, int ld,
+                               float *bias) {
+    const fastattn_attention_args *a = call->args;
+    const int64_t of_row = fa_row_of_scores(products, ld), of_key = fa_key_of_scores(products, ld);
+    int64_t there = 0;
+    for (int64_t j = 0; j < block->keys; j++) there += fa_listed_key(&p->list, block->first + j) >= 0;
+    if (there == 0) return FA_MASK_HIDES;
+    if (there == block->keys && !a->mask && !a->alibi_slopes) return FA_MASK_SHOWS;
+    unsigned found = 0;
+    for (int64_t j = 0; j < block->keys; j++) {
+        const int64_t key = fa_listed_key(&p->list, block->first + j);
+        for (int r = 0; r < p->padded; r++) {
+            const float x = key < 0 ? -INFINITY : bias_of_key(call, p, r, key);
+            bias[j * of_key + r * of_row] = x;
+            found |= x == -INFINITY ? FA_MASK_HIDES : FA_MASK_SHOWS;
+        }
+    }
+    return found;
+}
