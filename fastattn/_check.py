@@ -15,7 +15,7 @@ from ._arrays import as_array
 from ._quantized import decoded, dim_of, kind_of
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
+MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
 _MASK_DTYPES = ("bool", "float16", "bfloat16", "float32", "float64")
 _PRECISIONS = ("highest", "high", "medium")
 ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")  # in the order in which the library numbers them
@@ -136,7 +136,7 @@ def window_sides(window):
         raise TypeError(f"window must be a pair (left, right) of ints or None; got {window!r}{hint}") from error
     if min(sides) < -1:
         raise ValueError(f"window must have sides that are at least 0, or None or -1 (unbounded); got {window!r}")
-    return tuple(min(side, 2 * _MAX_OFFSET) for side in sides)
+    return tuple(min(side, 2 * MAX_OFFSET) for side in sides)
 
 
 def known_keywords(function, keywords, without=()):
@@ -319,14 +319,15 @@ class Call:
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
         "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "indices", "scale", "softcap", "alibi_slopes", "sinks",
-        "precision", "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out", "_copy_to",
+        "precision", "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out",
+        "_copy_to",
     )  # fmt: skip
 
     def __init__(
         self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, indices=None, *, mask=None,
-        causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None, alibi_slopes=None,
-        sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None, invariant=False,
-        return_lse=False, out=None,
+        causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None,
+        alibi_slopes=None, sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None,
+        invariant=False, return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend, packed is not None, paged is not None)
@@ -366,7 +367,7 @@ class Call:
         if query_offset is None:
             self.query_offset = self.kv_lengths - self.q_lengths
         else:
-            self.query_offset = integers("query_offset", query_offset, batch, -_MAX_OFFSET, _MAX_OFFSET)
+            self.query_offset = integers("query_offset", query_offset, batch, -MAX_OFFSET, MAX_OFFSET)
         self.scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else finite("scale", scale)
         self.softcap = 0.0 if softcap is None else finite("softcap", softcap)
         if self.softcap < 0:

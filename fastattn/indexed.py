@@ -8,7 +8,7 @@ import numpy as np
 
 from . import runtime
 from ._check import (
-    _MAX_OFFSET,
+    MAX_OFFSET,
     NAMES,
     Call,
     as_array,
@@ -212,7 +212,7 @@ def select_keys(
     if query_offset is None:
         query_offset = kv_lengths - q_len
     else:
-        query_offset = integers("query_offset", query_offset, batch, -_MAX_OFFSET, _MAX_OFFSET)
+        query_offset = integers("query_offset", query_offset, batch, -MAX_OFFSET, MAX_OFFSET)
     num_keys, unit = integer("num_keys", num_keys, 0), 1 if block is None else integer("block", block, 1)
     keep_first, keep_recent = integer("keep_first", keep_first, 0), integer("keep_recent", keep_recent, 0)
     if num_keys >= 2**24:

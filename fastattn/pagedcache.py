@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import pagebounds
 from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, shares
 from ._quantized import dim_of
 from .attention import merge_states
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Arguments of attention under which it matters to keys that sequences share how far away a query is, or which it is.
 _NOT_IN_LEVELS = ("window", "alibi_slopes", "kv_starts", "q_lengths", "score_function", "tail_mask", "indices")
+
+_INDICES = 1 << 22  # in lists of keys at a time
 
 
 class Sequence:
@@ -61,6 +64,9 @@ class PagedKVCache:
         As of a :class:`KVCache`, which says what quantising costs.
     rotate : bool
         Of a quantised pool, likewise.
+    bounds : bool
+        Keep the smallest and the largest number that the keys of each full page have in each channel, for ``attend(top_pages=)``: two keys
+        more for each page.
 
     Notes
     -----
@@ -81,7 +87,7 @@ class PagedKVCache:
 
     def __init__(
         self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: Any = "bfloat16",
-        *, rotate: bool = False,
+        *, rotate: bool = False, bounds: bool = False,
     ) -> None:  # fmt: skip
         pages, rows, heads = size("num_pages", num_pages), size("page_size", page_size, 1), size("num_kv_heads", num_kv_heads)
         if pages >= 2**31:
@@ -91,6 +97,8 @@ class PagedKVCache:
         self._rotate = flag("rotate", rotate)
         # A head's keys of a page lie together, as they are read together.
         self._k, self._v = (cache_rows((pages, heads, rows), dim, dtype, self._rotate) for dim in (head_dim, v_head_dim))
+        of_bounds = self._k.dtype if dim_of(self._k) == self._k.shape[3] else np.float32
+        self._bounds = np.zeros((pages, heads, 1, 2 * head_dim), of_bounds) if flag("bounds", bounds) else None
         self._references = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
 
@@ -119,8 +127,8 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, filled or not."""
-        return self._k.nbytes + self._v.nbytes
+        """Bytes of keys and values, filled or not, and of bounds."""
+        return self._k.nbytes + self._v.nbytes + (0 if self._bounds is None else self._bounds.nbytes)
 
     def new_sequence(self) -> Sequence:
         """An empty sequence, which has no page yet."""
@@ -239,8 +247,12 @@ class PagedKVCache:
             self._references[old] -= 1
         self._references[self._free[room - taken :]] = 1
         del self._free[room - taken :]
+        full = []
         for sequence, (pages, new, end) in zip(sequences, after):
+            full += (pages + new)[sequence._length // rows : end // rows]
             sequence._pages, sequence._length = pages + new, end
+        if self._bounds is not None:  # a page that is full never changes, and one that is not is bounded when it matters
+            pagebounds.renew(self._bounds, self._k, full)
 
     def attend(
         self,
@@ -250,6 +262,10 @@ class PagedKVCache:
         *,
         causal: bool = True,
         cascade: bool = False,
+        top_pages: int | None = None,
+        keep_first: int = 0,
+        keep_recent: int = 1,
+        return_mass: bool = False,
         **keywords: Any,
     ) -> Any:
         """Attention of the latest tokens' queries to the sequences that they belong to.
@@ -267,9 +283,18 @@ class PagedKVCache:
             "Hydragen", 2024). Bits then depend on the company. Without effect where they must not, with `invariant`, and where the
             distance from query to key matters to shared keys: with `window`, `alibi_slopes`, `kv_starts`, `q_lengths`, a
             `score_function`, a `tail_mask`, `indices` or another `activation`.
+        top_pages : int, optional
+            Read so many pages only, for each query row and kv head those whose keys could score highest, by the smallest and the largest
+            number of each channel of their keys, summed over the heads of a group (Tang et al., "Quest", 2024). Of a pool with `bounds`.
+            All other rules still hold.
+        keep_first, keep_recent : int
+            Keys whose pages are among these whatever they could score: the first of a sequence, and the last up to the row's own.
+        return_mass : bool
+            Return also the share of its attention that each row has found in its pages, at the cost of attention to all keys. Sinks
+            have no part in it.
         **keywords
-            As for :func:`paged_attention`, `tail_mask`, `indices` and `invariant` among them, but query_offset and kv_lengths, which the pool
-            knows better.
+            As for :func:`paged_attention`, `tail_mask`, `indices` and `invariant` among them, but query_offset and kv_lengths, which the
+            pool knows better.
 
         Returns
         -------
@@ -277,11 +302,18 @@ class PagedKVCache:
             Of the dtype of `q`.
         lse : ndarray, (Hq, total_q)
             float32, only with ``return_lse=True``.
+        mass : ndarray, (Hq, total_q)
+            float32, only with ``return_mass=True``.
         """
         for name in ("query_offset", "kv_lengths", "block_table"):
             if name in keywords:
                 raise TypeError(f"attend() has no argument {name}: the pool knows where its tokens are")
         sequences = self._own(sequences)
+        choice = None
+        if top_pages is not None:
+            choice = *self._page_choice(top_pages, keep_first, keep_recent, keywords), flag("return_mass", return_mass)
+        elif flag("return_mass", return_mass):
+            raise ValueError("return_mass must be False without top_pages, for then all of it is covered; got True")
         q = as_array("q", q)
         if q.ndim != 3:
             raise ValueError(f"q must have shape (total_q, Hq, D); got {q.shape}")
@@ -291,12 +323,14 @@ class PagedKVCache:
             def attend(wide, **rest):
                 return self._attend(sequences, wide, cu_seqlens_q, **rest)
 
-            return attend_turned(attend, q, {"causal": causal, "cascade": cascade, **keywords})
-        return self._attend(sequences, q, cu_seqlens_q, causal, cascade, **keywords)
+            return attend_turned(attend, q, {"causal": causal, "cascade": cascade, "choice": choice, **keywords})
+        return self._attend(sequences, q, cu_seqlens_q, causal, cascade, choice, **keywords)
 
-    def _attend(self, sequences, q, cu_seqlens_q, causal, cascade, **keywords):
+    def _attend(self, sequences, q, cu_seqlens_q, causal, cascade, choice, **keywords):
         starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         table, lengths = self.block_table(sequences), self.lengths(sequences)
+        if choice is not None:
+            return self._attend_top(choice, q, starts, table, lengths, flag("causal", causal), keywords)
         plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"
         if flag("cascade", cascade) and plain and not flag("invariant", keywords.get("invariant", False)):
             # The pages that every query of a sequence sees may be shared.
@@ -306,9 +340,75 @@ class PagedKVCache:
                 return self._attend_levels(levels, q, starts, table, lengths, causal, keywords)
         return self._paged(q, table, lengths, starts, causal=causal, **keywords)
 
-    def _paged(self, q, table, lengths, starts, **keywords):
+    def _paged(self, q, table, lengths, cu_seqlens_q, **keywords):
         k, v = self._k.swapaxes(1, 2), self._v.swapaxes(1, 2)
-        return paged_attention(q, k, v, table, lengths, cu_seqlens_q=starts, **keywords)
+        return paged_attention(q, k, v, table, lengths, cu_seqlens_q=cu_seqlens_q, **keywords)
+
+    def _page_choice(self, top_pages, keep_first, keep_recent, keywords):
+        """What is to be chosen, checked: pages, first keys and recent keys."""
+        if self._bounds is None:
+            raise ValueError("top_pages must be None in a pool without bounds=True; got some")
+        for name in ("indices", "tail_mask"):
+            if keywords.get(name) is not None:
+                raise TypeError(f"attend() has either {name} or top_pages")
+        count, first, recent = size("top_pages", top_pages, 1), size("keep_first", keep_first), size("keep_recent", keep_recent)
+        kept = -(-first // self.page_size) + ((recent + self.page_size - 2) // self.page_size + 1 if recent else 0)
+        if kept > count:
+            room = f"{count} of {self.page_size} tokens"
+            raise ValueError(f"keep_first and keep_recent must fit into top_pages, {room}; got {keep_first} and {keep_recent}")
+        return count, first, recent
+
+    def _attend_top(self, choice, q, starts, table, lengths, causal, keywords):
+        """Attention to the best pages of each row: some rows at a time, so that lists of keys stay small."""
+        count, keep_first, keep_recent, return_mass = choice
+        counts, rows, heads = np.diff(starts), q.shape[0], self._k.shape[1]
+        owner = np.repeat(np.arange(counts.size), counts)
+        position = np.arange(rows) - starts[owner] + (lengths - counts)[owner]
+        scale = keywords.get("scale")
+        signed = q if scale is None or scale >= 0 else -q
+        bounds, columns = self._bounds, table
+        if keep_recent == 0:
+            bounds, columns = self._with_last_pages(table, lengths)
+        wanted = {name: keywords.pop(name, None) for name in ("out", "return_lse")}
+        step, parts = max(1, _INDICES // max(heads * count * self.page_size, 1)), []
+        for r0 in range(0, max(rows, 1), step):
+            here, own = slice(r0, min(r0 + step, rows)), owner[r0 : r0 + step]
+            pages = pagebounds.select_pages(
+                signed[here], bounds, columns[own], position[here], lengths[own], count, self.page_size, causal, keep_first, keep_recent
+            )
+            cut = np.clip(starts, here.start, here.stop)
+            part = {"cu_seqlens_q": cut - here.start, "query_offset": lengths - counts + cut[:-1] - starts[:-1], "causal": causal}
+            listed = pagebounds.keys_of(pages, self.page_size)
+            out, lse = self._paged(q[here], table, lengths, indices=listed, return_lse=True, **part, **keywords)
+            mass = None
+            if return_mass:
+                rules = {**keywords, "return_lse": True, "sinks": None}
+                found = lse if keywords.get("sinks") is None else self._paged(q[here], table, lengths, indices=listed, **part, **rules)[1]
+                everything = self._paged(q[here], table, lengths, **part, **rules)[1]
+                with np.errstate(invalid="ignore"):  # a row that sees nothing has found all of it
+                    mass = np.where(everything == -np.inf, np.float32(1), np.exp(found - everything))
+            parts.append((out, lse, mass))
+        outs, lses, masses = zip(*parts)
+        out = outs[0] if len(outs) == 1 else np.concatenate(outs)
+        if wanted["out"] is not None:
+            target = check_out(wanted["out"], out.shape, q.dtype, (("q", q), ("the pool", self._k), ("the pool", self._v)))
+            target[...] = out
+            out = wanted["out"]
+        result = [out]
+        if flag("return_lse", wanted["return_lse"] or False):
+            result.append(np.concatenate(lses, axis=1))
+        if return_mass:
+            result.append(np.concatenate(masses, axis=1))
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def _with_last_pages(self, table, lengths):
+        """The bounds with those of last pages that are not full behind them, and the table that names these."""
+        table, extra = table.copy(), []
+        for b in np.flatnonzero(lengths % self.page_size):
+            last = lengths[b] // self.page_size
+            extra.append(pagebounds.bounds_of(self._k[table[b, last], None, :, : lengths[b] % self.page_size]))
+            table[b, last] = len(self._bounds) + len(extra) - 1
+        return np.concatenate([self._bounds, *extra]), table
 
     def _attend_levels(self, levels, q, starts, table, lengths, causal, keywords):
         """Attention level by level of a tree of shared pages, merged."""

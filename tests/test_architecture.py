@@ -31,7 +31,8 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "indexed": {"_check", "runtime"},
     "kvcache": {"_check", "_quantized", "attention", "indexed", "quantized"},
     "varlen": {"_check", "runtime"},
-    "pagedcache": {"_check", "_quantized", "attention", "kvcache", "quantized", "varlen"},
+    "pagebounds": {"_quantized", "indexed", "runtime"},
+    "pagedcache": {"_check", "_quantized", "attention", "kvcache", "pagebounds", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
     "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are

@@ -297,3 +297,24 @@ def test_wrong_lists_of_caches_and_pages(engine):
         pool.attend(sequences, q, indices=np.zeros((2, 3, 1), int))
     lists = np.array([[[5, 25]], [[31, 7]]])  # beyond the length of 20, within the pages: not there to be seen
     np.testing.assert_array_equal(pool.attend(sequences, q, indices=lists), q)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("heads", [1, 4, 20])
+def test_quantised_keys_are_chosen(engine, dtype, heads):
+    q, k, v = random_qkv(1, heads, 3, 300, 32)[:1] + random_qkv(1, 1, 3, 300, 32)[1:]
+    stored = [fastattn.quantize(x, dtype) for x in (k, v)]
+    lists = random_lists((1, 1, 3), 300, 270)
+    expected = fastattn.attention_indexed(q, *map(fastattn.dequantize, stored), lists, causal=True)
+    found = fastattn.attention_indexed(q, *stored, lists, causal=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    cache, turned = (fastattn.KVCache(1, 1, 300, 32, dtype=dtype, rotate=rotate) for rotate in (False, True))
+    pool = fastattn.PagedKVCache(30, 16, 1, 32, dtype=dtype)
+    sequence = pool.new_sequence()
+    cache.append(k, v)
+    turned.append(k, v)
+    pool.append([sequence], k[0].swapaxes(0, 1), v[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(cache.attend(q, indices=lists), found)
+    paged = pool.attend([sequence], q[0].swapaxes(0, 1), indices=lists[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(paged.swapaxes(0, 1), found[0])
+    np.testing.assert_allclose(turned.attend(q, indices=lists), found, atol=0.05 if dtype == "int8" else 0.6)

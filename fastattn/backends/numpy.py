@@ -116,7 +116,7 @@ def select_keys(call):
     rows = max(1, _SELECTED // max(kv_len * group, 1))
     for b, h in np.ndindex(len(call.q), heads):
         length, offset = int(call.kv_lengths[b]), int(call.query_offset[b])
-        k = call.k[b, h] if call.block_table is None else call.k[call.block_table[b], h].reshape(kv_len, -1)
+        k = call.k[b, h] if call.block_table is None else call.k[call.block_table[b], h].reshape(kv_len, call.k.shape[3])
         k = k[:length].astype(dtype)
         for i0 in range(0, q_len, rows):
             here = slice(i0, min(i0 + rows, q_len))
