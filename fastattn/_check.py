@@ -314,27 +314,32 @@ class Call:
         The bits of a row depend on its query, the keys it sees, their distance from `kv_starts` and the rules alone.
     additive : ndarray or None
         ``(Hq, A)``, contiguous, of the dtype that scores have: these are ``additive . tanh(q + k)`` in place of ``q . k``.
+    segments : ndarray or None
+        ``(B, Lk)`` int32, the last axis contiguous, from -1 to ``num_segments - 1``: `out` is float32, ``(B, Hq, Lq, num_segments)``,
+        and holds the weights of each segment's keys in place of values times weights. Values then have no numbers.
+    num_segments : int
     """
 
     __slots__ = (
         "q", "k", "v", "out", "lse", "mask", "block_mask", "causal", "window", "query_offset", "kv_lengths",
         "kv_starts", "q_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "indices", "scale", "softcap", "alibi_slopes", "sinks",
-        "precision", "activation", "activation_bias", "power", "score_function", "invariant", "additive", "_rank", "_given_out",
-        "_copy_to",
+        "precision", "activation", "activation_bias", "power", "score_function", "invariant", "additive", "segments", "num_segments",
+        "_rank", "_given_out", "_copy_to",
     )  # fmt: skip
 
     def __init__(
-        self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, indices=None, *, mask=None,
-        causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None, softcap=None,
-        alibi_slopes=None, sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3, score_function=None,
-        invariant=False, return_lse=False, out=None,
+        self, backend, q, k, v, names=NAMES, packed=None, paged=None, tail_mask=None, additive=None, indices=None, segments=None,
+        num_segments=0, *, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None,
+        scale=None, softcap=None, alibi_slopes=None, sinks=None, precision="highest", activation="softmax", activation_bias=None, power=3,
+        score_function=None, invariant=False, return_lse=False, out=None,
     ):  # fmt: skip
         given = {name: as_array(name, array) for name, array in zip(names, (q, k, v))}
         self._take_qkv(given, backend, packed is not None, paged is not None)
         batch, num_heads, q_len, head_dim = self.q.shape
         kv_len, v_head_dim = self.v.shape[2], dim_of(self.v)
         lse_shape, q_rows = (batch, num_heads, q_len), q_len
-        out_shape = (*lse_shape, v_head_dim)
+        self.segments, self.num_segments = segments, num_segments
+        out_shape = (*lse_shape, v_head_dim if segments is None else num_segments)
         self.cu_seqlens_q = self.cu_seqlens_k = self.block_table = None
         if paged is not None:
             self.block_table, cu_seqlens_q = self._pages(*paged)
@@ -406,7 +411,7 @@ class Call:
         if packed:  # rows come before heads
             out_shape = (1, q_rows, num_heads, v_head_dim)
         if out is None:
-            self.out = np.empty(out_shape, self.q.dtype)
+            self.out = np.empty(out_shape, self.q.dtype if segments is None else np.float32)
         else:
             target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items(), names.q)
             ready = target.flags.aligned and (v_head_dim <= 1 or target.strides[-1] == target.itemsize)

@@ -133,6 +133,8 @@ cdef extern from "fastattn.h" nogil:
         int64_t indices_size
         int64_t indices_strides[3]
         int64_t num_indices
+        const int32_t *segments
+        int64_t segments_stride, num_segments
 
     ctypedef struct fastattn_plan_info:
         size_t size
@@ -552,6 +554,10 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     if call.score_function is not None and call.score_function.address:
         args.score_function = <fastattn_score_function><size_t>call.score_function.address
         args.score_context = <void *><size_t>call.score_function.context
+    if call.segments is not None:
+        array = call.segments
+        args.segments, args.segments_stride = <const int32_t *>np.PyArray_DATA(array), array.strides[0]
+        args.num_segments, args.v_head_dim = call.num_segments, 0
 
 
 cdef class CalledBack:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ._check import Call, as_array, integer, is_block_mask, known_keywords
-from .attention import attention
+from . import runtime
+from ._check import Call, as_array, integer, known_keywords
 from .backends import numpy as _oracle
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ._typing import Array, Ints, Rules
 
 _STAGES = ("raw", "softcap", "bias")
-_MOST_SEGMENTS = 64  # of a stretch of keys: a table of so many columns costs about what values do
 
 
 def attention_weights(
@@ -172,8 +171,8 @@ def attention_mass(
 
     Notes
     -----
-    Beside the result, memory is a few tables of 64 columns for stretches of the keys. With more than 64 segments the scores are computed
-    twice. Segments whose keys lie together cost least: the keys of one stretch have 64 segments at most.
+    Scores are computed once, and beside the result memory is a tile for each thread, whatever the number of segments. Segments whose
+    keys lie together cost least.
 
     Examples
     --------
@@ -192,85 +191,14 @@ def attention_mass(
         raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
     smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
     num_segments = max(largest, -1) + 1 if num_segments is None else integer("num_segments", num_segments, 0)
+    if num_segments >= 2**31:
+        raise ValueError(f"num_segments must be less than {2**31}; got {num_segments}")
     if smallest < -1 or largest >= num_segments:
         raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
-    if q.itemsize < 4:
-        q = q.astype(np.float32)  # sums of many small probabilities deserve a float32 output
-    if num_segments <= _MOST_SEGMENTS:
-        mass = attention(q, k, _indicators(segments, np.arange(num_segments), k), **keywords)
-        return mass.astype(np.float32, copy=False)
-    return _mass_of_many(q, k, segments.astype(np.int64), num_segments, keywords)
-
-
-def _mass_of_many(q, k, segments, num_segments, keywords):
-    """The mass of each segment as the sum of what stretches of the keys add, each of which has few segments.
-
-    Attention over a stretch alone is right up to a factor for each row: what its keys have of the row. It follows from both
-    log-sum-exps, and since they are rounded, so that the shares do not quite sum to that of all keys, the row is scaled once at the end.
-    """
-    if is_block_mask(keywords.get("mask")):
-        return _mass_by_columns(q, k, segments, num_segments, keywords)
-    _, whole = attention(q, k, _no_values(k), **keywords, return_lse=True)
-    mass, share = np.zeros((*q.shape[:-1], num_segments), np.float32), np.zeros(q.shape[:-1], np.float64)
-    call = _call(q, k, keywords)
-    for j0, j1 in _stretches(segments):
-        some = segments[..., j0:j1]
-        present = np.unique(some[some >= 0])
-        out, lse = attention(q, k[..., j0:j1, :], _indicators(some, present, k), **_of_stretch(call, keywords, j0, j1))
-        part = np.exp(np.where(whole == -np.inf, -np.inf, lse.astype(np.float64) - np.where(whole == -np.inf, 0, whole)))
-        share += part
-        together = present.size > 0 and present[-1] - present[0] == present.size - 1
-        mass[..., slice(present[0], present[-1] + 1) if together else present] += out * part[..., None].astype(np.float32)
-    keys = 1.0
-    if call.sinks is not None:
-        _, bare = attention(q, k, _no_values(k), **{**keywords, "sinks": None, "return_lse": True})
-        keys = np.exp(np.where(bare == -np.inf, -np.inf, bare.astype(np.float64) - np.where(bare == -np.inf, 0, whole)))
-    mass *= np.divide(keys, share, out=np.zeros_like(share), where=share > 0)[..., None].astype(np.float32)
-    return mass
-
-
-def _mass_by_columns(q, k, segments, num_segments, keywords):
-    """The same through a block mask, which is not cut along its keys: a table of some segments for all keys at a time."""
-    mass = np.empty((*q.shape[:-1], num_segments), np.float32)
-    for first in range(0, num_segments, _MOST_SEGMENTS):
-        some = np.arange(first, min(first + _MOST_SEGMENTS, num_segments))
-        mass[..., some] = attention(q, k, _indicators(segments, some, k), **keywords)
-    return mass
-
-
-def _stretches(segments):
-    """Cut the keys into ``(j0, j1)`` with few segments in each."""
-    columns = segments.reshape(-1, segments.shape[-1]).T.tolist()
-    first, present = 0, set()
-    for j, here in enumerate(columns):
-        wider = present.union(here)
-        if len(wider) > _MOST_SEGMENTS and j > first:
-            yield first, j
-            first, wider = j, set(here)
-        present = wider
-    yield first, len(columns)
-
-
-def _of_stretch(call, keywords, j0, j1):
-    """The keywords of a call that sees keys j0 to j1 alone, at the positions that they have among all."""
-    lengths = np.clip(call.kv_lengths - j0, 0, j1 - j0)
-    changed = {**keywords, "kv_lengths": lengths, "query_offset": call.query_offset - j0, "sinks": None, "return_lse": True}
-    if keywords.get("mask") is not None:
-        mask = as_array("mask", keywords["mask"])
-        changed["mask"] = mask if mask.ndim == 0 or mask.shape[-1] == 1 else mask[..., j0:j1]
-    return changed
-
-
-def _indicators(segments, some, k):
-    """Values that say which of some segments a key is in: a table that all heads see through strides of 0."""
-    table = (segments[..., None] == some).astype(k.dtype)
-    if segments.ndim == 2:
-        table = table[:, None]
-    return np.broadcast_to(table, (*k.shape[:-2], *table.shape[-2:]))
-
-
-def _no_values(k):
-    return np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0))
+    of_entries = np.broadcast_to(segments.astype(np.int32), (k.shape[0] if k.ndim == 4 else 1, k.shape[-2]))
+    call = _call(q, k, keywords, segments=of_entries, num_segments=num_segments)
+    runtime.backend().attention(call)
+    return call.result()
 
 
 def rollout(weights: Iterable[Array], *, residual: float = 0.5) -> NDArray[Any]:
@@ -315,10 +243,11 @@ def rollout(weights: Iterable[Array], *, residual: float = 0.5) -> NDArray[Any]:
     return flow.astype(np.float32)
 
 
-def _call(q, k, keywords):
-    """The validated call, with values that have no numbers."""
+def _call(q, k, keywords, **of_segments):
+    """The validated call, with values that have no numbers: for NumPy, or for the backend in use where there are segments."""
     k = as_array("k", k)
-    return Call(_oracle, q, k, _no_values(k), **keywords)
+    backend = runtime.backend() if of_segments else _oracle
+    return Call(backend, q, k, np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **of_segments, **keywords)
 
 
 def _like(result, q):

@@ -34,7 +34,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "pagebounds": {"_quantized", "indexed", "runtime"},
     "pagedcache": {"_check", "_quantized", "attention", "kvcache", "pagebounds", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
-    "inspect": {"_check", "backends", "attention"},  # weights are made by the oracle, whichever backend is in use
+    "inspect": {"_check", "backends", "runtime"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "scores": {"_arrays", "_check", "runtime"},

@@ -32,6 +32,7 @@ from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul
 WHOLE, PARTS, MERGE = range(3)
 ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")
 SOFTMAX, SIGMOID, RELU, POLYNOMIAL = range(4)
+MOST_RISE = 40.0  # what sums by segment may be larger than the weights they are relative to, as a logarithm
 MIN_PART = 512  # keys for which it pays to split
 
 # What `attend` is told. Addresses and strides are in bytes; an address of 0 means that the thing is absent.
@@ -47,7 +48,7 @@ PLAN = np.dtype(
         "block_table", "table_row", "page_size", "entries", "n_entries", "groups", "group", "band", "units", "parts",
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
-        "activation", "power", "activation_bias", "additive", "additive_head",
+        "activation", "power", "activation_bias", "additive", "additive_head", "segments", "segments_row", "num_segments",
         # Keys that rows list: what is counted are places in a list. A band is one row, so that all lanes have the same.
         "lists", "list_batch", "list_head", "list_row", "index_size",
     )]
@@ -181,21 +182,22 @@ Panel = namedtuple(
 
 # Where things are. The first four are a state: m, l and seen, a row each, and O. Lane by lane, `key` is the key within a vector.
 # The weights of additive scores lie where other keys are widened.
-Places = namedtuple("Places", "m l seen o turned key low high distance slopes alpha q st bias k v weights")
+Places = namedtuple("Places", "m l seen o turned key low high distance slopes alpha base rise q st bias k v weights")
 
 
 @inline
 def places(plan, state, scratch, row):
     pitch = 4 * lanes(row)
     key = scratch + max(plan.head_pitch, plan.v_head_pitch, plan.block_keys) * pitch
-    q = key + 6 * pitch
+    q = key + 8 * pitch
     st = q + plan.head_pitch * pitch
     bias = st + plan.block_keys * pitch
     k = bias + plan.block_keys * pitch
     v = k + 4 * plan.block_keys * plan.head_dim
     return Places(
         state, state + pitch, state + 2 * pitch, state + 3 * pitch,
-        scratch, key, key + pitch, key + 2 * pitch, key + 3 * pitch, key + 4 * pitch, key + 5 * pitch, q, st, bias, k, v, k,
+        scratch, key, key + pitch, key + 2 * pitch, key + 3 * pitch, key + 4 * pitch, key + 5 * pitch,
+        key + 6 * pitch, key + 7 * pitch, q, st, bias, k, v, k,
     )  # fmt: skip
 
 
@@ -229,6 +231,13 @@ def row_of(plan, panel, lane):
     """The query row and the head of a lane."""
     r = panel.first + lane
     return panel.i0 + r // plan.group, panel.head0 + r % plan.group
+
+
+@inline
+def out_row(plan, panel, lane):
+    """The address of a lane's row of the output."""
+    i, head = row_of(plan, panel, lane)
+    return plan.out + panel.entry.batch * plan.out_batch + head * plan.out_head + (panel.entry.query + i) * plan.out_row
 
 
 @inline
@@ -288,6 +297,8 @@ def open_panel(plan, unit, part, at, row, storage):
     store(at.m, splat(-np.inf if plan.activation == SOFTMAX else 0.0, row))
     fill(at.l, 0.0, 0, (2 + plan.v_head_pitch) * lanes(row))
     fill(at.slopes, 0.0, 0, lanes(row))
+    store(at.base, load(at.m, row))
+    store(at.rise, splat(1.0, row))
     for lane in range(lanes(row)):
         elements(at.key, float32)[lane] = lane // plan.slots
     fill(at.turned, 0.0, 0, plan.head_pitch * lanes(row))
@@ -300,6 +311,8 @@ def open_panel(plan, unit, part, at, row, storage):
         if plan.alibi:
             slope = elements(plan.alibi + panel.entry.batch * plan.alibi_batch + head * plan.alibi_head, float32)[0]
             elements(at.slopes, float32)[lane] = slope
+        if plan.segments:
+            fill(out_row(plan, panel, lane), 0.0, 0, plan.num_segments)
         row_low, row_high = interval(plan, panel.entry, i)
         inner_low, inner_high = max(inner_low, row_low), min(inner_high, row_high)
         if row_low < row_high:
@@ -466,6 +479,38 @@ def find_rows(plan, entry, kv_head, query, stored, j, n, target):
     return Rows(target, nbytes, n, nbytes)
 
 
+@inline
+def multiply(x, n, factor):
+    for i in range(n):
+        x[i] *= factor
+
+
+@jit
+def gather(plan, panel, j, n, at):
+    """Add the weights of n keys from j on to the sums of their segments, which are in the rows of the output.
+
+    The sums of a row are relative to a maximum of its own, `base`. It is not moved with every other one, for that would take all of
+    the row each time: weights are multiplied by ``rise = exp(m - base)``, as long as this leaves float32 room for their sums.
+    """
+    segment = elements(plan.segments + panel.entry.batch * plan.segments_row + 4 * (panel.entry.key + j), int32)
+    m, alpha = elements(at.m, float32), elements(at.alpha, float32)
+    base, rise = elements(at.base, float32), elements(at.rise, float32)
+    p = elements(at.st, float32)
+    for lane in range(panel.n_rows):
+        sums = elements(out_row(plan, panel, lane), float32)
+        if alpha[lane] != 1.0 and m[lane] != np.float32(-np.inf):
+            away = float64(m[lane]) - float64(base[lane])
+            if not away <= MOST_RISE:
+                if base[lane] != np.float32(-np.inf):
+                    multiply(sums, plan.num_segments, np.float32(np.exp(-away)))
+                base[lane] = m[lane]
+                away = float64(m[lane]) - float64(base[lane])
+            rise[lane] = np.exp(away)
+        for key in range(n):
+            if segment[key] >= 0:
+                sums[segment[key]] += rise[lane] * p[key * plan.slots + lane]
+
+
 @jit
 def step(plan, panel, j, high, bits, at, tile, row, storage):
     """Take a block of keys from j on, but none from `high` on, into the state."""
@@ -509,7 +554,9 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
         softmax(plan, at, n_vectors, row)
     else:
         activate(plan, entry, at, n_vectors, row)
-    if partial and not all_finite(v.address, v.stride, n, plan.v_head_dim, code):
+    if plan.segments:
+        gather(plan, panel, j, n, at)
+    elif partial and not all_finite(v.address, v.stride, n, plan.v_head_dim, code):
         careful_values(plan, at, v, code, row, storage)
     else:
         values(plan, at, v, panel.n_rows, next_keys, tile, row, storage)
@@ -572,7 +619,11 @@ def finish(plan, unit, state, scratch, row):
         if not seen[lane]:
             fill(line, 0.0, 0, plan.v_head_dim)
             factor = 1.0
-        out = plan.out + panel.entry.batch * plan.out_batch + head * plan.out_head + (panel.entry.query + i) * plan.out_row
+        out = out_row(plan, panel, lane)
+        if plan.segments:
+            share = factor / elements(at.rise, float32)[lane] if seen[lane] else 0.0
+            multiply(elements(out, float32), plan.num_segments, np.float32(share))
+            continue
         if plan.shrink != 1.0:
             replace_row(line, factor / plan.shrink, plan.q_code, plan.v_head_dim, out)
             continue

@@ -289,7 +289,7 @@ class _Work:
         gathered = self.widened or call.block_table is not None or call.indices is not None
         copies = 4 * self.block_keys * (head_dim + v_head_dim) if gathered else 0
         weights = row_bytes * self.head_pitch if self.additive is not None else 0
-        self.own_states = row_bytes * (turned + 6 + self.head_pitch + 2 * self.block_keys) + max(copies, weights)
+        self.own_states = row_bytes * (turned + 8 + self.head_pitch + 2 * self.block_keys) + max(copies, weights)
         if self.parts > 1 and self.units < 4 * self.threads:  # parts of a unit on several threads
             self.states_bytes, self.scratch_bytes = self.units * self.parts * self.state_bytes, self.own_states
         else:
@@ -306,7 +306,8 @@ class _Work:
         bands = -(-self.q_len // max(self.band, 1))
         panels = -(-np.minimum(self.q_len, self.band) * self.group // self.lanes)
         self.units_of = self.groups * bands * panels
-        split = -(-_MIN_UNITS // np.maximum(self.units_of, 1)) if mask is None else np.ones_like(bands)
+        whole = mask is not None or call.segments is not None
+        split = np.ones_like(bands) if whole else -(-_MIN_UNITS // np.maximum(self.units_of, 1))
         self.units = int(self.units_of.sum())
         self.parts = int(np.minimum(split, -(-self.kv_len // MIN_PART)).max(initial=1))
         self.n_entries, self.offset = len(entries), call.query_offset[entries] - start
@@ -339,6 +340,7 @@ class _Work:
             "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
             "scale": call.scale, "softcap": call.softcap, "activation": ACTIVATIONS.index(call.activation), "power": call.power,
             **_place("activation_bias", call.activation_bias), **_place("additive", self.additive, "additive_head"),
+            **_place("segments", call.segments, "segments_row"), "num_segments": call.num_segments,
         }  # fmt: skip
         if call.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}

@@ -459,6 +459,8 @@ def _attend_tile(call, entry, b, h, i0, i1):
     """`out` and `lse` of query rows i0 to i1 of one head."""
     if call.activation != "softmax":
         return _weighted_sums(call, entry, b, h, i0, i1), None
+    if call.segments is not None:
+        return _mean_values(call, entry, b, h, i0, i1)
     out, lse = _mean_values(call, entry, b, h, i0, i1)
     overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
     if overflown.any():
@@ -475,24 +477,25 @@ def _attend_tile(call, entry, b, h, i0, i1):
 
 def _weighted_sums(call, entry, b, h, i0, i1):
     """`out` where weights have no denominator."""
-    v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
-    acc = np.zeros((i1 - i0, v.shape[1]), _compute_dtype(call.q.dtype))
+    acc = np.zeros((i1 - i0, entry.out.shape[2]), _compute_dtype(call.q.dtype))
     for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
-        scores, visible, values = _tile_of(call, b, keys, scores, visible, v[keys].astype(acc.dtype))
-        acc += _weighted_values(call, _activate(call, b, scores), visible, values)
+        values = _values_of(call, entry, b, h, keys, acc.dtype)
+        scores, visible, values = _tile_of(call, b, keys, scores, visible, values)
+        _add_values(call, acc, _activate(call, b, scores), visible, values)
     return acc
 
 
 def _mean_values(call, entry, b, h, i0, i1, v_scale=1):
     """The same where no sum overflows, of values times `v_scale`."""
-    v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
     m, l = _empty_state(call, i1 - i0)
-    acc = np.zeros((i1 - i0, v.shape[1]), l.dtype)
+    acc = np.zeros((i1 - i0, entry.out.shape[2]), l.dtype)
     sees = np.zeros(i1 - i0, bool)
     for keys, scores, visible in _score_blocks(call, entry, b, h, i0, i1):
-        scores, visible, values = _tile_of(call, b, keys, scores, visible, v[keys].astype(l.dtype) * l.dtype.type(v_scale))
+        values = _values_of(call, entry, b, h, keys, l.dtype, v_scale)
+        scores, visible, values = _tile_of(call, b, keys, scores, visible, values)
         m, l, p, alpha = _softmax_step(m, l, scores)
-        acc = acc * alpha[:, None] + _weighted_values(call, p, visible, values)
+        acc *= alpha[:, None]
+        _add_values(call, acc, p, visible, values)
         sees |= visible.any(axis=1)
     m, l, alpha = _add_sink(call, h, m, l)
     acc *= alpha[:, None]
@@ -525,6 +528,26 @@ def _add_sink(call, h, m, l):
 def _shift(m):
     """What to subtract before exp: `m`, or 0 for a row that has seen nothing above -inf, lest -inf - -inf give NaN."""
     return np.where(m == -np.inf, 0, m).astype(m.dtype)
+
+
+def _values_of(call, entry, b, h, keys, dtype, v_scale=1):
+    """What the weights of some keys go to: their values times `v_scale`, or their segments."""
+    if call.segments is not None:
+        return call.segments[b, keys]
+    v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
+    return v[keys].astype(dtype) * dtype.type(v_scale)
+
+
+def _add_values(call, acc, p, visible, values):
+    """Add the values of some keys times weights `p` to `acc`, or the weights themselves to their segments."""
+    if call.segments is None:
+        acc += _weighted_values(call, p, visible, values)
+        return
+    order = np.argsort(values, kind="stable")
+    order = order[np.searchsorted(values, 0, sorter=order) :]
+    if order.size:
+        present, starts = np.unique(values[order], return_index=True)
+        acc[:, present] += np.add.reduceat(p[:, order], starts, axis=1)
 
 
 def _weighted_values(call, p, visible, v):

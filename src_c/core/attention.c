@@ -13,6 +13,7 @@
  * surrounds the loop: panels, items and parts of the keys. What is done to one block is in block.c. */
 #include "block.h"
 #include "ints.h"
+#include "mass.h"
 #include "memory.h"
 #include "range.h"
 #include "threads.h"
@@ -55,6 +56,10 @@ static int finish(const fa_call *call, const fa_panel *p, const fa_state *state,
         factor[r] = a->activation != FASTATTN_SOFTMAX
                         ? state->seen[r]
                         : fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
+    }
+    if (a->segments) {
+        fastattn_mass_finish(call, p, state, factor);
+        return 0;
     }
     if (v_scale != 1.0f) {
         fastattn_replace_means(call, p, state, factor);
@@ -140,6 +145,7 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
         state_at(&w->total, call, &w->panel, own + at->panel.total);
         fastattn_state_clear(&w->total);
     }
+    if (call->args->segments) fastattn_mass_clear(call, &w->panel, &w->state);
     w->q_finite = !w->products->in_parts || finite_queries(w);
     fastattn_key_blocks(&w->blocks, call, &w->panel);
     w->pending = fastattn_next_key_block(&w->blocks, &w->block);
@@ -148,7 +154,7 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
 /* The rows of an entry beyond its q_length. */
 static void clear_padding(const fa_call *call, const fa_entry *entry) {
     const fastattn_attention_args *a = call->args;
-    const size_t bytes = (size_t)(a->v_head_dim * fa_size_of(a->q_dtype));
+    const size_t bytes = (size_t)fastattn_out_bytes(a);
     for (int64_t h = 0; h < a->num_heads; h++)
         for (int64_t i = entry->shape.q_len; i < entry->q_room; i++) {
             char *row = (char *)a->out + entry->batch * a->out_strides[0] + h * a->out_strides[1] + (entry->query + i) * a->out_strides[2];

@@ -2,6 +2,7 @@
 
 #include "ints.h"
 #include "listbias.h"
+#include "mass.h"
 #include "nonfinite.h"
 #include "operands.h"
 
@@ -161,6 +162,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         finish_scores(w, x, s, row, rows, j, n);
         if (w->activation.kind != FASTATTN_SOFTMAX) {
             activate(w, x, s, rows, n);
+            if (call->args->segments) fastattn_mass_add(w, x, alpha, s, row, rows, j, n);
             continue;
         }
         there = products->softmax_beside && after > 0;
@@ -170,6 +172,10 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
             products->softmax_beside(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha, &next);
         } else
             products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
+        if (call->args->segments) {
+            fastattn_mass_add(w, x, alpha, p, row, rows, j, n);
+            continue;
+        }
         if (j > from && !any_moved(alpha, rows)) continue;
         if (j > added) add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, j - added);
         float *const spare = fade;

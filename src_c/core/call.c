@@ -39,6 +39,7 @@ static void plan_splits(const fa_call *call, fa_shape *shape) {
     shape->split_keys = keys;
     if (wanted > 1 && !call->args->invariant) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
     if (wanted > 1 && call->args->invariant && partials < MOST_PARTIALS) shape->split_keys = FEWEST_KEYS;
+    if (call->args->segments) shape->split_keys = keys; /* sums are in the output, which parts would share */
     shape->splits = shape->split_keys > 0 ? fa_ceil_div(keys, shape->split_keys) : 1;
     shape->state_keys = call->args->invariant ? FEWEST_KEYS : fa_max(shape->split_keys, 1);
 }
@@ -257,7 +258,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->few = args->additive ? call->uk->additive_few : call->quantised ? call->uk->few_quantised : args->invariant ? call->uk->turned : call->uk->few;
     call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
-    call->products = args->additive || args->activation != FASTATTN_SOFTMAX
+    call->products = args->additive || args->activation != FASTATTN_SOFTMAX || args->segments
                          ? call->exact
                          : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
     call->workers = args->num_threads > 1 ? args->num_threads : 1;

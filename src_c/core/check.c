@@ -26,6 +26,8 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
         return FASTATTN_ERROR_SHAPE;
     if (a->indices && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
+    if (a->segments && (a->num_segments < 0 || a->num_segments > INT32_MAX || a->v_head_dim != 0 || a->indices))
+        return FASTATTN_ERROR_SEGMENTS;
     if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
         product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
         return FASTATTN_ERROR_SHAPE;
@@ -56,12 +58,13 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     const fa_table q = {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0};
     const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->head_dim, kv_size, 1, 0};
     const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->v_head_dim, kv_size, 1, 0};
-    const fa_table out = {a->out, a->out_strides, 3, {q_batch, heads, rows}, a->v_head_dim, q_size, 1, 1};
+    const int64_t out_dim = a->segments ? a->num_segments : a->v_head_dim, out_size = a->segments ? (int64_t)sizeof(float) : q_size;
+    const fa_table out = {a->out, a->out_strides, 3, {q_batch, heads, rows}, out_dim, out_size, 1, 1};
     if (fastattn_check_table(&q) != FASTATTN_OK || fastattn_check_table(&k) != FASTATTN_OK ||
         fastattn_check_table(&v) != FASTATTN_OK || fastattn_check_table(&out) != FASTATTN_OK)
         return FASTATTN_ERROR_ARGUMENT;
     if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
-        !a->block_table && !a->indices && !fastattn_ragged(a))
+        !a->block_table && !a->indices && !a->segments && !fastattn_ragged(a))
         return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
@@ -78,6 +81,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
         {a->additive, &a->additive_stride, 1, {heads}, used * a->head_dim, 4, 0, 0},
         {a->block_table, &a->block_table_stride, 1, {batch}, fastattn_pages_of(a, keys), 4, 0, 0},
         {a->indices, a->indices_strides, 3, {q_batch, kv_heads, rows}, used * a->num_indices, a->indices_size, 0, 0},
+        {a->segments, &a->segments_stride, 1, {kv_batch}, keys, 4, 0, 0},
     };
     for (size_t n = 0; n < sizeof options / sizeof *options; n++)
         if (fastattn_check_table(&options[n]) != FASTATTN_OK) return FASTATTN_ERROR_ARGUMENT;
@@ -146,6 +150,19 @@ static fastattn_status check_block_table(const fastattn_attention_args *a) {
         for (int64_t n = start / a->page_size; n < fastattn_pages_of(a, length) && start < length; n++)
             absent |= (uint64_t)(int64_t)table[n] >= pages; /* as are negative ones */
         if (absent) return FASTATTN_ERROR_BLOCK_TABLE;
+    }
+    return FASTATTN_OK;
+}
+
+/* Every key's segment is there, or none. */
+static fastattn_status check_segments(const fastattn_attention_args *a) {
+    if (!a->segments) return FASTATTN_OK;
+    const int64_t tables = a->cu_seqlens_k || a->segments_stride == 0 ? fa_min(a->batch, 1) : a->batch;
+    for (int64_t b = 0; b < tables; b++) {
+        const int32_t *of_key = (const int32_t *)(const void *)((const char *)a->segments + b * a->segments_stride);
+        int absent = 0;
+        for (int64_t j = 0; j < a->kv_len; j++) absent |= of_key[j] < -1 || of_key[j] >= a->num_segments;
+        if (absent) return FASTATTN_ERROR_SEGMENTS;
     }
     return FASTATTN_OK;
 }
@@ -238,5 +255,6 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (status == FASTATTN_OK) status = check_block_table(a);
     if (status == FASTATTN_OK) status = check_block_mask(a);
     if (status == FASTATTN_OK) status = fastattn_check_indices(a);
+    if (status == FASTATTN_OK) status = check_segments(a);
     return status;
 }

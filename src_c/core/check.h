@@ -2,6 +2,7 @@
 #ifndef FA_CHECK_H
 #define FA_CHECK_H
 
+#include "../ukernel/storage.h"
 #include "fastattn.h"
 
 enum {
@@ -30,6 +31,11 @@ static inline int64_t fastattn_q_room(const fastattn_attention_args *a, int64_t 
 }
 static inline int64_t fastattn_kv_room(const fastattn_attention_args *a, int64_t b) {
     return a->cu_seqlens_k ? a->cu_seqlens_k[b + 1] - a->cu_seqlens_k[b] : a->kv_len;
+}
+
+/* The bytes of a row of out. */
+static inline int64_t fastattn_out_bytes(const fastattn_attention_args *a) {
+    return a->segments ? a->num_segments * (int64_t)sizeof(float) : a->v_head_dim * fa_size_of(a->q_dtype);
 }
 
 /* The pages that so many keys need. */

@@ -21,7 +21,7 @@ static void visible_keys(const fastattn_attention_args *a, int64_t position, int
 }
 
 size_t fastattn_panel_bytes(int ld) {
-    return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 6 * sizeof(float));
+    return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 8 * sizeof(float));
 }
 
 const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *p) {
@@ -63,6 +63,8 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     p->end_of = take(&memory, ld, sizeof(float));
     p->alpha = take(&memory, ld, sizeof(float));
     p->fade = take(&memory, ld, sizeof(float));
+    p->base = take(&memory, ld, sizeof(float));
+    p->rise = take(&memory, ld, sizeof(float));
 
     char *out = (char *)a->out + entry->batch * a->out_strides[0] + entry->query * a->out_strides[2];
     int64_t i = fa_divide(p->first_row, call->group), h = p->head + p->first_row - i * call->group;

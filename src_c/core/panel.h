@@ -22,6 +22,7 @@ typedef struct fa_panel {
     float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
     float *begin_of, *end_of;
     float *alpha, *fade;
+    float *base, *rise;     /* of sums of weights by segment: see mass.c */
     const void **rows_of;   /* [padded] row pointers: of q, then of the mask */
     void **outputs;         /* [padded] row pointers of out */
 } fa_panel;

@@ -78,7 +78,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_ACTIVATION = 16,  /* an unknown activation, a power or bias out of range, or lse or sinks without a softmax */
     FASTATTN_ERROR_BLOCK_TABLE = 17, /* within the length of an entry, a page below 0 or beyond num_pages */
     FASTATTN_ERROR_NOT_FINITE = 18,  /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
-    FASTATTN_ERROR_INDICES = 19      /* a list of keys with one below -1 or beyond kv_len, or with one twice */
+    FASTATTN_ERROR_INDICES = 19,     /* a list of keys with one below -1 or beyond kv_len, or with one twice */
+    FASTATTN_ERROR_SEGMENTS = 20     /* a segment below -1 or beyond num_segments, that out of range, or values or indices beside them */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */
@@ -298,6 +299,13 @@ typedef struct fastattn_attention_args {
     int64_t indices_size;            /* bytes of an index: 4 (int32_t) or 8 (int64_t) */
     int64_t indices_strides[3];      /* batch, kv head, row; 0 shares a list among heads */
     int64_t num_indices;
+
+    const int32_t *segments;         /* (batch, kv_len), or null; of packed keys (kv_len). The weights of each segment of the keys in place
+                                        of values times weights: out is (batch, num_heads, q_len, num_segments), float32 whatever
+                                        q_dtype is, out[b,h,i,n] the sum of the weights of the keys whose segment is n. A key at -1 is in
+                                        none. v_head_dim is 0, and v is not read. Without indices */
+    int64_t segments_stride;         /* from one entry's row to the next, in bytes */
+    int64_t num_segments;            /* 0 to 2**31 - 1 */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -311,7 +319,7 @@ typedef struct fastattn_attention_args {
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
             NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
-            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, NULL, 0, {0, 0, 0}, 0                 \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, NULL, 0, {0, 0, 0}, 0, NULL, 0, 0     \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */

@@ -31,6 +31,7 @@
 #include "tile.h"
 #include "rows.h"
 #include "additive.h"
+#include "gather.h"
 #include "merge.h"
 #include "rotate.h"
 #include "dense.h"
@@ -79,6 +80,6 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
                                                   .few_quantised = &suffix##_few_quantised,                                \
                                                   .quantised = &fastattn_quantised_##suffix,                               \
                                                   .additive = &suffix##_additive, .additive_few = &suffix##_additive_few,  \
-                                                  .activate = activate,                                                    \
+                                                  .activate = activate, .gather = gather,                                  \
                                                   .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
                                                   .rotate = rotate, .weigh = weigh, .mix = mix};

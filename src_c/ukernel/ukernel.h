@@ -75,6 +75,12 @@ typedef struct fa_activation {
     float scale, bias, factor;
 } fa_activation;
 
+/* Keys that follow each other: all of one segment, or, if it ascends, each of the segment after that of the key before. */
+typedef struct fa_segment_run {
+    int32_t segment; /* of the first; negative: of none */
+    int keys, ascends;
+} fa_segment_run;
+
 /* What fa_products.mask found in a tile of mask. */
 enum {
     FA_MASK_SHOWS = 1, /* some element is visible */
@@ -271,6 +277,9 @@ typedef struct fa_ukernel {
     /* Scores become weights, in place: `lines` lines of n numbers, ld apart; -inf becomes 0. n is a multiple of FA_ROW_STEP. */
     void (*activate)(float *s, int64_t ld, int64_t lines, int64_t n, const fa_activation *activation);
 
+    /* sums[segment] += factor * p[key] for the keys of these runs, one run after the other. */
+    void (*gather)(float *sums, const float *p, float factor, const fa_segment_run *runs, int64_t count);
+
     /* to[key][head_dim] = from[key][d] in float32. */
     void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t head_dim);
 
@@ -280,7 +289,7 @@ typedef struct fa_ukernel {
     /* 1 when all of v is finite. */
     int (*finite)(fa_matrix v, int64_t keys, int64_t v_head_dim);
 
-    /* to[d] = from[d] * factor, rounded to dtype. Returns 1 when all are finite. */
+    /* to[d] = from[d] * factor, rounded to dtype; to may be from. Returns 1 when all are finite. */
     int (*narrow)(void *to, const float *from, float factor, int64_t count, fastattn_dtype dtype);
 
     /* weights[n][r] = exp(lses[n][first + r] - lse[r]) for FA_ROW_STEP rows, of which `rows` are there, where lse[r], the logarithm of

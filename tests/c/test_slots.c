@@ -94,6 +94,32 @@ TEST_EACH_ISA(slot_widen) {
             }
 }
 
+TEST_EACH_ISA(slot_gather) {
+    enum { RUNS = 5, ROOM = 90 };
+    const fa_ukernel *uk = table();
+    for (int keys = 1; keys <= 17; keys++)
+        for (int ascends = 0; ascends < 2; ascends++) {
+            struct rng rng = {(uint64_t)(keys * 2 + ascends)};
+            fa_segment_run runs[RUNS];
+            float *sums = guard_output("sums", ROOM * sizeof *sums, sizeof *sums, GUARD_BEHIND);
+            float *p = guard_input("p", (size_t)(RUNS * keys) * sizeof *p, sizeof *p, GUARD_BEHIND);
+            double expected[ROOM];
+            context("runs of %d keys, ascending %d", keys, ascends);
+            for (int n = 0; n < RUNS; n++) runs[n] = (fa_segment_run){(int32_t)(n == 2 ? -1 : ROOM - keys - n % 3 * keys), keys, ascends && n != 2};
+            for (int n = 0; n < ROOM; n++) expected[n] = sums[n] = (float)random_signed(&rng);
+            for (int j = 0; j < RUNS * keys; j++) {
+                p[j] = (float)random_signed(&rng);
+                const fa_segment_run run = runs[j / keys];
+                if (run.segment >= 0) expected[run.segment + (run.ascends ? j % keys : 0)] += 3.0 * (double)p[j];
+            }
+            guard_seal();
+            uk->gather(sums, p, 3.0f, runs, RUNS);
+            for (int n = 0; n < ROOM; n++) check_close("sums", n, 0, sums[n], expected[n], 1e-5);
+            guard_check();
+            guard_release();
+        }
+}
+
 /* Every bit pattern of a 16-bit float, there and back. Only a NaN may come back as another NaN. */
 TEST_EACH_ISA(slot_widen_and_unpack_all_halves) {
     enum { ROWS = 16, COLUMNS = 4096 };
