@@ -166,3 +166,32 @@ def test_is_a_flag(backend):
     q, k, v = random_qkv()
     with pytest.raises(TypeError, match="invariant must be True or False; got 1"):
         fastattn.attention(q, k, v, invariant=1)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+def test_caches(engine, dtype, rotate):
+    """Chunks and tokens, contiguous and in pages, as they are appended."""
+    if rotate and dtype == "bfloat16":
+        return
+    length = 1100
+    q, k, v = random_qkv(1, 4, length, length, 32, kv_heads=2)
+    options = {"dtype": dtype} | ({"rotate": True} if rotate else {})
+    whole = fastattn.KVCache(1, 2, length, 32, **options)
+    whole.append(k, v)
+    wanted = whole.attend(q, invariant=True)
+    growing, pool = fastattn.KVCache(1, 2, length, 32, **options), fastattn.PagedKVCache(80, 16, 2, 32, **options)
+    sequence = pool.new_sequence()
+    for i0, i1 in ((0, 7), (7, 8), (8, 70), (70, 1030), (1030, 1031), (1031, 1100)):
+        growing.append(k[:, :, i0:i1], v[:, :, i0:i1])
+        pool.append([sequence], k[0, :, i0:i1].swapaxes(0, 1), v[0, :, i0:i1].swapaxes(0, 1))
+        some = q[:, :, i0:i1]
+        assert np.array_equal(bits(growing.attend(some, invariant=True)), bits(wanted[:, :, i0:i1]))
+        paged = pool.attend([sequence], some[0].swapaxes(0, 1), invariant=True)
+        assert np.array_equal(bits(paged.swapaxes(0, 1)), bits(wanted[0, :, i0:i1]))
+
+
+def test_a_ring_refuses(backend):
+    cache = fastattn.KVCache(1, 1, 20, 8, window=16)
+    with pytest.raises(ValueError, match="invariant must be False on a ring"):
+        cache.attend(np.zeros((1, 1, 1, 8), np.float32), invariant=True)

@@ -1,0 +1,67 @@
+"""Packed sequences beside the same in a padded batch, and beside the sum of what each takes alone.
+
+    python bench/bench_varlen.py                             # the judge: exit status 1 when a limit is missed
+    python bench/bench_varlen.py --rounds 11 --only mixed
+
+Sides alternate in one process, and figures are medians. Padded is our own `attention` of arrays that are as long as the longest sequence,
+which is told nothing of lengths. The sum is that of one call after the other on one thread, divided by the threads: what a perfect
+distribution takes. Wanted: at least 1.7 times the speed of the padded batch, and at most 1.05 times the sum.
+"""
+
+import argparse
+import statistics
+import sys
+
+import numpy as np
+import peers
+
+import fastattn
+from fastattn import _bench
+
+LEAST_OF_PADDED, MOST_OF_SUM = 1.7, 1.05
+HEADS, DIMS = 12, (32, 64)
+# Lengths of text: their shares up to which a sequence is so short.
+QUANTILES = {0: 16, 0.1: 68, 0.5: 314, 0.9: 465, 1: 512}
+LENGTHS = {
+    "mixed": np.interp((np.arange(512) + 0.5) / 512, list(QUANTILES), list(QUANTILES.values())).astype(int),
+    "one long": np.array([4000] + 16 * [40]),
+}
+
+
+def sides(lengths, dim, rng):
+    """The packed call, the padded one, and one call after the other."""
+    ends = np.append(0, lengths.cumsum())
+    q, k, v = rng.standard_normal((3, ends[-1], HEADS, dim), np.float32)
+    padded = rng.standard_normal((3, len(lengths), HEADS, lengths.max(), dim), np.float32)
+    parts = [[x[i0:i1].swapaxes(0, 1) for x in (q, k, v)] for i0, i1 in zip(ends, ends[1:])]
+
+    def alone():
+        with fastattn.threads(1):
+            for part in parts:
+                fastattn.attention(*part)
+
+    return lambda: fastattn.attention_varlen(q, k, v, ends, ends), lambda: fastattn.attention(*padded), alone
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=_bench.positive, default=7)
+    parser.add_argument("--only", choices=LENGTHS)
+    arguments = parser.parse_args()
+    threads = fastattn.get_num_threads()
+    _bench.print_environment({**_bench.environment(threads), **peers.versions()}, [])
+    rng, missed = np.random.default_rng(0), False
+    print(f"{'lengths':10} {'heads':>8} {'packed ms':>10} {'padded':>8} {'sum':>8}")
+    for name, lengths in LENGTHS.items():
+        for dim in DIMS if arguments.only in (None, name) else ():
+            calls = sides(rng.permutation(lengths), dim, rng)
+            packed, padded, alone = (statistics.median(taken) for taken in _bench.alternate(calls, rounds=arguments.rounds, min_time=0.05))
+            of_padded, of_sum = padded / packed, packed * threads / alone
+            missed |= of_padded < LEAST_OF_PADDED or of_sum > MOST_OF_SUM
+            print(f"{name:10} {HEADS:3} x {dim:2} {1e3 * packed:10.2f} {of_padded:6.2f} x {of_sum:6.2f} x")
+    print(f"wanted: at least {LEAST_OF_PADDED} x padded, at most {MOST_OF_SUM} x the sum: {'missed' if missed else 'reached'}")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
