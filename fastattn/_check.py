@@ -452,11 +452,15 @@ class Call:
             raise TypeError(f"block_table must hold ints; got {table.dtype}")
         if table.ndim != 2:
             raise ValueError(f"block_table must have shape (B, most_pages); got {table.shape}")
-        return np.where((table >= 0) & (table < min(pages, 2**31)), table, -1).astype(np.int32, order="C"), cu_seqlens_q
+        if not (table.size and table.min() >= 0 and table.max() < min(pages, 2**31)):
+            table = np.where((table >= 0) & (table < min(pages, 2**31)), table, -1)
+        return np.array(table, np.int32, order="C"), cu_seqlens_q
 
     def _check_pages(self, names):
         """Every key that an entry is said to have has a page."""
         size = self.k.shape[2]
+        if self.block_table.size and self.block_table.min() >= 0:
+            return
         column = np.arange(self.block_table.shape[1])
         wanted = (column >= self.kv_starts[:, None] // size) & (column < -(-self.kv_lengths[:, None] // size))
         absent = np.argwhere(wanted & (self.block_table < 0) & (self.kv_starts < self.kv_lengths)[:, None])
