@@ -178,11 +178,12 @@ _FACTORIES = (
 def _noted(factory):
     """A factory of mask functions which notes on them what they were made of: tracers do not look into closures."""
 
+    name, names = factory.__name__, factory.__code__.co_varnames
+
     @functools.wraps(factory)
     def noted(*args):
         function = factory(*args)
-        names = factory.__code__.co_varnames
-        function.made_of = factory.__name__, {names[0]: args} if factory.__name__ == "and_masks" else dict(zip(names, args))
+        function.made_of = name, {"mask_functions": args} if name == "and_masks" else dict(zip(names, args))
         return function
 
     return noted

@@ -353,6 +353,18 @@ def refuse_matrices(graph_module, inputs):
     return graph_module.forward
 
 
+@pytest.fixture(scope="module")
+def graphs():
+    """Models compile and export here: with an old torch those of transformers do not, whatever their attention."""
+    model = decoder("Llama")
+    model.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            torch.compile(model, fullgraph=True, backend="eager")(tokens(), use_cache=False)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"torch {torch.__version__} does not compile models of transformers {transformers.__version__}: {error}")
+
+
 LENGTH = 19  # of sequences, and of nothing else
 no_matrix_in_graph = common.aot_autograd(fw_compiler=refuse_matrices)
 
@@ -382,6 +394,7 @@ GRAPHS = [(name, "left") for name in ("GPT2", "Llama", "Gemma2", "GptOss", "Deep
 GRAPHS += [("Mistral", "none"), ("Mistral", "right"), ("Mistral", "holes"), ("Llama4Text", "holes")]
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("name", "kind"), GRAPHS)
 def test_decoders_compile_without_a_matrix(name, kind):
     mask = padding(kind)
@@ -389,6 +402,7 @@ def test_decoders_compile_without_a_matrix(name, kind):
     same_as_without_a_graph(decoder(name), call, mask.bool())
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize(("name", "kind"), [("Bert", "right"), ("Bert", "holes"), ("DistilBert", "left"), ("ModernBert", "right")])
 def test_encoders_compile_without_a_matrix(name, kind):
     mask = padding(kind)
@@ -396,6 +410,7 @@ def test_encoders_compile_without_a_matrix(name, kind):
     same_as_without_a_graph(model, lambda model: model(tokens(LENGTH), attention_mask=mask).last_hidden_state, mask.bool())
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_packed_sequences_compile_without_a_matrix(name):
     """Whether positions begin anew, a graph cannot ask: the operator does."""
@@ -405,6 +420,7 @@ def test_packed_sequences_compile_without_a_matrix(name):
         same_as_without_a_graph(decoder(name), call)
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma3Text"])
 def test_decoding_with_a_static_cache_compiles(name):
     """The place of the query is a tensor there; one graph serves all of them."""
@@ -430,6 +446,7 @@ def test_decoding_with_a_static_cache_compiles(name):
     assert counter.frame_count <= 2  # the second time, what sliding caches count is no constant any more
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_masks_made_outside_of_the_graph(name):
     """Layers compiled one by one, and a model compiled within generate(), which makes the masks: neither has a break."""
@@ -461,6 +478,7 @@ def test_the_operator_of_graphs_is_what_it_says():
     torch.library.opcheck(torch.ops.fastattn.attention_described.default, arguments, {"scale": 0.5}, test_utils=utilities)
 
 
+@pytest.mark.usefixtures("graphs")
 def test_exports_without_a_matrix():
     model = decoder("Mistral")
     model.set_attn_implementation("fastattn")
@@ -473,6 +491,7 @@ def test_exports_without_a_matrix():
     assert all(shape.count(LENGTH) < 2 for shape in tensors_in(program))
 
 
+@pytest.mark.usefixtures("graphs")
 @pytest.mark.filterwarnings("default")
 def test_a_mask_that_is_computed_with_in_a_graph_becomes_a_matrix():
     mask = transformers.AttentionMaskInterface()["fastattn"]
