@@ -12,11 +12,14 @@ Every pattern is causal. For a sample of rows the exact dense result is computed
 relative to the size of the exact one, and, from the two logarithms of the softmax denominator, the share of the
 attention mass that the pattern sees. The dense time is that of the sample, multiplied up. The memory is the peak above
 inputs and output, the building of the mask included.
+
+Then one more token is decoded: its query attends to all of the sequence in caches of several dtypes.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import statistics
 import time
 
 import numpy as np
@@ -28,6 +31,8 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SECTION = 512
 TOPICS = 48
 SAMPLES, SAMPLE_ROWS = 8, 64
+CACHES = [("float32", False), ("bfloat16", False), ("int8", False), ("int4", False), ("int4", True)]
+STEPS = 9
 
 
 def make_inputs(length, dtype):
@@ -121,8 +126,35 @@ def measure(name, build, q, k, v, sample):
     return dict(name=name, mask=mask, built=built, seconds=seconds, peak=peak.extra, share=share, error=error)
 
 
+def decode(q, k, v):
+    """A step of decoding over caches of each dtype: dictionaries. The error is relative to the size of the exact output."""
+    query = q[:, :, -1:]
+    exact = fastattn.attention(*(x.astype(np.float32) for x in (query, k, v)))
+    results = []
+    for dtype, rotate in CACHES:
+        cache = fastattn.KVCache(1, KV_HEADS, q.shape[2], HEAD_DIM, dtype=dtype, rotate=rotate)
+        cache.append(k, v)
+        taken = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            out = cache.attend(query)
+            taken.append(time.perf_counter() - begin)
+        error = np.linalg.norm(out.astype(np.float32) - exact) / np.linalg.norm(exact)
+        name = dtype + (", rotated" if rotate else "")
+        results.append(dict(name=name, seconds=statistics.median(taken), nbytes=cache.nbytes, error=error))
+    return results
+
+
+def print_decoding(results):
+    """A step of decoding by the dtype of the cache."""
+    print_rows(
+        ["cache", "step/ms", "memory/MiB", "error"],
+        [[x["name"], f"{1e3 * x['seconds']:.2f}", f"{x['nbytes'] / 2**20:.1f}", f"{x['error']:.4f}"] for x in results],
+    )
+
+
 def print_table(results, dense_seconds):
-    """The results, with rich where it is installed."""
+    """The patterns and what they see."""
     header = ["pattern", "density", "mask/MiB", "build/s", "attend/s", "memory/MiB", "mass", "error"]
     rows = [
         [
@@ -138,6 +170,11 @@ def print_table(results, dense_seconds):
         for result in results
     ]
     rows.append(["dense", "50.00%", "-", "-", f"{dense_seconds:.1f}", "-", "100.0%", "0.000"])
+    print_rows(header, rows)
+
+
+def print_rows(header, rows):
+    """A table, with rich where it is installed."""
     if importlib.util.find_spec("rich"):
         from rich.box import SIMPLE
         from rich.console import Console
@@ -155,15 +192,15 @@ def print_table(results, dense_seconds):
         print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
 
 
-def save_picture(path, results, dense_seconds):
-    """The patterns, and the mass they see against their time."""
+def save_picture(path, results, dense_seconds, steps):
+    """The patterns, the mass they see against their time, and a step of decoding by the memory of its cache."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(17, 8), layout="constrained")
     for ax, result in zip(axes.flat, results):
         result["mask"].plot(ax=ax)
         ax.locator_params(nbins=4)
@@ -175,6 +212,13 @@ def save_picture(path, results, dense_seconds):
     ax.set(xscale="log", xlabel="seconds", ylabel="share of the attention mass", ylim=(0, 1.08))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend()
+    ax = axes.flat[len(results) + 1]
+    for step in steps:
+        ax.plot(step["nbytes"] / 2**20, 1e3 * step["seconds"], "o", label=f"{step['name']}: error {step['error']:.2%}")
+    ax.set(xlabel="MiB of keys and values", ylabel="ms for a step of decoding", xlim=(0, None), ylim=(0, None))
+    ax.legend()
+    for ax in axes.flat[len(results) + 2 :]:
+        ax.set_axis_off()
     figure.savefig(path, dpi=110)
     print(f"\npicture: {path}")
 
@@ -204,8 +248,11 @@ def main():
         results.append(measure(name, build, q, k, v, sample))
     print()
     print_table(results, dense_seconds)
+    steps = decode(q, k, v)
+    print(f"\na step of decoding over {args.length:,} keys\n")
+    print_decoding(steps)
     if args.picture and importlib.util.find_spec("matplotlib"):
-        save_picture(args.picture, results, dense_seconds)
+        save_picture(args.picture, results, dense_seconds, steps)
     elif args.picture:
         print("\nno picture: matplotlib is not installed")
 

@@ -79,9 +79,9 @@ def turned(x):
     """`x` ``(..., D)`` times the orthonormal Hadamard matrix of `block_of` ``(D)``, block by block; a matrix that is its own inverse."""
     block = block_of(x.shape[-1])
     y = x.astype(np.result_type(x, np.float32) if x.dtype.kind == "f" else np.float32)
-    step = 1
-    while step < block:
+    step = block // 2
+    while step:
         a, b = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, step), -2, 0)
         y = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
-        step *= 2
+        step //= 2
     return y * y.dtype.type(1 / np.sqrt(max(block, 1)))

@@ -55,6 +55,9 @@ static int as_stored(const fa_call *call, const fa_shape *shape, const fa_produc
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
 }
 
+/* Rows for which it pays to make float32 of quantised keys, and of that what their products want. */
+enum { SHARE_WHAT_IS_DECODED = 49 };
+
 static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int64_t kv_len) {
     const fa_products *products = call->products;
     if (q_len == 0) {
@@ -76,8 +79,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
-    const int from_memory = many && !call->quantised; /* what is decoded is read front to back in any case */
-    shape->few_below = any_rows ? 1 : from_memory ? products->fewest_rows_over_many : products->fewest_rows;
+    const int fewest = call->quantised ? SHARE_WHAT_IS_DECODED : many ? products->fewest_rows_over_many : products->fewest_rows;
+    shape->few_below = any_rows ? 1 : fewest;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
     for (int way = 0; way < FA_WAYS; way++)
@@ -255,12 +258,13 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
     call->quantised = fa_is_quantised(args->kv_dtype);
-    call->few = args->additive ? call->uk->additive_few : call->quantised ? call->uk->few_quantised : args->invariant ? call->uk->turned : call->uk->few;
     call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
     call->products = args->additive || args->activation != FASTATTN_SOFTMAX || args->segments
                          ? call->exact
                          : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
+    call->few = args->additive ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
+    if (call->quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     plan_team(call, 0);
     take(&call->workspace, 1, sizeof *call);

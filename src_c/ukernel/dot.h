@@ -111,10 +111,14 @@ const fa_products fastattn_products_bfloat16_rows_avx512 = {
     .fewest_rows_over_many = FEWEST_ALONE, .panel_rows = MOST_ALONE, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1,
     .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
 
+static const fa_products dot_few_quantised = {
+    .name = "bfloat16_quantised_rows_avx512", .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
+    FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, fastattn_quantised_pv_bfloat16_avx512)};
+
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
-    .alone = &fastattn_products_bfloat16_rows_avx512, .panel_rows = FA_PANEL_ROWS, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS,
-    .pair_rows = 1, .sums = 1, .values = dot_values, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
+    .alone = &fastattn_products_bfloat16_rows_avx512, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
 
 #undef DOT_SLOTS
 #endif

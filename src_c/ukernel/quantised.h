@@ -32,4 +32,10 @@ FA_QUANTISED_OF(avx512)
 FA_QUANTISED_OF(neon)
 FA_QUANTISED_OF(wasm)
 
+/* The same two by AVX512-BF16, of queries and weights that are rounded to bfloat16; of at most 64 keys. */
+void fastattn_quantised_qk_bfloat16_avx512(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,
+                                           int64_t head_dim);
+void fastattn_quantised_pv_bfloat16_avx512(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from,
+                                           int64_t keys, int64_t v_head_dim);
+
 #endif

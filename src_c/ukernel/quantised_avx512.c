@@ -17,6 +17,8 @@
 
 FA_QUANTISED_TABLE(avx512)
 
+#include "quantised_dot.h"
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #elif defined(__GNUC__)

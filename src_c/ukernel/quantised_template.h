@@ -53,21 +53,42 @@ static int scales_finite(fa_matrix rows, int64_t keys, int64_t dim) {
     return sum == 0.0f;
 }
 
-/* The scores of `rows` rows, a constant, as short_scores makes them. The scale of int8 comes last. */
-FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
-                                int64_t dim, fastattn_dtype dtype) {
+/* Key n of a block, or its last. */
+FA_INLINE const char *key_at(const tile_rows *k, int64_t n, int64_t keys) { return tile_row(k, n < keys ? n : keys - 1); }
+
+/* Asks for all of what will be read in the place of a key. */
+FA_INLINE void fetch_key(const tile_rows *k, int64_t n, int64_t keys, int64_t bytes) {
+    const uintptr_t later = tile_later(k, n < keys ? n : keys - 1);
+    for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+}
+
+/* The scores of some keys from `first` on, by the sums of their products; those beyond the block's end, up to whole vectors, may be
+ * written. The scale of int8 comes last. */
+FA_INLINE void put_scores(int rows, int tile_keys, float *s, int ld, const simd_f *sum, const tile_rows *k, int64_t first, int64_t keys,
+                          int64_t dim, fastattn_dtype dtype) {
+    float dots[16], scales[16];
+    FA_UNROLL for (int j = 0; j < tile_keys; j++) {
+        const float scale = dtype == FASTATTN_INT8 ? fa_scale_at(key_at(k, first + j, keys), 0, dim, dtype) : 1.0f;
+        FA_UNROLL for (int r = 0; r < rows; r++) scales[r * tile_keys + j] = scale;
+    }
+    FA_UNROLL for (int i = 0; i < rows * tile_keys; i += SIMD_LANES) {
+        const simd_f all = simd_sum_lanes(sum + i);
+        simd_store(dots + i, dtype == FASTATTN_INT8 ? simd_mul(all, simd_load(scales + i)) : all);
+    }
+    FA_UNROLL for (int r = 0; r < rows; r++) memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
+}
+
+/* The scores of `rows` rows, a constant, as short_scores makes them. */
+FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys, int64_t dim,
+                                fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
     const int tile_keys = SUMS / rows;
-    const int64_t bytes = fa_row_bytes(dtype, dim);
     for (int64_t first = 0; first < keys; first += tile_keys) {
-        const int count = keys - first < tile_keys ? (int)(keys - first) : tile_keys;
         simd_f sum[SUMS];
-        float dots[SUMS];
         FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
         FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-            const int64_t n = first + (j < count ? j : count - 1);
-            const char *key = tile_row(k, n);
-            for (int64_t at = 0; at < bytes + 63; at += 64) simd_fetch((const char *)(tile_later(k, n) + (uintptr_t)(at < bytes ? at : bytes - 1)));
+            const char *key = key_at(k, first + j, keys);
+            fetch_key(k, first + j, keys, fa_row_bytes(dtype, dim));
             for (int64_t d = 0; d < dim; d += FA_GROUP) {
                 const simd_f scale = simd_set1(dtype == FASTATTN_INT4 ? fa_scale_at(key, d, dim, dtype) : 1.0f);
                 FA_UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
@@ -79,11 +100,7 @@ FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int6
                 }
             }
         }
-        FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
-        for (int j = 0; j < count; j++) {
-            const float scale = dtype == FASTATTN_INT8 ? fa_scale_at(tile_row(k, first + j), 0, dim, dtype) : 1.0f;
-            FA_UNROLL for (int r = 0; r < rows; r++) s[r * ld + first + j] = dots[r * tile_keys + j] * scale;
-        }
+        put_scores(rows, tile_keys, s, ld, sum, k, first, keys, dim, dtype);
     }
 }
 
@@ -157,16 +174,14 @@ FA_INLINE float magnitude_of(const float *x, int64_t n) {
     return were_finite(sum) ? simd_largest(largest) : NAN;
 }
 
-/* n numbers times factor as integers up to `most`, rounded. */
-FA_INLINE void store_integers(void *to, const float *x, int64_t n, float factor, float most) {
-    for (int64_t d = 0; d < n; d += SIMD_LANES) {
-        const simd_f number = simd_mul(load_as(x + d, n - d, FASTATTN_FLOAT32), simd_set1(factor));
-        const simd_f integer = simd_max(simd_min(number, simd_set1(most)), simd_set1(-most));
-        char part[SIMD_LANES];
-        if (n - d >= SIMD_LANES) simd_store_i8((char *)to + d, integer);
-        else simd_store_i8(part, integer), memcpy((char *)to + d, part, (size_t)(n - d));
-    }
+/* Numbers times factor up to `most`. */
+FA_INLINE simd_f bounded(const float *x, int64_t n, float factor, float most) {
+    const simd_f number = simd_mul(load_as(x, n, FASTATTN_FLOAT32), simd_set1(factor));
+    return simd_max(simd_min(number, simd_set1(most)), simd_set1(-most));
 }
+
+/* To the nearest integer, of small numbers: the sum leaves no room for a fraction. */
+FA_INLINE simd_f rounded(simd_f x) { return simd_sub(simd_add(x, simd_set1(12582912.0f)), simd_set1(12582912.0f)); }
 
 FA_INLINE float factor_of(float scale) { return scale >= FLT_MIN ? 1.0f / scale : 0.0f; }
 
@@ -174,7 +189,12 @@ static int quantise_int8(char *to, const float *row, int64_t dim) {
     const float largest = magnitude_of(row, dim), quotient = largest / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f;
     if (!(largest <= FLT_MAX)) return 0;
     if (!to) return 1;
-    store_integers(to, row, dim, factor_of(scale), 127.0f);
+    for (int64_t d = 0; d < dim; d += SIMD_LANES) {
+        const simd_f numbers = bounded(row + d, dim - d, factor_of(scale), 127.0f);
+        char part[SIMD_LANES];
+        if (dim - d >= SIMD_LANES) simd_store_i8(to + d, numbers);
+        else simd_store_i8(part, numbers), memcpy(to + d, part, (size_t)(dim - d));
+    }
     memcpy(to + dim, &scale, sizeof scale);
     return 1;
 }
@@ -183,11 +203,15 @@ static int quantise_int4(char *to, const float *row, int64_t dim) {
     int possible = 1;
     for (int64_t d = 0; d < dim; d += FA_GROUP) {
         const uint16_t scale = fa_to_f16(magnitude_of(row + d, FA_GROUP) / 7.0f);
-        uint8_t integers[FA_GROUP];
         possible &= scale < 0x7c00;
         if (!to) continue;
-        store_integers(integers, row + d, FA_GROUP, factor_of(fa_from_f16(scale)), 7.0f);
-        for (int i = 0; i < 16; i++) to[d / 2 + i] = (char)(((integers[i] + 8) & 15) | (integers[i + 16] + 8) << 4);
+        const float factor = factor_of(fa_from_f16(scale));
+        FA_UNROLL for (int i = 0; i < 16; i += SIMD_LANES) { /* as a signed byte: what is above 127 wraps around */
+            const simd_f low = rounded(bounded(row + d + i, SIMD_LANES, factor, 7.0f));
+            const simd_f high = rounded(bounded(row + d + 16 + i, SIMD_LANES, factor, 7.0f));
+            const simd_f wraps = simd_select(simd_lt(high, simd_set1(0.0f)), simd_set1(136.0f), simd_set1(136.0f - 256.0f));
+            simd_store_i8(to + d / 2 + i, simd_add(simd_fma(high, simd_set1(16.0f), low), wraps));
+        }
         memcpy(to + dim / 2 + d / 16, &scale, sizeof scale);
     }
     return possible;
@@ -197,28 +221,42 @@ static int quantise(char *to, const float *row, int64_t dim, fastattn_dtype dtyp
     return dtype == FASTATTN_INT8 ? quantise_int8(to, row, dim) : quantise_int4(to, row, dim);
 }
 
-/* x[i] and x[i + step] become their sum and their difference, times factor; then twice as far apart. Within a vector and for what is
- * shorter one by one. */
+/* A block of so many vectors, a constant: its first half and its second become their sums and differences in turn, so that all stages are
+ * alike and every number is back in its place after the last (Pease, 1968). */
+FA_INLINE void hadamard_block(float *row, int vectors, simd_f factor) {
+    simd_f x[16], y[16];
+    FA_UNROLL for (int i = 0; i < vectors; i++) x[i] = simd_load(row + i * SIMD_LANES);
+    for (int n = 1; n < vectors * SIMD_LANES; n *= 2) {
+        FA_UNROLL for (int i = 0; i < vectors / 2; i++) {
+            y[2 * i] = simd_add(x[i], x[vectors / 2 + i]);
+            y[2 * i + 1] = simd_sub(x[i], x[vectors / 2 + i]);
+            simd_zip(&y[2 * i], &y[2 * i + 1]);
+        }
+        FA_UNROLL for (int i = 0; i < vectors; i++) x[i] = y[i];
+    }
+    FA_UNROLL for (int i = 0; i < vectors; i++) simd_store(row + i * SIMD_LANES, simd_mul(x[i], factor));
+}
+
+/* Blocks that do not fit the registers are halved until they do, and then those that are less than two vectors are turned one number after
+ * the other. Rounding is the same: butterflies that are half a block apart come first. */
 static void hadamard(float *row, int64_t dim) {
     const int64_t block = dim & -dim;
-    int64_t step = 1;
-    for (; step < block && step < SIMD_LANES; step *= 2)
-        for (int64_t d = 0; d < dim; d += 2 * step)
-            for (int64_t i = d; i < d + step; i++) {
-                const float a = row[i], b = row[i + step];
-                row[i] = a + b;
-                row[i + step] = a - b;
-            }
-    for (; step < block; step *= 2)
-        for (int64_t d = 0; d < dim; d += 2 * step)
-            for (int64_t i = d; i < d + step; i += SIMD_LANES) {
-                const simd_f a = simd_load(row + i), b = simd_load(row + i + step);
-                simd_store(row + i, simd_add(a, b));
-                simd_store(row + i + step, simd_sub(a, b));
-            }
     const simd_f factor = simd_set1((float)(1.0 / sqrt((double)block)));
-    for (int64_t d = 0; d < dim; d += SIMD_LANES)
-        store_as(row + d, simd_mul(load_as(row + d, dim - d, FASTATTN_FLOAT32), factor), dim - d, FASTATTN_FLOAT32);
+    int64_t apart = block / 2;
+    for (; apart > 0 && (2 * apart > 8 * SIMD_LANES || 2 * apart < 2 * SIMD_LANES); apart /= 2)
+        for (int64_t d = 0; d < dim; d += 2 * apart)
+            for (int64_t i = d; i < d + apart; i++) {
+                const float a = row[i], b = row[i + apart];
+                row[i] = a + b;
+                row[i + apart] = a - b;
+            }
+    for (int64_t d = 0; d < dim && apart > 0; d += 2 * apart)
+        switch (2 * apart / SIMD_LANES) {
+        case 2: hadamard_block(row + d, 2, factor); break;
+        case 4: hadamard_block(row + d, 4, factor); break;
+        case 8: hadamard_block(row + d, 8, factor); break;
+        }
+    for (int64_t d = 0; d < dim && apart == 0; d++) row[d] *= (float)(1.0 / sqrt((double)block));
 }
 
 #define FA_QUANTISED_TABLE(suffix)                                                                                                  \

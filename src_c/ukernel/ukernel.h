@@ -132,6 +132,7 @@ typedef struct fa_products {
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
+    const struct fa_products *few_quantised; /* as exact as these, for few rows over quantised keys, in the place of the table's; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */

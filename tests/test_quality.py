@@ -1,0 +1,36 @@
+"""The example that says what a quantised cache costs in perplexity."""
+
+import numpy as np
+import pytest
+from tiny_model import smollm2, tiny_path  # noqa: F401
+
+import quality  # isort: skip # tiny_model says where the examples are
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_path):
+    return smollm2.load(tiny_path)
+
+
+def test_perplexity_is_that_of_one_pass_over_the_text(tiny, monkeypatch):
+    model, tokenizer = tiny
+    tokens = tokenizer.encode("the cat sat at the mat, at the hat")
+    logits = model.logits(model.forward(tokens, model.new_cache())).astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = np.exp(-np.log(p[np.arange(len(tokens) - 1), tokens[1:]]).mean())
+    monkeypatch.setattr(quality, "PREFILL", 7)
+    for dtype, rotate, tolerance in (("float32", False, 1e-5), ("int8", False, 0.02), ("int8", True, 0.02)):
+        perplexity, _, size = quality.measure(model, tokens, dtype, rotate)
+        np.testing.assert_allclose(perplexity, expected, rtol=tolerance)
+        assert size == 2 * 2 * 2 * (64 if dtype == "float32" else 20)  # blocks, keys and values, heads
+
+
+def test_the_program_prints_a_table_and_saves_a_picture(tiny_path, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    text, picture = tmp_path / "text", tmp_path / "picture.png"
+    text.write_text("the cat sat at the mat " * 5)
+    assert quality.main(["--model", str(tiny_path), "--text", str(text), "--tokens", "40", "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "40 tokens" in printed and "int8, rotated" in printed and "int4 needs heads" in printed
+    assert picture.stat().st_size > 1000
+    assert quality.main(["--model", str(tmp_path / "none")]) == 1
