@@ -32,18 +32,30 @@ def extensions(names):
 def check_wheel(names):
     extension = extensions(names)
     metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
+    openmp = {name for name in names if name.startswith(("fastattn.libs/libgomp", "fastattn/.dylibs/libomp"))}  # after a repair
     yield from (f"lacks {name}" for name in sorted((modules() | C_LIBRARY) - names))
-    yield from (f"must not hold {name}" for name in sorted(names - modules() - C_LIBRARY - metadata - extension))
+    yield from (f"must not hold {name}" for name in sorted(names - modules() - C_LIBRARY - metadata - openmp - extension))
     if len(extension) != 1:
         yield f"holds {len(extension)} native extensions, not 1"
     if not any(name.endswith("licenses/LICENSE") for name in metadata):
         yield "lacks LICENSE"
 
 
-def check_extension(data):
+# By the architecture of a wheel's tag, tables of kernels that its extension must hold.
+KERNELS = {
+    ("x86_64", "amd64"): ("float32_portable", "float32_avx2", "float32_avx512", "bfloat16_avx512", "int16_avx512", "bfloat16_amx"),
+    ("aarch64", "arm64"): ("float32_portable", "float32_neon"),
+}
+
+
+def check_extension(wheel, data):
     """Of the bytes of a wheel's extension."""
     if b".debug_info" in data:
         yield "holds an extension with debug information"
+    found = [kernels for names, kernels in KERNELS.items() if wheel.removesuffix(".whl").endswith(names)]
+    if not found:
+        yield "is for an architecture of which nothing is known here"
+    yield from (f"lacks the kernels {name}" for kernels in found for name in kernels if f"{name}\0".encode() not in data)
 
 
 def check_sdist(names):
@@ -66,7 +78,7 @@ def main():
             names = {name for name in archive.namelist() if not name.endswith("/")}
             problems = list(check_wheel(names))
             for name in extensions(names):
-                problems += check_extension(archive.read(name))
+                problems += check_extension(file.name, archive.read(name))
         else:
             with tarfile.open(file) as archive:
                 names = {member.name for member in archive if member.isfile()}

@@ -1,9 +1,12 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
 Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain` and :func:`linear_plain`, which check for
 themselves. 16-bit storage is handled as
 memory: nothing here computes with an element.
+
+Nothing here needs the GIL: what threads share are the settings of the process, each a number that is read once, and numbers that all
+of them would find alike.
 """
 
 from cpython.object cimport PyTypeObject

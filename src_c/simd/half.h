@@ -28,10 +28,10 @@ static inline uint16_t fa_to_bf16(float x) {
 
 static inline float fa_from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, rest = h & 0x7fffu;
-    if (rest >= 0x7c00u) return fa_from_bits(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-    /* Exponent and fraction moved into place are the value times 2**-112, exactly, for subnormal numbers too. */
-    float x = fa_from_bits(rest << 13) * fa_from_bits(0x77800000u);
-    return fa_from_bits(sign | fa_to_bits(x));
+    /* Exponent and fraction moved into place are the value times 2**-112, exactly, for subnormal numbers too; the largest exponent is that
+     * of infinity and NaN. */
+    const uint32_t number = fa_to_bits(fa_from_bits(rest << 13) * fa_from_bits(0x77800000u));
+    return fa_from_bits(sign | number | ((0u - (rest >= 0x7c00u)) & 0x7f800000u));
 }
 
 static inline uint16_t fa_to_f16(float x) {
