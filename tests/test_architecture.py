@@ -39,7 +39,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "scores": {"_arrays", "_check", "runtime"},
     "linear": {"_arrays", "_check", "runtime"},
-    "layers": {"_check", "runtime", "attention", "kvcache", "positions", "rope", "varlen"},
+    "layers": {"_check", "runtime", "attention", "kvcache", "pagedcache", "positions", "rope", "varlen"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},
     "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
     "transformers": {"attention", "torch", "varlen"},

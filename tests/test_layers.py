@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fastattn import KVCache, layers
+from fastattn import KVCache, PagedKVCache, layers
 from fastattn.layers import FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm, Rope, TransformerBlock
 
 WIDTH, HEADS, HIDDEN = 24, 4, 40
@@ -208,6 +208,58 @@ def test_a_ragged_cache_goes_on_where_each_entry_stands(backend):
     close(np.concatenate([first[0, :3], second[0]]), layer(x[0, :7]))
     close(np.concatenate([first[1], second[1, :2]]), layer(x[1, :9]))
     assert not first[0, 3:].any() and not second[1, 2:].any()
+
+
+RAGGED = [[3, 7], [1, 1], [4, 0], [2, 4]]  # new tokens of two sequences, call by call
+
+
+@pytest.mark.parametrize("kind", ["entries", "pages"])
+@pytest.mark.parametrize("given", ["packed", "padded"])
+def test_caches_take_packed_and_padded_rows(backend, kind, given):
+    *parts, out = projections()
+    layer = MultiHeadAttention(*parts, out, num_heads=HEADS, rope=Rope(6), causal=True, window=(5, None))
+    x, pool = random(2, 12, WIDTH), PagedKVCache(8, 4, HEADS, 6, dtype="float32")
+    pages = layers.Pages(pool, [pool.new_sequence() for _ in x])
+    cache = pages if kind == "pages" else KVCache(2, HEADS, 16, 6, dtype="float32")
+    done, results = np.zeros(2, int), [[], []]
+    for counts in RAGGED:
+        new = [x[b, done[b] : done[b] + n] for b, n in enumerate(counts)]
+        if given == "packed":
+            y = np.split(layer(np.concatenate(new), cu_seqlens=[0, counts[0], sum(counts)], cache=cache), [counts[0]])
+        else:
+            padded = np.full((2, max(counts), WIDTH), 9, np.float32)
+            for row, tokens in zip(padded, new):
+                row[: len(tokens)] = tokens
+            y = layer(padded, lengths=counts, cache=cache)
+            assert not any(row[n:].any() for row, n in zip(y, counts))
+        done += counts
+        np.testing.assert_array_equal(cache.lengths, done)
+        for result, row, n in zip(results, y, counts):
+            result.append(row[:n])
+    for b, result in enumerate(results):
+        close(np.concatenate(result), layer(x[b, : done[b]]))
+
+
+def test_a_decoder_over_pages(backend):
+    blocks = [a_block(seed=seed)[0] for seed in (1, 2)]
+    decoder = layers.Decoder(blocks)
+    x, pools = random(2, 9, WIDTH), [PagedKVCache(8, 4, HEADS, 6, dtype="float32") for _ in blocks]
+    cache = [layers.Pages(pool, [pool.new_sequence() for _ in x]) for pool in pools]
+    first = decoder(np.concatenate((x[0, :4], x[1, :6])), cu_seqlens=[0, 4, 10], cache=cache)
+    second = decoder(x[[0, 1], [4, 6]][:, None], cache=cache)
+    close(np.concatenate((first[:4], second[0])), decoder(x[0, :5]), 5e-6)
+    close(np.concatenate((first[4:], second[1])), decoder(x[1, :7]), 5e-6)
+
+
+def test_what_pages_refuse():
+    *parts, out = projections()
+    layer, pool = MultiHeadAttention(*parts, out, num_heads=HEADS), PagedKVCache(8, 4, HEADS, 6)
+    sequence = pool.new_sequence()
+    with pytest.raises(ValueError, match="cache must hold 2 sequences, as many as x; got 1"):
+        layer(random(2, 3, WIDTH), cache=layers.Pages(pool, [sequence]))
+    with pytest.raises(TypeError, match="mask is not for a cache of pages"):
+        layer(random(1, 3, WIDTH), mask=np.ones((3, 3), bool), cache=layers.Pages(pool, [sequence]))
+    assert pool.lengths([sequence]) == 0
 
 
 def test_given_positions_turn_queries_and_keys(backend):

@@ -21,7 +21,7 @@ Products with weights are NumPy's, which is to say its BLAS's. All else is this 
 pass and no dropout.
 """
 
-from .attention import Keys, MultiHeadAttention, Rope
+from .attention import Keys, MultiHeadAttention, Pages, Rope
 from .block import TransformerBlock
 from .checkpoints import read_checkpoint
 from .dense import FeedForward, LayerNorm, Linear, RMSNorm
@@ -36,6 +36,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "MultiHeadAttention",
+    "Pages",
     "PatchEmbedding",
     "RMSNorm",
     "Rope",

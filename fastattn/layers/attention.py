@@ -13,11 +13,12 @@ from .dense import LayerNorm, Linear, linear
 from .rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
     from .._typing import Array, Ints
+    from ..pagedcache import PagedKVCache, Sequence
 
 _BY_CALL = ("mask", "kv_lengths", "kv_starts", "q_lengths", "query_offset", "return_lse", "out")  # keywords that a layer has not
 
@@ -179,9 +180,9 @@ class MultiHeadAttention:
             For `rope`. Default: from 0 in each sequence, or from the length of the `cache`.
         mask : array_like, optional
             As :func:`fastattn.attention` has it, for sequences that are not packed: booleans, or a bias.
-        cache : KVCache, optional
-            To which the keys and values of `x` are appended, and whose tokens come before them. Anything with its ``append``, ``attend``
-            and ``lengths`` will do.
+        cache : KVCache or Pages, optional
+            To which the keys and values of `x` are appended, and whose tokens come before them. Anything with a KVCache's ``append``,
+            ``attend`` and ``lengths`` will do. A `mask` is not for pages.
 
         Returns
         -------
@@ -189,7 +190,7 @@ class MultiHeadAttention:
             Rows of padding are 0.
         """
         x = np.asarray(x)
-        rows = Rows(x.shape[:-1], lengths, attention_mask, cu_seqlens, pack=cache is None and mask is None)
+        rows = Rows(x.shape[:-1], lengths, attention_mask, cu_seqlens, pack=are_packed(mask, cache))
         keys = None
         if context is not None:
             if cache is not None:
@@ -242,10 +243,12 @@ class MultiHeadAttention:
         v = v.reshape(len(x), self.num_kv_heads, self.v_head_dim)
         if cache is None:
             return self.out(rows.attend(rows, q, k, v, rules))
-        cache.append(rows.split(k), rows.split(v), rows.lengths)
-        padding = {} if rows.lengths is None else {"q_lengths": rows.lengths}
-        heads = cache.attend(rows.split(q), **{"causal": False, **rules}, **padding)
-        return self.out(heads.swapaxes(1, 2).reshape(len(x), self.out.inputs))
+        if isinstance(cache, Pages):
+            return self.out(cache.attend(rows, q, k, v, {"causal": False, **rules}).reshape(len(x), self.out.inputs))
+        counts = rows.counts()
+        cache.append(rows.split(k), rows.split(v), counts)
+        padding = {} if counts is None else {"q_lengths": counts}
+        return self.out(rows.join(cache.attend(rows.split(q), **{"causal": False, **rules}, **padding)))
 
     @staticmethod
     def _normed(norm, x, heads):
@@ -294,6 +297,47 @@ class MultiHeadAttention:
         from .layouts import Reader
 
         return Reader(state, layout, config).attention(prefix, block, cross=cross)
+
+
+def are_packed(mask, *caches):
+    """Whether padding is taken out: a mask, and a cache of entries, say where rows are."""
+    return mask is None and all(cache is None or isinstance(cache, Pages) for cache in caches)
+
+
+class Pages:
+    """Sequences of a :class:`fastattn.PagedKVCache` as the `cache` of a layer. A stack takes one for each block, of pools of their own.
+
+    Parameters
+    ----------
+    pool : PagedKVCache
+    sequences : iterable of Sequence
+        One for each sequence of the rows that the layer is given, padded or packed.
+
+    Examples
+    --------
+    >>> cache = [layers.Pages(pool, [pool.new_sequence() for _ in prompts]) for pool in pools]
+    >>> hidden = decoder(np.concatenate(prompts), cu_seqlens=bounds, cache=cache)
+    """
+
+    def __init__(self, pool: PagedKVCache, sequences: Iterable[Sequence]) -> None:
+        self.pool, self.sequences = pool, list(sequences)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(B,) int64: the tokens of each sequence."""
+        return self.pool.lengths(self.sequences)
+
+    def attend(
+        self, rows: Rows, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], rules: Mapping[str, Any]
+    ) -> NDArray[Any]:
+        """Append keys and values of rows, (rows, Hkv, D), and let their queries attend: (rows, Hq, Dv)."""
+        if len(self.sequences) != rows.batch:
+            raise ValueError(f"cache must hold {rows.batch} sequences, as many as x; got {len(self.sequences)}")
+        if "mask" in rules:
+            raise TypeError("mask is not for a cache of pages")
+        ends = rows.ends()
+        self.pool.append(self.sequences, k, v, ends)
+        return self.pool.attend(self.sequences, q, ends, **rules)
 
 
 class Angles:

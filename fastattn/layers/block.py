@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .attention import Angles, Keys, MultiHeadAttention
+from .attention import Angles, Keys, MultiHeadAttention, are_packed
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class TransformerBlock:
             Rows of padding are 0.
         """
         x = np.asarray(x)
-        rows = Rows(x.shape[:-1], lengths, attention_mask, cu_seqlens, pack=cache is None and mask is None)
+        rows = Rows(x.shape[:-1], lengths, attention_mask, cu_seqlens, pack=are_packed(mask, cache))
         if context is None and self.cross_attention is not None:
             raise TypeError("context must be given to a block with cross-attention")
         if context is not None and self.cross_attention is None:

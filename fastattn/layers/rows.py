@@ -86,8 +86,28 @@ class Rows:
         return np.arange(self.batch + 1) * self.length if self.cu_seqlens is None else self.cu_seqlens
 
     def split(self, rows):
-        """Rows (rows, H, D) of sequences that are not packed, as attention takes them: a view (B, H, L, D)."""
-        return rows.reshape(self.batch, self.length, *rows.shape[1:]).swapaxes(1, 2)
+        """Rows (rows, H, D) as attention takes them, (B, H, L, D): a view, or of packed sequences a copy with zeros behind them."""
+        if self.cu_seqlens is None:
+            return rows.reshape(self.batch, self.length, *rows.shape[1:]).swapaxes(1, 2)
+        places = self._places()
+        padded = np.zeros((*places.shape, *rows.shape[1:]), rows.dtype)
+        padded[places] = rows
+        return padded.swapaxes(1, 2)
+
+    def join(self, heads):
+        """The reverse of `split`, heads side by side: (rows, H * D)."""
+        batch, count, length, dim = heads.shape
+        rows = heads.swapaxes(1, 2).reshape(batch, length, count * dim)
+        return rows.reshape(batch * length, count * dim) if self.cu_seqlens is None else rows[self._places()]
+
+    def _places(self):
+        """Where the rows of packed sequences are if those are padded: (B, L) bool."""
+        counts = np.diff(self.cu_seqlens)
+        return np.arange(counts.max(initial=0)) < counts[:, None]
+
+    def counts(self):
+        """How many rows each sequence has, (B,), or None where all have the length of the matrix's share."""
+        return self.lengths if self.cu_seqlens is None else np.diff(self.cu_seqlens)
 
     def attend(self, keys, q, k, v, rules):
         """Attention of rows to those of `keys`: q (rows, Hq, D), k and v (keys' rows, Hkv, D) to (rows, Hq * Dv)."""

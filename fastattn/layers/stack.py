@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..kvcache import KVCache
-from .attention import Angles, Keys
+from .attention import Angles, Keys, are_packed
 from .dense import LayerNorm, Linear, linear
 from .embedding import PatchEmbedding, TokenEmbedding
 from .rows import Rows
@@ -230,8 +230,8 @@ class Decoder(_Stack):
             Default: from the length of the cache.
         mask : array_like, optional
             For the self-attention of every block.
-        cache : sequence of KVCache, one for each block, optional
-            What :meth:`new_cache` returned. If it is full, nothing has been appended to any of them.
+        cache : sequence of KVCache or Pages, one for each block, optional
+            What :meth:`new_cache` returned, or pages. If it is full, nothing has been appended to any of them.
 
         Returns
         -------
@@ -250,8 +250,7 @@ class Decoder(_Stack):
         if len(keys) != len(self.blocks):
             raise ValueError(f"context must hold keys for each of {len(self.blocks)} blocks; got {len(keys)}")
         start = caches[0].lengths if cache else None
-        pack = cache is None and mask is None
-        x, rows, angles = self._embedded(x, pack, None, positions, start, lengths, attention_mask, cu_seqlens)
+        x, rows, angles = self._embedded(x, are_packed(mask, *caches), None, positions, start, lengths, attention_mask, cu_seqlens)
         for block, block_keys, block_cache in zip(self.blocks, keys, caches):
             x = block.run(x, rows, angles, keys=block_keys, mask=mask, cache=block_cache)
         return rows.restore(x if self.norm is None else self.norm(x))
