@@ -120,6 +120,6 @@ void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_b
     const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->panel.entry->shape.rows.panels == 1);
     if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
-    w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size);
-    w->call->uk->fetch(fa_rows_from(x->stored_k, block->keys), fa_min(block->keys, after), a->head_dim * size);
+    if (a->v_head_dim > 0) w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size); /* else it may be null */
+    if (a->head_dim > 0) w->call->uk->fetch(fa_rows_from(x->stored_k, block->keys), fa_min(block->keys, after), a->head_dim * size);
 }
