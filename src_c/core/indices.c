@@ -13,6 +13,20 @@ int64_t fastattn_listed_run(const fa_key_list *list, int64_t place, int64_t plac
     return n;
 }
 
+/* A key that is not there is far above all others as an unsigned number. */
+int64_t fastattn_listed_keys(const fa_key_list *list, int64_t place, int64_t places) {
+    const uint64_t low = (uint64_t)(list->start + list->from), count = (uint64_t)fa_max(list->to - list->from, 0);
+    int64_t there = 0;
+    if (list->size == 8) {
+        const int64_t *at = (const int64_t *)(const void *)list->at + place;
+        for (int64_t n = 0; n < places; n++) there += (uint64_t)at[n] - low < count;
+    } else {
+        const int32_t *at = (const int32_t *)(const void *)list->at + place;
+        for (int64_t n = 0; n < places; n++) there += (uint64_t)(int64_t)at[n] - low < count;
+    }
+    return there;
+}
+
 /* Most lists ascend, and -1 is at their end, if anywhere: then each key is there once, if the first and the last are there at all. */
 #define ASCENDS(type)                                                        \
     static int ascends_##type(const type *list, int64_t n, int64_t keys) {   \

@@ -26,6 +26,9 @@ static inline int64_t fa_listed_key(const fa_key_list *list, int64_t place) {
 /* How many of `places` from one on hold keys that follow each other, and the first of them; -1 for places that hold none. */
 int64_t fastattn_listed_run(const fa_key_list *list, int64_t place, int64_t places, int64_t *key);
 
+/* How many of `places` from one on hold a key. */
+int64_t fastattn_listed_keys(const fa_key_list *list, int64_t place, int64_t places);
+
 static inline const char *fa_list_at(const fastattn_attention_args *a, int64_t batch, int64_t kv_head, int64_t row) {
     return (const char *)a->indices + batch * a->indices_strides[0] + kv_head * a->indices_strides[1] + row * a->indices_strides[2];
 }

@@ -29,8 +29,7 @@ unsigned fastattn_bias_of_list(const fa_call *call, const fa_panel *p, const fa_
                                float *bias) {
     const fastattn_attention_args *a = call->args;
     const int64_t of_row = fa_row_of_scores(products, ld), of_key = fa_key_of_scores(products, ld);
-    int64_t there = 0;
-    for (int64_t j = 0; j < block->keys; j++) there += fa_listed_key(&p->list, block->first + j) >= 0;
+    const int64_t there = fastattn_listed_keys(&p->list, block->first, block->keys);
     if (there == 0) return FA_MASK_HIDES;
     if (there == block->keys && !a->mask && !a->alibi_slopes) return FA_MASK_SHOWS;
     unsigned found = 0;

@@ -115,9 +115,10 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
 
 /* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. The first are those that the last
  * so many of before have been, as of runs that follow each other. */
-static void find_paged_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t key, int64_t known,
-                      const char **rows) {
+static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key, int64_t known,
+                            const char **rows) {
     const fastattn_attention_args *a = call->args;
+    const char *head = (const char *)base + p->kv_head * strides[1];
     const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
     int64_t n = known;
@@ -135,38 +136,48 @@ static void find_paged_rows(const fa_call *call, const fa_panel *p, const char *
 }
 
 /* The same of listed keys from a place on, in pages or not; where there is none, and beyond the list, it is the entry's first. */
-static void find_listed_rows(const fa_call *call, const fa_panel *p, const char *head, const int64_t strides[3], int64_t place, int64_t known,
-                             const char **rows) {
+static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t place, int64_t known, const char **k_rows, const char **v_rows) {
     const fastattn_attention_args *a = call->args;
+    const char *k_head = (const char *)a->k + p->kv_head * a->k_strides[1], *v_head = (const char *)a->v + p->kv_head * a->v_strides[1];
     const int32_t *table = NULL;
     if (a->block_table) table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
-    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys);
-    memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
+    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), there = fa_min(wanted, p->entry->shape.kv_len - place);
+    const char *k_page = k_head + p->entry->batch * a->k_strides[0], *v_page = v_head + p->entry->batch * a->v_strides[0];
+    int64_t first = 0, end = table ? 0 : INT64_MAX; /* keys of the page at hand */
+    memcpy(k_rows, k_rows + wanted - known, (size_t)known * sizeof *k_rows);
+    memcpy(v_rows, v_rows + wanted - known, (size_t)known * sizeof *v_rows);
     for (int64_t n = known; n < wanted; n++) {
-        const int64_t listed = place + n < p->entry->shape.kv_len ? fa_listed_key(&p->list, place + n) : -1;
-        const int64_t key = p->entry->key + fa_max(listed, 0);
-        rows[n] = table ? head + table[key / a->page_size] * strides[0] + key % a->page_size * strides[2]
-                        : head + p->entry->batch * strides[0] + key * strides[2];
+        const int64_t key = p->entry->key + (n < there ? fa_max(fa_listed_key(&p->list, place + n), 0) : 0);
+        if (key < first || key >= end) {
+            const int64_t page = key / a->page_size;
+            first = page * a->page_size, end = first + a->page_size;
+            k_page = k_head + table[page] * a->k_strides[0], v_page = v_head + table[page] * a->v_strides[0];
+        }
+        k_rows[n] = k_page + (key - first) * a->k_strides[2];
+        v_rows[n] = v_page + (key - first) * a->v_strides[2];
     }
 }
 
 static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key,
-                          int64_t known, const char **pointers) {
-    const char *head = (const char *)base + p->kv_head * strides[1];
-    const int scattered = call->args->block_table || p->list.at;
-    if (p->list.at)
-        find_listed_rows(call, p, head, strides, key, known, pointers);
-    else if (scattered)
-        find_paged_rows(call, p, head, strides, key, known, pointers);
-    rows->at = scattered ? head : head + p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
+                          const char **pointers) {
+    rows->at = (const char *)base + p->kv_head * strides[1];
+    if (!pointers) rows->at += p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
     rows->ahead = 0;
-    rows->rows = scattered ? pointers : NULL;
+    rows->rows = pointers;
 }
 
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int64_t known,
                                     const char **k_rows, const char **v_rows) {
-    point_at_rows(k, call, p, call->args->k, call->args->k_strides, key, known, k_rows);
-    point_at_rows(v, call, p, call->args->v, call->args->v_strides, key, known, v_rows);
+    const fastattn_attention_args *a = call->args;
+    if (p->list.at)
+        find_listed_rows(call, p, key, known, k_rows, v_rows);
+    else if (a->block_table) {
+        find_paged_rows(call, p, a->k, a->k_strides, key, known, k_rows);
+        find_paged_rows(call, p, a->v, a->v_strides, key, known, v_rows);
+    } else
+        k_rows = v_rows = NULL;
+    point_at_rows(k, call, p, a->k, a->k_strides, key, k_rows);
+    point_at_rows(v, call, p, a->v, a->v_strides, key, v_rows);
 }

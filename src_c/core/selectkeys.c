@@ -20,7 +20,7 @@
 
 enum {
     WANTED_ITEMS = 64,
-    FEWEST_KEYS = 2048,       /* of a part */
+    FEWEST_KEYS = 2048,       /* of a part; and eight times as many as it keeps */
     LOOK = 64,                /* scores that are looked at together: most hold no candidate */
     FEWEST_SPARE = 1024,      /* room for candidates beyond the best, lest these are looked for all the time */
     WORK_OF_A_THREAD = 2000000 /* multiplications for which it pays to wake one */
@@ -57,47 +57,73 @@ static size_t take(size_t *bytes, int64_t count, size_t size) {
     return at;
 }
 
-/* A number that grows with the score; no score is a NaN. */
-static uint32_t rank_of(float score) {
-    uint32_t bits;
+/* An integer that grows with the score, which is no NaN; and back. */
+static int32_t rank_of(float score) {
+    int32_t bits;
     score += 0.0f; /* of a negative zero it makes the other one */
     memcpy(&bits, &score, sizeof bits);
-    return bits >> 31 ? ~bits : bits | (uint32_t)1 << 31;
+    return bits < 0 ? bits ^ INT32_MAX : bits;
 }
 
-/* The rank of the n-th largest of more than n candidates, digit by digit; `larger` becomes the number of those above it. */
-static uint32_t nth_rank(const fa_candidates *c, int64_t n, int64_t *larger) {
-    enum { BITS = 8, DIGITS = 1 << BITS };
-    uint32_t rank = 0;
-    int64_t left = n;
-    for (int shift = 32 - BITS; shift >= 0; shift -= BITS) {
-        uint32_t found[DIGITS] = {0};
-        const uint32_t above = shift + BITS < 32 ? ~(uint32_t)0 << (shift + BITS) : 0;
-        for (int64_t i = 0; i < c->count; i++) {
-            const uint32_t own = rank_of(c->score[i]);
-            found[own >> shift & (DIGITS - 1)] += (own & above) == rank;
-        }
-        uint32_t digit = DIGITS - 1;
-        for (; found[digit] < left; digit--) left -= found[digit];
-        rank |= digit << shift;
+static float score_of(int32_t rank) {
+    float score;
+    rank = rank < 0 ? rank ^ INT32_MAX : rank;
+    memcpy(&score, &rank, sizeof score);
+    return score;
+}
+
+/* The number of candidates above a score, in runs that compilers turn into vectors. */
+static int64_t count_above(const fa_candidates *c, float score) {
+    int64_t above = 0, i = 0;
+    for (; i + LOOK <= c->count; i += LOOK) {
+        int32_t run = 0;
+        for (int n = 0; n < LOOK; n++) run += c->score[i + n] > score;
+        above += run;
     }
-    *larger = n - left;
-    return rank;
+    for (; i < c->count; i++) above += c->score[i] > score;
+    return above;
+}
+
+/* A score that n candidates are above, or, where equals forbid that, the one for which fewer are above it and more if it counts as well:
+ * by halving, which takes a dozen turns where scores differ. There are at least n. */
+static float separator(const fa_candidates *c, int64_t n, int64_t *above) {
+    int32_t low = INT32_MAX, high = INT32_MIN; /* at least n are above or at low, and fewer above high */
+    for (int64_t i = 0; i < c->count; i++) {
+        const int32_t rank = rank_of(c->score[i]);
+        low = rank < low ? rank : low;
+        high = rank > high ? rank : high;
+    }
+    *above = 0;
+    for (int64_t bottom = (int64_t)low - 1, top = high; ;) {
+        const int64_t middle = bottom + (top - bottom) / 2;
+        if (top - bottom == 1) {
+            *above = count_above(c, score_of((int32_t)top));
+            return score_of((int32_t)top);
+        }
+        *above = count_above(c, score_of((int32_t)middle));
+        if (*above == n) return score_of((int32_t)middle);
+        if (*above > n) bottom = middle;
+        else top = middle;
+    }
 }
 
 /* All but the best n go, the later of equals first. */
 static void keep_best(fa_candidates *c, int64_t n) {
-    if (c->count < n) return;
-    int64_t larger = 0, kept = 0;
-    const uint32_t rank = nth_rank(c, n, &larger);
-    int64_t equals = n - larger;
+    if (c->count < n || n == 0) return;
+    int64_t above, kept = 0;
+    const float edge = separator(c, n, &above);
+    int64_t equals = n - above;
+    float least = INFINITY;
     for (int64_t i = 0; i < c->count; i++) {
-        const uint32_t own = rank_of(c->score[i]);
-        if (own < rank || (own == rank && equals-- <= 0)) continue;
-        if (own == rank) c->threshold = c->score[i];
-        c->score[kept] = c->score[i];
-        c->at[kept++] = c->at[i];
+        const float score = c->score[i];
+        const int keep = score > edge || (score == edge && equals > 0);
+        equals -= keep && score == edge;
+        least = keep && score < least ? score : least;
+        c->score[kept] = score;
+        c->at[kept] = c->at[i];
+        kept += keep;
     }
+    c->threshold = least;
     c->count = kept;
 }
 
@@ -378,8 +404,8 @@ static void plan(fa_select *x) {
     x->ld = (int)(x->products->by_rows ? x->line : fa_round_up(x->panel_rows, FA_ROW_STEP));
     x->unit = fa_max(a->block_size, 1);
     x->wanted = a->num_keys / x->unit;
-    x->room = x->wanted + fa_max(x->wanted, FEWEST_SPARE);
-    const int64_t lines = a->batch * a->num_kv_heads, wanted = fa_min(fa_ceil_div(WANTED_ITEMS, a->num_kv_heads * x->tiles), a->kv_len / FEWEST_KEYS);
+    x->room = x->wanted + fa_max(2 * x->wanted, FEWEST_SPARE);
+    const int64_t lines = a->batch * a->num_kv_heads, wanted = fa_min(fa_ceil_div(WANTED_ITEMS, a->num_kv_heads * x->tiles), a->kv_len / fa_max(FEWEST_KEYS, 8 * a->num_keys));
     /* Whole runs and whole blocks: a score has the same bits whatever the parts. */
     x->split_keys = wanted > 1 ? fa_round_up(fa_ceil_div(a->kv_len, wanted), x->run_keys * (x->unit / common_factor(x->unit, x->run_keys))) : a->kv_len;
     x->splits = x->split_keys > 0 ? fa_ceil_div(a->kv_len, x->split_keys) : 1;
