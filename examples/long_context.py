@@ -13,7 +13,8 @@ relative to the size of the exact one, and, from the two logarithms of the softm
 attention mass that the pattern sees. The dense time is that of the sample, multiplied up. The memory is the peak above
 inputs and output, the building of the mask included.
 
-Then one more token is decoded: its query attends to all of the sequence in caches of several dtypes.
+Then one more token is decoded: its query attends to all of the sequence in caches of several dtypes, to the keys that an index selects,
+and to the pages that promise most.
 """
 
 import argparse
@@ -31,6 +32,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 SECTION = 512
 TOPICS = 48
 SAMPLES, SAMPLE_ROWS = 8, 64
+PAGE, PAGES, CHOSEN = 64, 32, 2048  # tokens of a page, pages that are read, keys that are chosen
 CACHES = [("float32", False), ("bfloat16", False), ("int8", False), ("int4", False), ("int4", True)]
 STEPS = 9
 
@@ -141,15 +143,44 @@ def decode(q, k, v):
             taken.append(time.perf_counter() - begin)
         error = np.linalg.norm(out.astype(np.float32) - exact) / np.linalg.norm(exact)
         name = dtype + (", rotated" if rotate else "")
-        results.append(dict(name=name, seconds=statistics.median(taken), nbytes=cache.nbytes, error=error))
+        results.append(dict(name=name, seconds=statistics.median(taken), nbytes=cache.nbytes, error=error, share=1.0))
+    everything = fastattn.attention(query, k, v, return_lse=True)[1]
+    for name, attend, nbytes in few_keys(query, k, v):
+        taken = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            out, lse = attend()
+            taken.append(time.perf_counter() - begin)
+        error = np.linalg.norm(out.astype(np.float32) - exact) / np.linalg.norm(exact)
+        share = np.exp(lse - everything).mean()
+        results.append(dict(name=name, seconds=statistics.median(taken), nbytes=nbytes, error=error, share=share))
     return results
+
+
+def few_keys(query, k, v):
+    """Ways of attending to a part of the keys: their names, functions that give ``(out, lse)``, and the bytes that are kept."""
+    length = k.shape[2]
+    chosen, pages = min(CHOSEN, length), min(PAGES, -(-length // PAGE))
+    pool = fastattn.PagedKVCache(-(-length // PAGE), PAGE, KV_HEADS, HEAD_DIM, dtype=k.dtype, bounds=True)
+    sequence = pool.new_sequence()
+    pool.append([sequence], k[0].swapaxes(0, 1), v[0].swapaxes(0, 1))
+
+    def of_index():
+        lists = fastattn.select_keys(query, k, chosen, keep_first=1, keep_recent=1)
+        return fastattn.attention_indexed(query, k, v, lists, return_lse=True)
+
+    def of_pages():
+        out, lse = pool.attend([sequence], query[0].swapaxes(0, 1), top_pages=pages, keep_first=1, return_lse=True)
+        return out.swapaxes(0, 1)[None], lse[None]
+
+    return (f"{chosen} of an index", of_index, k.nbytes + v.nbytes), (f"{pages} top pages", of_pages, pool.nbytes)
 
 
 def print_decoding(results):
     """A step of decoding by the dtype of the cache."""
     print_rows(
-        ["cache", "step/ms", "memory/MiB", "error"],
-        [[x["name"], f"{1e3 * x['seconds']:.2f}", f"{x['nbytes'] / 2**20:.1f}", f"{x['error']:.4f}"] for x in results],
+        ["cache", "step/ms", "memory/MiB", "mass", "error"],
+        [[x["name"], f"{1e3 * x['seconds']:.2f}", f"{x['nbytes'] / 2**20:.1f}", f"{x['share']:.1%}", f"{x['error']:.4f}"] for x in results],
     )
 
 
