@@ -42,16 +42,18 @@ def decoded(rows):
     with np.errstate(invalid="ignore"):  # a scale of a caller's own may be infinite
         if kind == "int8":
             return rows["integers"] * rows["scale"][..., None]
-        pairs = rows["pairs"].reshape(*rows.shape, -1, GROUP // 2)
+        groups = rows["scales"].shape[-1]
+        pairs = rows["pairs"].reshape(*rows.shape, groups, GROUP // 2)
         integers = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - 8
-        return (integers * rows["scales"].astype(np.float32)[..., None]).reshape(*rows.shape, -1)
+        return (integers * rows["scales"].astype(np.float32)[..., None]).reshape(*rows.shape, groups * GROUP)
 
 
 def encoded(x, kind):
     """Numbers ``(..., D)`` as quantised rows ``(..., 1)``, or None where that cannot be."""
     rows = np.empty((*x.shape[:-1], 1), row_dtype(kind, x.shape[-1]))
     record = rows[..., 0]
-    groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, GROUP if kind == "int4" else max(x.shape[-1], 1))
+    dim = x.shape[-1]
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], *((dim // GROUP, GROUP) if kind == "int4" else (1, dim)))
     with np.errstate(all="ignore"):
         largest = np.abs(groups).max(axis=-1, initial=0)
         scale = largest / _MOST[kind]
@@ -65,7 +67,7 @@ def encoded(x, kind):
         record["integers"], record["scale"] = integers.reshape(x.shape), scale.sum(axis=-1)
     else:
         low, high = (part.view(np.uint8) + 8 & 15 for part in np.split(integers, 2, axis=-1))
-        record["pairs"] = (low | high << 4).reshape(*x.shape[:-1], -1)
+        record["pairs"] = (low | high << 4).reshape(*x.shape[:-1], dim // 2)
         record["scales"] = scale
     return rows
 
@@ -81,7 +83,7 @@ def turned(x):
     y = x.astype(np.result_type(x, np.float32) if x.dtype.kind == "f" else np.float32)
     step = block // 2
     while step:
-        a, b = np.moveaxis(y.reshape(*y.shape[:-1], -1, 2, step), -2, 0)
+        a, b = np.moveaxis(y.reshape(*x.shape[:-1], x.shape[-1] // (2 * step), 2, step), -2, 0)
         y = np.stack([a + b, a - b], axis=-2).reshape(x.shape)
         step //= 2
     return y * y.dtype.type(1 / np.sqrt(max(block, 1)))
