@@ -235,14 +235,14 @@ FA_INLINE void dot_rows(int rows, float *o, int64_t pitch, const float *alpha, c
     uint32_t weights[QUANTISED_ROWS * DOT_KEYS * 2];
     if (dtype == FASTATTN_INT8) {
         for (int64_t j = 0; j < fa_round_up(keys, 32); j++) scales[j] = j < keys ? fa_scale_at(fa_row_at(v, j), 0, dim, dtype) : 0.0f;
-        FA_UNROLL for (int r = 0; r < rows; r++) int8_weights(weights + r * DOT_KEYS / 2, p + r * ld, scales, keys);
+        for (int r = 0; r < rows; r++) int8_weights(weights + r * DOT_KEYS / 2, p + r * ld, scales, keys);
         for (int64_t d = 0; d < dim; d += 64) dot_int8_values(rows, o, pitch, alpha, weights, v, keys, d, dim);
         return;
     }
     for (int64_t d = 0; d < dim; d += DOT_NUMBERS) {
         for (int64_t j = 0; j < fa_round_up(keys, 8); j++)
             _mm_storeu_ps(scales + 4 * j, j < keys ? int4_scales(fa_row_at(v, j), d, dim) : _mm_setzero_ps());
-        FA_UNROLL for (int r = 0; r < rows; r++) int4_weights(weights + r * DOT_KEYS * 2, p + r * ld, scales, keys);
+        for (int r = 0; r < rows; r++) int4_weights(weights + r * DOT_KEYS * 2, p + r * ld, scales, keys);
         dot_int4_values(rows, 0, o, pitch, alpha, weights, v, keys, d, dim);
         dot_int4_values(rows, 1, o, pitch, alpha, weights, v, keys, d, dim);
     }

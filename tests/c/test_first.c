@@ -51,7 +51,8 @@ TEST_EACH_ISA(first_header_is_understood) {
     info->size = sizeof *info;
     guard_seal();
     CHECK_STATUS(fastattn_explain(args, info), FASTATTN_OK);
-    CHECK(info->isa == test_isa && info->workspace == fastattn_workspace_size(args), "isa %d", (int)info->isa);
+    const fastattn_isa runs = test_isa == FASTATTN_ISA_AMX ? FASTATTN_ISA_AVX512 : test_isa; /* which float32 is left to */
+    CHECK(info->isa == runs && info->workspace == fastattn_workspace_size(args), "isa %d", (int)info->isa);
     CHECK_STATUS(fastattn_attention(args, NULL, 0), FASTATTN_OK);
     for (int h = 0; h < HEADS; h++) {
         const double error = head_error(q + h * ROWS * DIM, k, v, out + h * ROWS * DIM, lse + h * ROWS, sinks[h]);
