@@ -29,9 +29,9 @@ def quantized(kind, *shapes, seed=0):
 
 
 def seen_by(q, rows, *wide):
-    """The numbers that queries attend to: rounded, as is documented, where these are bfloat16 and share what is made of them."""
+    """The numbers that queries attend to: rounded, as is documented, where VDPBF16PS multiplies them with many queries of bfloat16."""
     shared = q.shape[1] // rows.shape[1] * q.shape[2] > 48
-    rounded = shared and fastattn.explain(q, rows, rows)["kernel"].startswith("bfloat16")
+    rounded = shared and fastattn.explain(q, rows, rows)["kernel"] == "bfloat16_avx512"
     return [x.astype(q.dtype) for x in wide] if rounded else wide
 
 

@@ -41,7 +41,8 @@ FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, fas
     for (int64_t row = 0; row < r->rows; row++) {
         simd_f a[FA_ROTATED_HEADS], b[FA_ROTATED_HEADS];
         int64_t n = 0;
-        FA_UNROLL for (int h = 0; overlaps && h < heads; h++) {
+        FA_UNROLL for (int h = 0; h < heads; h++) {
+            if (!overlaps) break;
             a[h] = load_full(x + h * r->x_head + last * step, dtype);
             b[h] = load_full(x + h * r->x_head + last * step + split, dtype);
         }
@@ -50,7 +51,8 @@ FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, fas
             FA_UNROLL for (int h = 0; h < heads; h++)
                 rotate_pairs(out + h * r->out_head + n * step, x + h * r->x_head + n * step, c, s, SIMD_LANES, apart, interleaved, dtype);
         }
-        FA_UNROLL for (int h = 0; overlaps && h < heads; h++) {
+        FA_UNROLL for (int h = 0; h < heads; h++) {
+            if (!overlaps) break;
             const simd_f c = load_full(cos + 4 * last, FASTATTN_FLOAT32), s = load_full(sin + 4 * last, FASTATTN_FLOAT32);
             turn(&a[h], &b[h], c, s, interleaved);
             store_full(out + h * r->out_head + last * step, a[h], dtype);
