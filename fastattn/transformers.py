@@ -9,7 +9,7 @@ matrix is made. What models hand from layer to layer is a :class:`Visibility`, a
 matrix only where somebody computes with it. In a graph of ``torch.compile`` or ``torch.export``, where the values of padding cannot be
 looked at, it is a :class:`Traced` mask, whose rules become an operator's arguments and are resolved when the graph runs.
 
-Made for transformers 5.4 to 5.24. What is not served goes to torch's own attention (to the model's eager one where torch's would
+Made for transformers 5.20 to 5.24. What is not served goes to torch's own attention (to the model's eager one where torch's would
 leave something out), with one :class:`fastattn.torch.FallbackWarning` for each reason: gradients, dropout, attention weights as
 outputs, tensors elsewhere, masks of other makers.
 """
