@@ -472,6 +472,12 @@ _OF_ONE_INPUT = {
 
 @torch.compiler.assume_constant_result
 def _leaves_out_padding(kind):
+    """What :func:`_finds_padding_left_out` has found, which a tracer does not look into."""
+    return _finds_padding_left_out(kind)
+
+
+@functools.cache
+def _finds_padding_left_out(kind):
     """Whether queries that are padding need no result in a class of modules.
 
     That is so where transformers' flash attention leaves them out too, as the models of the same file say, and where each query is
