@@ -796,6 +796,19 @@ cdef bint are_apart(np.ndarray a, b) noexcept:
     return ends[1] <= ends[2] or ends[3] <= ends[0]
 
 
+cdef bint are_operands(q, k, v, int *type_num) noexcept:
+    """Whether these are plain arrays of dtypes that go together; that of `q`."""
+    cdef int kv_type_num
+    if not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
+        return False
+    type_num[0], kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
+    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
+        return False
+    if type_num[0] != kv_type_num and type_num[0] != np.NPY_FLOAT32:
+        return False
+    return is_plain(q, type_num[0]) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)
+
+
 def attention_plain(
     q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
     softcap=None, alibi_slopes=None, sinks=None, precision="highest", invariant=False, return_lse=False, out=None,
@@ -810,17 +823,10 @@ def attention_plain(
     cdef int64_t starts[MOST_ENTRIES]
     cdef int64_t rows[MOST_ENTRIES]
     cdef int64_t offsets[MOST_ENTRIES]
-    cdef int type_num, kv_type_num, axis
+    cdef int type_num, axis
     cdef double factor = 0, cap = 0
 
-    if not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
-        return None
-    type_num, kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
-    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
-        return None
-    if type_num != kv_type_num and type_num != np.NPY_FLOAT32:
-        return None
-    if not (is_plain(q, type_num) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)):
+    if not are_operands(q, k, v, &type_num):
         return None
     q_array, k_array, v_array = q, k, v
     for axis in range(3):
@@ -1197,19 +1203,12 @@ def linear_plain(
     cdef np.npy_intp shape[4]
     cdef np.npy_intp state_shape[4]
     cdef int64_t tokens[4]
-    cdef int type_num, kv_type_num
+    cdef int type_num
     cdef int64_t states, heads
     cdef double factor = 0
     gates = decay if log_decay is None else log_decay
 
-    if kv_lengths is not None or cu_seqlens is not None or not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
-        return None
-    type_num, kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
-    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
-        return None
-    if type_num != kv_type_num and type_num != np.NPY_FLOAT32:
-        return None
-    if not (is_plain(q, type_num) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)):
+    if kv_lengths is not None or cu_seqlens is not None or not are_operands(q, k, v, &type_num):
         return None
     if causal is not True:
         return None
