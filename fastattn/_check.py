@@ -29,10 +29,15 @@ def dtype_name(dtype):
     return dtype.name if kind is None else f"quantized {kind}"
 
 
-def kernel_ready(array):
-    """`array`, or the one copy of it that is native, aligned and contiguous along its last axis."""
+def is_kernel_ready(array):
+    """Whether an array is native, aligned and contiguous along its last axis, as backends want it."""
     contiguous = array.shape[-1] <= 1 or array.strides[-1] == array.itemsize
-    if contiguous and array.flags.aligned and array.dtype.isnative:
+    return contiguous and array.flags.aligned and array.dtype.isnative
+
+
+def kernel_ready(array):
+    """`array`, or the one copy of it that is."""
+    if is_kernel_ready(array):
         return array
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True, subok=False)
 
@@ -171,6 +176,11 @@ def broadcast_mask(name, array, shape, axes="(B, Hq, Lq, Lk)"):
         padding = len(shape) == 4 and array.shape == (shape[0], shape[3])
         hint = f": of a mask of padding, (B, Lk), give {name}[:, None, None, :], or kv_lengths" if padding else ""
         raise ValueError(f"{name} must broadcast to {axes} = {shape}; got shape {array.shape}{hint}") from error
+
+
+def most_kept(keep_first, keep_recent, unit):
+    """In how many blocks of `unit` keys the first and the recent ones may lie, wherever the last of these does."""
+    return -(-keep_first // unit) + ((keep_recent + unit - 2) // unit + 1 if keep_recent else 0)
 
 
 def take_tail_mask(tail_mask, q_len, lengths):
@@ -414,7 +424,7 @@ class Call:
             self.out = np.empty(out_shape, self.q.dtype if segments is None else np.float32)
         else:
             target = check_out(out, out_shape[4 - self._rank :], self.q.dtype, given.items(), names.q)
-            ready = target.flags.aligned and (v_head_dim <= 1 or target.strides[-1] == target.itemsize)
+            ready = is_kernel_ready(target)
             if self.score_function is not None and self.score_function.callable is not None:
                 ready = False  # it may raise, and then nothing is written
             target = target[(None,) * (4 - self._rank)]

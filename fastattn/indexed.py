@@ -19,6 +19,7 @@ from ._check import (
     integers,
     kernel_ready,
     known_keywords,
+    most_kept,
 )
 
 if TYPE_CHECKING:
@@ -219,8 +220,7 @@ def select_keys(
         raise ValueError(f"num_keys must be less than 2**24; got {num_keys}")
     if num_keys % unit:
         raise ValueError(f"num_keys must be a multiple of block, {unit}; got {num_keys}")
-    kept = -(-keep_first // unit) + ((keep_recent + unit - 2) // unit + 1 if keep_recent else 0)
-    if kept > num_keys // unit:
+    if most_kept(keep_first, keep_recent, unit) > num_keys // unit:
         of = "" if block is None else f", in blocks of {unit}"
         raise ValueError(f"keep_first and keep_recent must fit into num_keys, {num_keys}{of}; got {keep_first} and {keep_recent}")
     indices = np.empty((batch, num_kv_heads, q_len, num_keys), np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import runtime
 from ._arrays import as_array
-from ._check import check_dtype, check_out, dtype_name, finite, flag, integers, kernel_ready
+from ._check import check_dtype, check_out, dtype_name, finite, flag, integers, is_kernel_ready, kernel_ready
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -500,7 +500,7 @@ class LinearCall:
         )  # fmt: skip
         others = [(name, array) for name, array in given.items() if not (same and name == "state")]
         array = check_out(state_out, shape[missing:], self.dtype, others, "states", "state_out")
-        if not array.flags.aligned or (array.shape[-1] > 1 and array.strides[-1] != array.itemsize):
+        if not is_kernel_ready(array):
             raise ValueError(f"state_out must be aligned and contiguous along its last axis; got strides {array.strides}")
         given["state_out"] = array
         self._given_state = state_out
@@ -517,7 +517,7 @@ class LinearCall:
             return
         lowered = (shape[2], shape[1], shape[3]) if self._packed else shape[self._missing :]
         target = check_out(out, lowered, self.q.dtype, given.items())
-        ready = target.flags.aligned and (shape[3] <= 1 or target.strides[-1] == target.itemsize)
+        ready = is_kernel_ready(target)
         target = self._lift(target)
         self.out = target if ready else np.empty(shape, self.q.dtype)
         self._copy_to = None if ready else target

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import pagebounds
-from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, shares
+from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, most_kept, shares
 from ._quantized import dim_of
 from .attention import merge_states
 from .kvcache import CacheFullError, cache_rows, check_queries, new_rows, size
@@ -352,8 +352,7 @@ class PagedKVCache:
             if keywords.get(name) is not None:
                 raise TypeError(f"attend() has either {name} or top_pages")
         count, first, recent = size("top_pages", top_pages, 1), size("keep_first", keep_first), size("keep_recent", keep_recent)
-        kept = -(-first // self.page_size) + ((recent + self.page_size - 2) // self.page_size + 1 if recent else 0)
-        if kept > count:
+        if most_kept(first, recent, self.page_size) > count:
             room = f"{count} of {self.page_size} tokens"
             raise ValueError(f"keep_first and keep_recent must fit into top_pages, {room}; got {keep_first} and {keep_recent}")
         return count, first, recent
@@ -369,7 +368,10 @@ class PagedKVCache:
         bounds, columns = self._bounds, table
         if keep_recent == 0:
             bounds, columns = self._with_last_pages(table, lengths)
-        wanted = {name: keywords.pop(name, None) for name in ("out", "return_lse")}
+        given_out, return_lse = keywords.pop("out", None), flag("return_lse", keywords.pop("return_lse", False))
+        if given_out is not None:
+            inputs = ("q", q), ("the pool", self._k), ("the pool", self._v)
+            target = check_out(given_out, (rows, q.shape[1], dim_of(self._v)), q.dtype, inputs)
         step, parts = max(1, _INDICES // max(heads * count * self.page_size, 1)), []
         for r0 in range(0, max(rows, 1), step):
             here, own = slice(r0, min(r0 + step, rows)), owner[r0 : r0 + step]
@@ -390,12 +392,11 @@ class PagedKVCache:
             parts.append((out, lse, mass))
         outs, lses, masses = zip(*parts)
         out = outs[0] if len(outs) == 1 else np.concatenate(outs)
-        if wanted["out"] is not None:
-            target = check_out(wanted["out"], out.shape, q.dtype, (("q", q), ("the pool", self._k), ("the pool", self._v)))
+        if given_out is not None:
             target[...] = out
-            out = wanted["out"]
+            out = given_out
         result = [out]
-        if flag("return_lse", wanted["return_lse"] or False):
+        if return_lse:
             result.append(np.concatenate(lses, axis=1))
         if return_mass:
             result.append(np.concatenate(masses, axis=1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import runtime
-from ._check import as_array, check_out, dtype_name, flag, kernel_ready
+from ._check import as_array, check_out, dtype_name, flag, is_kernel_ready, kernel_ready
 from ._quantized import GROUP, KINDS, block_of, decoded, kind_of, row_dtype
 
 if TYPE_CHECKING:
@@ -118,13 +118,13 @@ def attend_turned(attend, q, keywords):
         keywords = {**keywords, "precision": "medium"}
     result = attend(wide, **keywords)
     turned_out, *rest = result if isinstance(result, tuple) else (result,)
+    dtype = q.dtype.newbyteorder("=")
     if given_out is None:
-        out = target = np.empty(turned_out.shape, q.dtype)
+        out = target = np.empty(turned_out.shape, dtype)
     else:
-        target, out = check_out(given_out, turned_out.shape, q.dtype, (("q", q),)), given_out
-    contiguous = target.flags.aligned and (target.shape[-1] <= 1 or target.strides[-1] == target.itemsize)
-    ready = target if contiguous else np.empty(target.shape, target.dtype)
+        target, out = check_out(given_out, turned_out.shape, dtype, (("q", q),)), given_out
+    ready = target if is_kernel_ready(target) else np.empty(target.shape, target.dtype)
     turn(turned_out, ready)
-    if not contiguous:
+    if ready is not target:
         target[...] = ready
     return (out, *rest) if rest else out

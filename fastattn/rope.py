@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import runtime
-from ._check import as_array, check_dtype, check_out, flag, kernel_ready
+from ._check import as_array, check_dtype, check_out, flag, is_kernel_ready, kernel_ready
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def apply_rope(
         in_place = _address(target) == _address(given) and target.strides == given.strides
         inputs = tables if in_place else {"x": given, **tables}
         target = check_out(out, given.shape, given.dtype, inputs.items(), q="x")
-        result = target if kernel_ready(target) is target else _empty_like(ready)
+        result = target if is_kernel_ready(target) else _empty_like(ready)
     lift = (None,) * (4 - given.ndim)
     backend.apply_rope(ready[lift], tables["cos"][lift], tables["sin"][lift], result[lift], interleaved)
     if result is not target:
