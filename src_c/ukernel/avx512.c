@@ -4,14 +4,7 @@
 
 #ifdef FA_HOLDS_AVX512
 
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+#include "target_avx512.h"
 
 #include "../simd/avx512.h"
 #include "template.h"
@@ -23,10 +16,6 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 #include "fixed.h"
 #include "amx.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

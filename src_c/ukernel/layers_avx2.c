@@ -3,24 +3,13 @@
 
 #ifdef FA_HOLDS_AVX2
 
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "target_avx2.h"
 
 #include "../simd/avx2.h"
 #include "layers_template.h"
 
 FA_LAYERS_TABLE(avx2)
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif

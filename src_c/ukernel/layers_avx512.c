@@ -3,24 +3,13 @@
 
 #ifdef FA_HOLDS_AVX512
 
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+#include "target_avx512.h"
 
 #include "../simd/avx512.h"
 #include "layers_template.h"
 
 FA_LAYERS_TABLE(avx512)
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+#include "target_end.h"
 
 #endif
