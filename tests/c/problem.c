@@ -302,6 +302,18 @@ void problem_check(struct problem *problem, enum guard_side side) {
     problem_verify(problem, 1);
 }
 
+void problem_ends_with(const struct problem *problem, int status, const char *what) {
+    fastattn_plan_info info = {.size = sizeof info};
+    context("%s", what);
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(&problem->args, NULL, 0), (fastattn_status)status);
+    CHECK_STATUS(fastattn_explain(&problem->args, &info), (fastattn_status)status);
+    CHECK(status == FASTATTN_OK || fastattn_workspace_size(&problem->args) == 0, "invalid arguments have a workspace");
+    if (status != FASTATTN_OK) problem_untouched(problem);
+    guard_check();
+    guard_release();
+}
+
 uint8_t *problem_snapshot(const struct problem *problem) {
     uint8_t *copy = malloc(problem->out.size + problem->lse.size + 1);
     CHECK(copy != NULL, "out of memory");

@@ -85,6 +85,10 @@ void problem_verify(const struct problem *problem, double slack);
 /* Seals, blanks, runs and verifies. */
 void problem_check(struct problem *problem, enum guard_side side);
 
+/* Seals and runs: the status is this one, for fastattn_explain as well, and if it is an error there is no workspace and nothing was written.
+ * Releases all. */
+void problem_ends_with(const struct problem *problem, int status, const char *what);
+
 /* The spec on either side of its pages: right, and the same bits on both. */
 void spec_check(const struct spec *spec, uint64_t seed);
 
