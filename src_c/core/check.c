@@ -12,8 +12,6 @@
 static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 40,
                      most_items = (int64_t)1 << 56;
 
-static int product_exceeds(int64_t a, int64_t b, int64_t most) { return b != 0 && a > most / b; }
-
 static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->batch < 0 || a->num_heads < 0 || a->num_kv_heads < 0 || a->q_len < 0 || a->kv_len < 0 || a->head_dim < 0 ||
         a->v_head_dim < 0)
@@ -28,8 +26,8 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->indices && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
     if (a->segments && (a->num_segments < 0 || a->num_segments > INT32_MAX || a->v_head_dim != 0 || a->indices))
         return FASTATTN_ERROR_SEGMENTS;
-    if (a->batch > most_items || product_exceeds(a->num_heads, a->q_len, most_items) ||
-        product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
+    if (a->batch > most_items || fa_product_exceeds(a->num_heads, a->q_len, most_items) ||
+        fa_product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
         return FASTATTN_ERROR_SHAPE;
     return FASTATTN_OK;
 }
@@ -144,7 +142,7 @@ static fastattn_status check_block_table(const fastattn_attention_args *a) {
     if (!a->block_table) return FASTATTN_OK;
     const uint64_t pages = (uint64_t)a->num_pages;
     for (int64_t b = 0; b < a->batch; b++) {
-        const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + b * a->block_table_stride);
+        const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, b);
         const int64_t start = a->kv_starts ? a->kv_starts[b] : 0, length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
         int absent = 0;
         for (int64_t n = start / a->page_size; n < fastattn_pages_of(a, length) && start < length; n++)
@@ -179,8 +177,8 @@ static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const int64_t rows = fa_ceil_div(a->q_len, m->block_size);
     const int64_t columns = fa_ceil_div(a->kv_len, m->block_size);
     if (a->batch > 0 && a->num_heads > 0) {
-        if (product_exceeds(a->batch - 1, m->batch_stride, most_items) ||
-            product_exceeds(a->num_heads - 1, m->head_stride, most_items) ||
+        if (fa_product_exceeds(a->batch - 1, m->batch_stride, most_items) ||
+            fa_product_exceeds(a->num_heads - 1, m->head_stride, most_items) ||
             (a->batch - 1) * m->batch_stride + (a->num_heads - 1) * m->head_stride + rows > m->num_rows)
             return FASTATTN_ERROR_BLOCK_MASK;
     }

@@ -38,6 +38,11 @@ static inline int64_t fastattn_out_bytes(const fastattn_attention_args *a) {
     return a->segments ? a->num_segments * (int64_t)sizeof(float) : a->v_head_dim * fa_size_of(a->q_dtype);
 }
 
+/* The pages of entry b; null without a table. */
+static inline const int32_t *fastattn_pages_at(const int32_t *block_table, int64_t stride, int64_t b) {
+    return block_table ? (const int32_t *)(const void *)((const char *)block_table + b * stride) : NULL;
+}
+
 /* The pages that so many keys need. */
 static inline int64_t fastattn_pages_of(const fastattn_attention_args *a, int64_t keys) {
     return a->block_table ? (keys + a->page_size - 1) / a->page_size : 0;

@@ -3,24 +3,15 @@
 #include "../ukernel/storage.h"
 #include "ints.h"
 
-#include <float.h>
 #include <math.h>
-
-/* An element of a mask as a bias; what is finite stays so, for only -inf hides. */
-static float bias_of(const char *at, fastattn_dtype dtype) {
-    if (dtype == FASTATTN_BOOL) return *at ? 0.0f : -INFINITY;
-    if (dtype != FASTATTN_FLOAT64) return fa_get(at, dtype);
-    const double x = *(const double *)(const void *)at;
-    return isfinite(x) ? (float)fmax(-FLT_MAX, fmin(x, FLT_MAX)) : (float)x;
-}
 
 static float bias_of_key(const fa_call *call, const fa_panel *p, int row, int64_t key) {
     const fastattn_attention_args *a = call->args;
     float bias = 0.0f;
     if (a->mask)
-        bias = bias_of((const char *)a->mask + p->entry->batch * a->mask_strides[0] + p->head_of[row] * a->mask_strides[1] +
-                           (p->entry->query + p->query[row]) * a->mask_strides[2] + (p->entry->start + key) * a->mask_strides[3],
-                       a->mask_dtype);
+        bias = fa_mask_element((const char *)a->mask + p->entry->batch * a->mask_strides[0] + p->head_of[row] * a->mask_strides[1] +
+                                   (p->entry->query + p->query[row]) * a->mask_strides[2] + (p->entry->start + key) * a->mask_strides[3],
+                               a->mask_dtype);
     if (a->alibi_slopes) bias -= p->slopes[row] * fabsf((float)(p->query[row] + p->entry->offset - key));
     return bias;
 }

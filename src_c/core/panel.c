@@ -119,7 +119,7 @@ static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *
                             const char **rows) {
     const fastattn_attention_args *a = call->args;
     const char *head = (const char *)base + p->kv_head * strides[1];
-    const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
+    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
     int64_t n = known;
     memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
@@ -139,8 +139,7 @@ static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *
 static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t place, int64_t known, const char **k_rows, const char **v_rows) {
     const fastattn_attention_args *a = call->args;
     const char *k_head = (const char *)a->k + p->kv_head * a->k_strides[1], *v_head = (const char *)a->v + p->kv_head * a->v_strides[1];
-    const int32_t *table = NULL;
-    if (a->block_table) table = (const int32_t *)(const void *)((const char *)a->block_table + p->entry->batch * a->block_table_stride);
+    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), there = fa_min(wanted, p->entry->shape.kv_len - place);
     const char *k_page = k_head + p->entry->batch * a->k_strides[0], *v_page = v_head + p->entry->batch * a->v_strides[0];
     int64_t first = 0, end = table ? 0 : INT64_MAX; /* keys of the page at hand */

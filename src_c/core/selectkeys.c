@@ -166,7 +166,7 @@ static fa_matrix rows_of(const fa_select *x, const fa_chooser *who, int64_t key,
     const fastattn_select_args *a = &x->args;
     const char *head = (const char *)a->k + who->kv_head * a->k_strides[1];
     if (!a->block_table) return fa_matrix_at(head + who->batch * a->k_strides[0] + key * a->k_strides[2], a->k_strides[2], a->k_dtype);
-    const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + who->batch * a->block_table_stride);
+    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, who->batch);
     for (int64_t n = 0; n < 2 * x->run_keys; n++) {
         const int64_t j = fa_min(key + n, who->end - 1);
         pointers[n] = head + table[j / a->page_size] * a->k_strides[0] + j % a->page_size * a->k_strides[2];
@@ -339,8 +339,6 @@ static void merge_item(const void *context, int64_t item, int worker) {
     write_indices(x, line / a->num_kv_heads, line % a->num_kv_heads, item % a->q_len, &best);
 }
 
-static int product_exceeds(int64_t a, int64_t b, int64_t most) { return b != 0 && a > most / b; }
-
 static fastattn_status check_shapes(const fastattn_select_args *a) {
     const int64_t most = INT32_MAX;
     const int64_t sizes[] = {a->batch, a->num_heads, a->num_kv_heads, a->q_len, a->kv_len, a->head_dim, a->num_keys, a->block_size,
@@ -348,7 +346,7 @@ static fastattn_status check_shapes(const fastattn_select_args *a) {
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
         if (sizes[n] < 0 || sizes[n] > most) return FASTATTN_ERROR_SHAPE;
     if (a->num_kv_heads == 0 ? a->num_heads != 0 : a->num_heads % a->num_kv_heads != 0) return FASTATTN_ERROR_SHAPE;
-    if (a->head_dim > FA_MOST_DIM || a->num_keys > 1 << 24 || product_exceeds(a->batch * fa_max(a->num_heads, 1), a->q_len, (int64_t)1 << 44))
+    if (a->head_dim > FA_MOST_DIM || a->num_keys > 1 << 24 || fa_product_exceeds(a->batch * fa_max(a->num_heads, 1), a->q_len, (int64_t)1 << 44))
         return FASTATTN_ERROR_SHAPE;
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most || a->page_size < 1 || a->page_size > most)) return FASTATTN_ERROR_SHAPE;
     const int64_t unit = fa_max(a->block_size, 1), recent = a->keep_recent > 0 ? (a->keep_recent + unit - 2) / unit + 1 : 0;
@@ -374,7 +372,7 @@ static fastattn_status check_tables(fastattn_select_args *a) {
     for (int64_t b = 0; b < a->batch; b++) {
         const int64_t length = length_of(a, b);
         if (length < 0 || length > a->kv_len) return FASTATTN_ERROR_KV_LENGTHS;
-        const int32_t *table = (const int32_t *)(const void *)((const char *)a->block_table + b * a->block_table_stride);
+        const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, b);
         for (int64_t n = 0; a->block_table && n * a->page_size < length; n++)
             if (table[n] < 0 || table[n] >= a->num_pages) return FASTATTN_ERROR_BLOCK_TABLE;
         for (int64_t h = 0; a->weights && h < a->num_heads; h++)

@@ -105,20 +105,6 @@ static void rows_scores(float *s, int ld, int rows, int64_t first, int64_t keys,
 }
 #undef BY_RULES
 
-/* One element of a mask as a bias. */
-FA_INLINE float mask_element(const void *at, fastattn_dtype dtype) {
-    switch (dtype) {
-    case FASTATTN_BOOL: return *(const uint8_t *)at ? 0.0f : -INFINITY;
-    case FASTATTN_FLOAT64: {
-        /* A finite bias beyond float32 stays finite: only exact -inf hides. */
-        const double x = *(const double *)at;
-        const double low = x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x;
-        return (float)(low > FLT_MAX && low <= DBL_MAX ? FLT_MAX : low);
-    }
-    default: return fa_get(at, dtype);
-    }
-}
-
 /* What has been seen of a mask. */
 typedef struct mask_census {
     simd_m hidden, shown;
@@ -186,7 +172,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
         const mask_lanes lanes = mask_lanes_of(from, itemsize);
         if (lanes == MASK_ONE) { /* as the heads of one query may be */
             for (int64_t j = 0; j < keys; j++)
-                mask_store(tile + j * ld + row, simd_set1(mask_element((const char *)from[0] + j * key_stride, dtype)), &seen);
+                mask_store(tile + j * ld + row, simd_set1(fa_mask_element((const char *)from[0] + j * key_stride, dtype)), &seen);
             continue;
         }
         if (lanes == MASK_NEIGHBOURS) { /* as those of a transposed mask are */

@@ -5,6 +5,8 @@
 #include "../simd/half.h"
 #include "fastattn.h"
 
+#include <float.h>
+#include <math.h>
 #include <string.h>
 
 enum {
@@ -42,6 +44,19 @@ static inline float fa_get(const void *at, fastattn_dtype dtype) {
     case FASTATTN_FLOAT16: return fa_from_f16(*(const uint16_t *)at);
     case FASTATTN_BFLOAT16: return fa_from_bf16(*(const uint16_t *)at);
     default: return *(const float *)at;
+    }
+}
+
+/* One element of a mask as a bias. A finite one beyond float32 stays finite: only exact -inf hides. */
+static inline float fa_mask_element(const void *at, fastattn_dtype dtype) {
+    switch (dtype) {
+    case FASTATTN_BOOL: return *(const uint8_t *)at ? 0.0f : -INFINITY;
+    case FASTATTN_FLOAT64: {
+        const double x = *(const double *)at;
+        const double low = x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x;
+        return (float)(low > FLT_MAX && low <= DBL_MAX ? FLT_MAX : low);
+    }
+    default: return fa_get(at, dtype);
     }
 }
 
