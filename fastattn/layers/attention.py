@@ -312,6 +312,8 @@ class Pages:
     pool : PagedKVCache
     sequences : iterable of Sequence
         One for each sequence of the rows that the layer is given, padded or packed.
+    cascade : bool
+        Read pages that sequences share once for all of them, as :meth:`fastattn.PagedKVCache.attend` says.
 
     Examples
     --------
@@ -319,8 +321,8 @@ class Pages:
     >>> hidden = decoder(np.concatenate(prompts), cu_seqlens=bounds, cache=cache)
     """
 
-    def __init__(self, pool: PagedKVCache, sequences: Iterable[Sequence]) -> None:
-        self.pool, self.sequences = pool, list(sequences)
+    def __init__(self, pool: PagedKVCache, sequences: Iterable[Sequence], *, cascade: bool = False) -> None:
+        self.pool, self.sequences, self.cascade = pool, list(sequences), cascade
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -337,7 +339,7 @@ class Pages:
             raise TypeError("mask is not for a cache of pages")
         ends = rows.ends()
         self.pool.append(self.sequences, k, v, ends)
-        return self.pool.attend(self.sequences, q, ends, **rules)
+        return self.pool.attend(self.sequences, q, ends, cascade=self.cascade, **rules)
 
 
 class Angles:
