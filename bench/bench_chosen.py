@@ -8,7 +8,6 @@ multiply them, at the rate that attention of 2048 queries and keys has there.
 """
 
 import argparse
-import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,11 +19,6 @@ from fastattn import _bench
 
 BFLOAT16 = ml_dtypes.bfloat16
 HEADS, KV_HEADS, DIM, CHOSEN, PAGE = 32, 8, 128, 2048, 64
-
-
-def alternate(rounds, *sides):
-    """The median seconds of each side."""
-    return [statistics.median(taken) for taken in _bench.alternate(sides, rounds=rounds, min_time=0.05)]
 
 
 def line(what, seconds, beside, ratio, wanted, most=True):
@@ -40,12 +34,12 @@ def lists(arguments, rng, new):
     q, few_k, few_v = new(1, HEADS, 1, DIM), new(1, KV_HEADS, CHOSEN, DIM), new(1, KV_HEADS, CHOSEN, DIM)
     k, v = new(1, KV_HEADS, arguments.keys, DIM), new(1, KV_HEADS, arguments.keys, DIM)
     own = np.stack([np.sort(rng.permutation(arguments.keys)[:CHOSEN]) for _ in range(KV_HEADS)])[None, :, None].astype(np.int32)
-    dense, of_heads, shared, unsorted = alternate(
-        arguments.rounds,
+    dense, of_heads, shared, unsorted = _bench.medians(
         lambda: fastattn.attention(q, few_k, few_v),
         lambda: fastattn.attention_indexed(q, k, v, own),
         lambda: fastattn.attention_indexed(q, k, v, own[:, :1]),
         lambda: fastattn.attention_indexed(q, k, v, own[..., ::-1]),
+        rounds=arguments.rounds,
     )
     names = "a list for each kv head", "one list for all", "in falling order"
     fits = [line(f"{CHOSEN} of {arguments.keys}: {n}", x, dense, x / dense, 1.4) for n, x in zip(names, (of_heads, shared, unsorted))]
@@ -57,14 +51,14 @@ def selection(arguments, rng, new):
     k, square = new(1, 1, arguments.keys, DIM), new(1, 8, 2048, DIM)
     threads, fits = fastattn.get_num_threads(), []
     with ThreadPoolExecutor(threads) as pool:
-        parts = np.array_split(k.view(np.uint8).reshape(-1).view(np.uint64), threads)
+        read_keys = _bench.reader(k, threads, pool)
         for heads in (64, HEADS // KV_HEADS):
             q = new(1, heads, 1, DIM)
-            found, read, multiply = alternate(
-                arguments.rounds,
+            found, read, multiply = _bench.medians(
                 lambda: fastattn.select_keys(q, k, CHOSEN),  # noqa: B023
-                lambda: list(pool.map(np.bitwise_or.reduce, parts)),
+                read_keys,
                 lambda: fastattn.attention(square, square, square),
+                rounds=arguments.rounds,
             )
             roofline = max(read, multiply * heads * arguments.keys / (2 * 8 * 2048 * 2048))
             fits.append(line(f"select {CHOSEN} of {arguments.keys}: {heads} heads of {DIM}", found, roofline, found / roofline, 1.5))
@@ -78,7 +72,9 @@ def pages(arguments, rng, new):
     for _ in range(0, arguments.keys, 8192):
         pool.append([sequence], new(8192, KV_HEADS, DIM), new(8192, KV_HEADS, DIM))
     q = new(1, HEADS, DIM)
-    dense, top = alternate(arguments.rounds, lambda: pool.attend([sequence], q), lambda: pool.attend([sequence], q, top_pages=64))
+    dense, top = _bench.medians(
+        lambda: pool.attend([sequence], q), lambda: pool.attend([sequence], q, top_pages=64), rounds=arguments.rounds
+    )
     return line(f"the top 64 of {arguments.keys // PAGE} pages of {PAGE}", top, dense, dense / top, 12, most=False)
 
 

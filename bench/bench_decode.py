@@ -7,7 +7,6 @@ With --torch every shape of the first table also runs through torch's scaled_dot
 """
 
 import argparse
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -25,17 +24,6 @@ SHAPES = [  # (batch, query heads, key/value heads, queries, keys, head_dim)
     (1, 32, 8, 4, 8192, 128),
 ]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
-
-def alternate(rounds, *sides):
-    """The median seconds of each side."""
-    return [statistics.median(taken) for taken in _bench.alternate(sides, rounds=rounds, min_time=0.05)]
-
-
-def reader(array, threads, pool):
-    """A function that reads all of an array."""
-    parts = np.array_split(array.view(np.uint8).reshape(-1).view(np.uint64), threads)
-    return lambda: list(pool.map(np.bitwise_or.reduce, parts))
 
 
 def paged(k, v, size, rng):
@@ -79,13 +67,13 @@ def decoding(arguments, rng):
                 packed = np.ascontiguousarray(q.swapaxes(1, 2)).reshape(-1, heads, dim)
                 both = np.empty(k.nbytes + v.nbytes, np.uint8)
                 both[:] = 1
-                sides = [lambda: fastattn.attention(q, k, v, causal=True), reader(both, threads, pool)]  # noqa: B023
+                sides = [lambda: fastattn.attention(q, k, v, causal=True), _bench.reader(both, threads, pool)]  # noqa: B023
                 for size in (16, 1):
                     tables = paged(k, v, size, None)
                     sides.append(lambda x=tables: fastattn.paged_attention(packed, *x, keys, causal=True))  # noqa: B023
                 if arguments.torch:
                     sides.append(torch_side(q, k, v))
-                own, read, *others = alternate(arguments.rounds, *sides)
+                own, read, *others = _bench.medians(*sides, rounds=arguments.rounds)
                 size = both.size / 1e9
                 ratios = "  ".join(f"{other / own:6.2f}" for other in others)
                 print(f"{shape!s:28} {name:9} {1e3 * own:8.3f} {size / own:7.1f} {size / read:7.1f} {read / own:6.2f}  {ratios}")
@@ -100,7 +88,8 @@ def cascade(arguments, rng):
         forks = [pool.fork(prompt) for _ in range(32)]
         pool.append(forks, *(rng.standard_normal((32 * 128, 8, 128), np.float32) for _ in range(2)))
         q = rng.standard_normal((32, 32, 128), np.float32).astype(DTYPES[name])
-        apart, together = alternate(arguments.rounds, lambda: pool.attend(forks, q), lambda: pool.attend(forks, q, cascade=True))  # noqa: B023
+        sides = lambda: pool.attend(forks, q), lambda: pool.attend(forks, q, cascade=True)  # noqa: B023
+        apart, together = _bench.medians(*sides, rounds=arguments.rounds)
         print(f"cascade {name}: {1e3 * apart:.2f} ms apart, {1e3 * together:.2f} ms together, {apart / together:.2f} x")
 
 
@@ -110,7 +99,8 @@ def drafts(arguments, rng):
     cache.append(*(rng.standard_normal((1, 8, 8192 + 32, 128), np.float32) for _ in range(2)))
     q = rng.standard_normal((1, 32, 32, 128), np.float32).astype(ml_dtypes.bfloat16)
     tree = np.tril(rng.random((32, 32)) < 0.3) | np.eye(32, dtype=bool)
-    one, all_of_them = alternate(arguments.rounds, lambda: cache.attend(q[:, :, :1]), lambda: cache.attend(q, tail_mask=tree))
+    sides = lambda: cache.attend(q[:, :, :1]), lambda: cache.attend(q, tail_mask=tree)
+    one, all_of_them = _bench.medians(*sides, rounds=arguments.rounds)
     print(f"32 drafts over 8192 keys, bfloat16: {1e3 * all_of_them:.2f} ms beside a step of {1e3 * one:.2f}, {all_of_them / one:.2f} x")
 
 
@@ -128,10 +118,10 @@ def appending(arguments, rng):
 
         return run
 
-    for name, seconds in zip(("KVCache", "PagedKVCache"), alternate(
-        arguments.rounds,
+    for name, seconds in zip(("KVCache", "PagedKVCache"), _bench.medians(
         many(lambda: cache.append(k, k), lambda: cache.truncate(0)),
         many(lambda: pool.append([sequence], rows, rows), lambda: pool.truncate(sequence, 0)),
+        rounds=arguments.rounds,
     )):  # fmt: skip
         print(f"append to a {name}: {1e3 * seconds:.1f} us")
 

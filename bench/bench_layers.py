@@ -10,7 +10,6 @@ either side: what this library adds is the rest, and to leave padding out of all
 """
 
 import argparse
-import statistics
 import sys
 
 import numpy as np
@@ -68,14 +67,14 @@ def main():
             progress.step(f"padding {padding}")
             ours, theirs, real = sides(PADDING[padding], norm_first)
             gap = float(np.abs(ours()[real] - theirs().numpy()[real]).max())
-            seconds = [statistics.median(taken) for taken in _bench.alternate([ours, theirs], rounds=args.rounds, min_time=0.05)]
+            seconds = _bench.medians(ours, theirs, rounds=args.rounds)
             missed = padding != "none" and seconds[1] / seconds[0] < LEAST_OF_TORCH
             slow += missed
             norm, verdict = "pre" if norm_first else "post", "-" if padding == "none" else "slow" if missed else "pass"
             rows.append([padding, norm, *(f"{1e3 * s:.2f} ms" for s in seconds), f"{seconds[1] / seconds[0]:.2f} x", f"{gap:.0e}", verdict])
         progress.step("steps")
         names, calls = zip(*steps())
-        parts = [statistics.median(taken) for taken in _bench.alternate(calls, rounds=args.rounds, min_time=0.02)]
+        parts = _bench.medians(*calls, rounds=args.rounds, min_time=0.02)
     _bench.print_environment({**_bench.environment(args.threads), **peers.versions()}, [])
     print(f"a block of {BATCH} x {LENGTH} x {WIDTH}, {HEADS} heads, wanted with padding: at least {LEAST_OF_TORCH} x torch's speed\n")
     _bench.print_table(["padding", "norm", "fastattn", "torch", "torch / ours", "difference", ""], rows)

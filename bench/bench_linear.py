@@ -7,7 +7,6 @@ The sides of a comparison alternate in one process; medians.
 
 import argparse
 import importlib
-import statistics
 
 import numpy as np
 import peers
@@ -20,8 +19,7 @@ CHUNK = 64
 
 def medians(sides, rounds):
     """Milliseconds of each of the named functions, which take turns."""
-    times = _bench.alternate(sides.values(), rounds=rounds, min_time=0.05)
-    return {name: 1e3 * statistics.median(taken) for name, taken in zip(sides, times)}
+    return {name: 1e3 * seconds for name, seconds in zip(sides, _bench.medians(*sides.values(), rounds=rounds))}
 
 
 def torch_linear(torch, q, k, v):

@@ -7,7 +7,6 @@ above what is wanted.
 """
 
 import argparse
-import statistics
 import sys
 
 import ml_dtypes
@@ -19,11 +18,6 @@ from fastattn import _bench
 HEADS, KV_HEADS, DIM = 32, 8, 128
 KINDS = [("int8", False), ("int4", False), ("int8", True), ("int4", True)]
 WANTED = {1: {"int8": 0.58, "int4": 0.36}, 4: {"int8": 0.65, "int4": 0.5}, 512: {"int8": 1.1, "int4": 1.1}}  # of bfloat16's time
-
-
-def alternate(rounds, *sides):
-    """The median seconds of each side."""
-    return [statistics.median(taken) for taken in _bench.alternate(sides, rounds=rounds, min_time=0.05)]
 
 
 def name_of(kind, rotate):
@@ -41,7 +35,7 @@ def attending(rounds, keys, rng):
     print(f"{'queries':>8} {'cache':15} {'ms':>9} {'of bfloat16':>12} {'wanted':>7}")
     for rows, wanted in WANTED.items():
         q = rng.standard_normal((1, HEADS, rows, DIM), np.float32).astype(ml_dtypes.bfloat16)
-        seconds = alternate(rounds, *(lambda cache=cache: cache.attend(q) for cache in caches.values()))  # noqa: B023
+        seconds = _bench.medians(*(lambda cache=cache: cache.attend(q) for cache in caches.values()), rounds=rounds)  # noqa: B023
         for (kind, rotate), own in zip(caches, seconds):
             ratio, limit = own / seconds[0], None if rotate else wanted.get(kind)
             reached &= limit is None or ratio <= limit
@@ -64,7 +58,7 @@ def appending(rounds, rng):
             np.copyto(each, k)
 
     with fastattn.threads(1):  # as a memcpy has
-        base, *seconds = alternate(rounds, copy, *(lambda cache=cache: refill(cache) for cache in caches.values()))
+        base, *seconds = _bench.medians(copy, *(lambda cache=cache: refill(cache) for cache in caches.values()), rounds=rounds)
     reached = True
     for (kind, rotate), own in zip(caches, seconds):
         wanted = 2.5 if rotate else 1.5

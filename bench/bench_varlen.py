@@ -9,7 +9,6 @@ distribution takes. Wanted: at least 1.7 times the speed of the padded batch, an
 """
 
 import argparse
-import statistics
 import sys
 
 import numpy as np
@@ -55,7 +54,7 @@ def main():
     for name, lengths in LENGTHS.items():
         for dim in DIMS if arguments.only in (None, name) else ():
             calls = sides(rng.permutation(lengths), dim, rng)
-            packed, padded, alone = (statistics.median(taken) for taken in _bench.alternate(calls, rounds=arguments.rounds, min_time=0.05))
+            packed, padded, alone = _bench.medians(*calls, rounds=arguments.rounds)
             of_padded, of_sum = padded / packed, packed * threads / alone
             missed |= of_padded < LEAST_OF_PADDED or of_sum > MOST_OF_SUM
             print(f"{name:10} {HEADS:3} x {dim:2} {1e3 * packed:10.2f} {of_padded:6.2f} x {of_sum:6.2f} x")

@@ -261,6 +261,17 @@ def alternate(calls, *, rounds, min_time, budget=math.inf):
     return seconds
 
 
+def medians(*calls, rounds, min_time=0.05):
+    """The median seconds of each of the calls, which :func:`alternate`."""
+    return [statistics.median(taken) for taken in alternate(calls, rounds=rounds, min_time=min_time)]
+
+
+def reader(array, threads, pool):
+    """A function that reads all of an array, by threads of a pool."""
+    parts = np.array_split(array.view(np.uint8).reshape(-1).view(np.uint64), threads)
+    return lambda: list(pool.map(np.bitwise_or.reduce, parts))
+
+
 def duel(case, first, second, inputs, *, rounds, min_time=0.05, budget=math.inf, rows=256):
     """Measure the side `first` against `second` and return a dictionary of plain values.
 
