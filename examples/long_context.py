@@ -20,6 +20,7 @@ and to the pages that promise most.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import statistics
 import time
 
@@ -129,32 +130,29 @@ def measure(name, build, q, k, v, sample):
 
 
 def decode(q, k, v):
-    """A step of decoding over caches of each dtype: dictionaries. The error is relative to the size of the exact output."""
+    """A step of decoding over caches of each dtype and over few keys: dictionaries. Errors are relative to the exact output."""
     query = q[:, :, -1:]
     exact = fastattn.attention(*(x.astype(np.float32) for x in (query, k, v)))
-    results = []
-    for dtype, rotate in CACHES:
-        cache = fastattn.KVCache(1, KV_HEADS, q.shape[2], HEAD_DIM, dtype=dtype, rotate=rotate)
-        cache.append(k, v)
-        taken = []
-        for _ in range(STEPS):
-            begin = time.perf_counter()
-            out = cache.attend(query)
-            taken.append(time.perf_counter() - begin)
-        error = np.linalg.norm(out.astype(np.float32) - exact) / np.linalg.norm(exact)
-        name = dtype + (", rotated" if rotate else "")
-        results.append(dict(name=name, seconds=statistics.median(taken), nbytes=cache.nbytes, error=error, share=1.0))
     everything = fastattn.attention(query, k, v, return_lse=True)[1]
-    for name, attend, nbytes in few_keys(query, k, v):
+    results = []
+    for name, attend, nbytes in itertools.chain(all_keys(query, k, v), few_keys(query, k, v)):
         taken = []
         for _ in range(STEPS):
             begin = time.perf_counter()
             out, lse = attend()
             taken.append(time.perf_counter() - begin)
         error = np.linalg.norm(out.astype(np.float32) - exact) / np.linalg.norm(exact)
-        share = np.exp(lse - everything).mean()
+        share = 1.0 if lse is None else np.exp(lse - everything).mean()
         results.append(dict(name=name, seconds=statistics.median(taken), nbytes=nbytes, error=error, share=share))
     return results
+
+
+def all_keys(query, k, v):
+    """Caches of each dtype: their names, functions that give ``(out, None)``, and their bytes; one cache at a time."""
+    for dtype, rotate in CACHES:
+        cache = fastattn.KVCache(1, KV_HEADS, k.shape[2], HEAD_DIM, dtype=dtype, rotate=rotate)
+        cache.append(k, v)
+        yield dtype + (", rotated" if rotate else ""), lambda cache=cache: (cache.attend(query), None), cache.nbytes
 
 
 def few_keys(query, k, v):
