@@ -24,9 +24,9 @@ import numpy as np
 
 import fastattn
 from fastattn import plot
-from generate import CONTROLS, WHEEL
-from smollm2 import load
-from weights import ModelError, add_options, fetch
+from fastattn.models.smollm2 import WHEEL, load
+from fastattn.models.weights import ModelError, add_options, fetch
+from generate import CONTROLS
 
 DOCUMENTS = (
     "The Aldford bridge was built of cast iron in 1824 by William Hazledine. It crosses the river Dee and is 51 metres long.",

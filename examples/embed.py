@@ -20,7 +20,7 @@ from time import perf_counter
 import numpy as np
 
 import minilm
-from weights import ModelError, add_options, fetch
+from fastattn.models.weights import ModelError, add_options, fetch
 
 LEAST_WORDS = 5  # of a passage: what is shorter is a heading or a line of a listing
 TORCH_BATCH = 32  # passages padded together, as sentence-transformers has it by default

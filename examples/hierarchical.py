@@ -26,7 +26,7 @@ import numpy as np
 
 import fastattn
 import minilm
-from weights import ModelError, add_options, fetch
+from fastattn.models.weights import ModelError, add_options, fetch
 
 SHARPNESS = 12.0  # of the softmax over cosines: with 1, all weights are about the same
 QUERY = "How do I make sure that a file is closed?"

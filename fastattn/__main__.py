@@ -1,24 +1,25 @@
-"""The command line: ``python -m fastattn info`` and ``python -m fastattn bench``."""
+"""The command line: ``fastattn``, or ``python -m fastattn``."""
 
+import importlib
 import sys
 
 import fastattn
 
 USAGE = """\
-usage: fastattn {info,bench} ...
+usage: fastattn {info,bench,quality} ...
 
-  info    what computes, on which processor, and why not something faster
-  bench   a table of speed and error on this machine; see fastattn bench --help
+  info     what computes, on which processor, and why not something faster
+  bench    a table of speed and error on this machine; see fastattn bench --help
+  quality  what quantised caches cost a language model; see fastattn quality --help
 """
+PROGRAMS = {"bench": "_bench", "quality": "_quality"}  # commands with arguments of their own: their modules
 
 
 def main(argv=None):
     """Run a command and return its exit status."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if command == "bench":
-        from fastattn import _bench
-
-        return _bench.main(rest)
+    if command in PROGRAMS:
+        return importlib.import_module(f"fastattn.{PROGRAMS[command]}").main(rest)
     if command == "info" and not rest:
         fastattn.show_config()
         return 0

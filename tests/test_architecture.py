@@ -40,6 +40,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "scores": {"_arrays", "_check", "runtime"},
     "linear": {"_arrays", "_check", "runtime"},
     "layers": {"_check", "runtime", "attention", "kvcache", "pagedcache", "positions", "rope", "varlen"},
+    "models": {"layers"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},
     "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
     "transformers": {"attention", "torch", "varlen"},
@@ -49,6 +50,7 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
 }
 # A module for a framework, and the packages that are there when it is imported.
 FRAMEWORKS = {"torch": {"torch"}, "flash_attn": set(), "transformers": {"torch", "transformers"}, "onnx": {"onnx"}}
+MODELS = {"models": {"gguf", "tokenizers"}}  # run by commands and examples, which import them when they are called
 OPTIONAL = {"numba", "onnx", "llvmlite", "ml_dtypes", "torch", "matplotlib", "rich", "transformers", "gguf", "safetensors", "tokenizers"}
 
 
@@ -84,7 +86,7 @@ def test_optional_packages_are_imported_when_used(module):
     """At the top of a module there is the standard library and NumPy; Numba in its own backend, a framework in its own module."""
     outside = {name.split(".")[0] for name in imports(modules()[module], top_level_only=True)} - {"fastattn"}
     own = {"numba", "llvmlite"} if "numba" in module.name and module.parts[0] == "backends" else set()
-    own = FRAMEWORKS.get(module.parts[0].removesuffix(".py"), own)
+    own = (FRAMEWORKS | MODELS).get(module.parts[0].removesuffix(".py"), own)
     assert outside - set(sys.stdlib_module_names) <= {"numpy"} | own
 
 

@@ -5,9 +5,9 @@ import pytest
 from tiny_model import HEADS, LAYERS, smollm2, tiny_path  # noqa: F401
 
 import fastattn
+from fastattn.models import weights
 
 import attribution  # isort: skip # tiny_model says where the examples are
-import weights  # isort: skip
 
 DOCUMENTS = ["the cat sat", "a hat", "the mat at home"]
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tiny_encoder import WORDS, folder, minilm  # noqa: F401
 
+from fastattn.models import weights
+
 import embed  # isort: skip # tiny_encoder says where the examples are
-import weights  # isort: skip
 
 TEXT = "The cat sat on the mat.\n\nthe dog ran\nfar away and\ncame back\n\nShort one.\n\n"
 TEXT += "The cat sat on the mat again\n\nThe cat sat on the mat.\n"

@@ -28,9 +28,9 @@ from tiny_model import (  # noqa: F401
 )
 
 import fastattn
+from fastattn.models import weights
 
 import generate  # isort: skip # tiny_model says where the examples are
-import weights  # isort: skip
 
 (MEMBER,) = generate.WHEEL.files
 

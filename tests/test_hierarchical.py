@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tiny_encoder import folder, minilm  # noqa: F401
 
+from fastattn.models import weights
+
 import hierarchical  # isort: skip # tiny_encoder says where the examples are
-import weights  # isort: skip
 
 BOUNDS = np.array([0, 3, 4, 9, 11]), np.array([0, 1, 4])  # sentences in words, documents in sentences
 

