@@ -1,9 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
-Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain` and :func:`linear_plain`, which check for
-themselves. 16-bit storage is handled as
-memory: nothing here computes with an element.
+Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain`, :func:`linear_plain` and :func:`rope_plain`, which
+check for themselves. 16-bit storage is handled as memory: nothing here computes with an element.
 
 Nothing here needs the GIL: what threads share are the settings of the process, each a number that is read once, and numbers that all
 of them would find alike.
@@ -36,6 +35,7 @@ cdef extern from "Python.h":
 
 cdef extern from "numpy/arrayobject.h":
     bint PyArray_IS_C_CONTIGUOUS(np.ndarray array)
+    np.ndarray PyArray_NewLikeArray(np.ndarray prototype, np.NPY_ORDER order, void *dtype, int subok)
     np.ndarray PyArray_NewFromDescr(
         PyTypeObject *subtype, np.dtype dtype, int rank, np.npy_intp *shape, np.npy_intp *strides, void *data, int flags, object context
     )
@@ -1025,30 +1025,96 @@ def select_keys(call):
     return <int>status
 
 
-def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, interleaved):
-    """Fill `out` with the rows of `x` turned by the angles of the tables, all of rank 4; the status."""
-    cdef fastattn_rope_args args
-    cdef fastattn_status status
-    cdef engine_settings found
-    memset(&args, 0, sizeof(args))
-    args.size = sizeof(args)
+cdef fastattn_status turn(fastattn_rope_args *args, np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, engine_settings *found):
+    """Turn the rows of `x`, of rank 4, by the angles of tables whose strides `args` holds."""
+    args.size = sizeof(args[0])
     args.batch, args.num_heads, args.length, args.head_dim = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    args.rotary_dim = 2 * cos.shape[3]
+    args.rotary_dim = 2 * cos.shape[np.PyArray_NDIM(cos) - 1]
     args.dtype = dtype_code(x)
-    args.interleaved = interleaved
     args.x = np.PyArray_DATA(x)
     args.out = np.PyArray_DATA(out)
     args.cos = <const float *>np.PyArray_DATA(cos)
     args.sin = <const float *>np.PyArray_DATA(sin)
     copy_strides(args.x_strides, x, 3)
     copy_strides(args.out_strides, out, 3)
-    copy_strides(args.cos_strides, cos, 3)
-    copy_strides(args.sin_strides, sin, 3)
-    find_settings(&found)
     args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     with nogil:
-        status = fastattn_rope(&args)
-    return <int>status
+        return fastattn_rope(args)
+
+
+def apply_rope(np.ndarray x, np.ndarray cos, np.ndarray sin, np.ndarray out, interleaved):
+    """Fill `out` with the rows of `x` turned by the angles of the tables, all of rank 4; the status."""
+    cdef fastattn_rope_args args
+    cdef engine_settings found
+    memset(&args, 0, sizeof(args))
+    copy_strides(args.cos_strides, cos, 3)
+    copy_strides(args.sin_strides, sin, 3)
+    args.interleaved = interleaved
+    find_settings(&found)
+    return <int>turn(&args, x, cos, sin, out, &found)
+
+
+cdef bint take_angles(table, np.ndarray x, int64_t *strides) noexcept:
+    """A float32 table ``(L, pairs)``, ``(B, L, pairs)`` or as `x`: its strides for the rows of `x`."""
+    cdef np.ndarray array
+    cdef int axis, axes, own
+    if not lies_well(table):
+        return False
+    array = table
+    axes = np.PyArray_NDIM(array)
+    if np.PyArray_TYPE(array) != np.NPY_FLOAT32 or not 2 <= axes <= 4:
+        return False
+    if array.strides[axes - 1] != 4 and array.shape[axes - 1] > 1:
+        return False
+    for axis in range(3):
+        own = -axis if axes == 3 and axis < 2 else axis - 4 + axes  # (B, L) leaves heads out
+        if own < 0 or (array.shape[own] == 1 and x.shape[axis] != 1):
+            strides[axis] = 0
+        elif array.shape[own] == x.shape[axis]:
+            strides[axis] = array.strides[own]
+        else:
+            return False
+    return True
+
+
+def rope_plain(x, cos, sin, interleaved=False, rotary_dim=None, out=None):
+    """What ``fastattn.apply_rope`` returns for ordinary arguments, or None where any of them is out of the ordinary."""
+    cdef fastattn_rope_args args
+    cdef engine_settings found
+    cdef np.ndarray x_array, out_array
+    cdef np.npy_intp pairs
+    cdef int type_num
+    if not np.PyArray_CheckExact(x):
+        return None
+    x_array, type_num = x, np.PyArray_TYPE(<np.ndarray>x)
+    if type_num != np.NPY_FLOAT32 and type_num != np.NPY_FLOAT16 and type_num != bfloat16_type:
+        return None
+    memset(&args, 0, sizeof(args))
+    if not is_plain(x, type_num) or not take_angles(cos, x_array, args.cos_strides) or not take_angles(sin, x_array, args.sin_strides):
+        return None
+    pairs = (<np.ndarray>cos).shape[np.PyArray_NDIM(<np.ndarray>cos) - 1]
+    if (<np.ndarray>sin).shape[np.PyArray_NDIM(<np.ndarray>sin) - 1] != pairs or 2 * pairs > x_array.shape[3]:
+        return None
+    if rotary_dim is not None and (type(rotary_dim) is not int or rotary_dim != 2 * pairs):
+        return None
+    if interleaved is not True and interleaved is not False:
+        return None
+    args.interleaved = interleaved is True
+    if out is None:
+        out_array = PyArray_NewLikeArray(x_array, np.NPY_KEEPORDER, NULL, 0)
+        if not is_plain(out_array, type_num):
+            return None
+    else:
+        if not is_plain(out, type_num) or not np.PyArray_ISWRITEABLE(<np.ndarray>out) or not has_shape(out, x_array.shape):
+            return None
+        out_array = out
+        if not are_apart(out_array, cos) or not are_apart(out_array, sin):
+            return None
+        if not lie_alike(out_array, x_array) and not are_apart(out_array, x_array):
+            return None
+    if find_settings(&found) or turn(&args, x_array, cos, sin, out_array, &found) != FASTATTN_OK:
+        return None
+    return out_array
 
 
 cdef inline float *floats_of(array) except? NULL:

@@ -42,7 +42,7 @@ def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
     def attention(q, k, v, **rules):
         if rules:
             return function(q, k, v, **rules)
-        result = None if _state.plain is None else _state.plain(q, k, v)
+        result = None if _state.attention_plain is None else _state.attention_plain(q, k, v)
         return _attend(NAMES, q, k, v) if result is None else result
 
     return attention
@@ -209,7 +209,7 @@ def attention(
     >>> fastattn.attention(q, k, v, causal=True).shape
     (1, 8, 128, 64)
     """
-    plain = _state.plain
+    plain = _state.attention_plain
     ordinary = activation == "softmax" and score_function is None and activation_bias is None
     if plain is not None and ordinary:
         result = plain(
@@ -286,7 +286,7 @@ def scaled_dot_product_attention(
     offset = 0 if is_causal and shape[-2] != shape[-1] else None  # a square is aligned to both corners
     keywords = {"causal": is_causal, "query_offset": offset, "scale": scale}
     if len(lead) <= 2:
-        result = None if _state.plain is None else _state.plain(query, key, value, mask=attn_mask, **keywords)
+        result = None if _state.attention_plain is None else _state.attention_plain(query, key, value, mask=attn_mask, **keywords)
         return _attend(_SDPA_NAMES, query, key, value, mask=attn_mask, **keywords) if result is None else result
 
     # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.

@@ -67,6 +67,10 @@ def apply_rope(
     >>> fastattn.apply_rope(q, cos, sin, out=q).shape
     (1, 8, 128, 64)
     """
+    plain = runtime._state.rope_plain
+    result = None if plain is None else plain(x, cos, sin, interleaved, rotary_dim, out)
+    if result is not None:
+        return result
     backend = runtime.backend()
     given = as_array("x", x)
     if given.ndim not in (2, 3, 4):

@@ -37,16 +37,20 @@ class BackendWarning(RuntimeWarning):
     """The fastest backend cannot be used, and another one stands in for it."""
 
 
-class _State:
-    """The settings of the process. `plain` and `linear_plain` are short ways into the native engine, None where another is in use."""
+_SHORT_WAYS = ("attention_plain", "linear_plain", "rope_plain")
 
-    __slots__ = ("choices", "modules", "plain", "linear_plain", "threads", "threads_from", "forked", "missing", "lock")
+
+class _State:
+    """The settings of the process, and the short ways into the native engine, None where another is in use."""
+
+    __slots__ = ("choices", "modules", *_SHORT_WAYS, "threads", "threads_from", "forked", "missing", "lock")
 
 
 _state = _State()
 _state.choices = []  # (backend name, a weak reference to the object that may withdraw it); the last one holds
 _state.modules = {}  # backend name: its module, once it has been needed
-_state.plain = _state.linear_plain = None
+for _way in _SHORT_WAYS:
+    setattr(_state, _way, None)
 _state.threads, _state.threads_from = 1, "default"
 _state.forked = False
 _state.missing = {}  # backend name: why it cannot be used
@@ -112,7 +116,8 @@ def _withdraw(owner):
 
 def _note_plain():
     module = _state.modules.get(_state.choices[-1][0])
-    _state.plain, _state.linear_plain = (getattr(module, name, None) for name in ("attention_plain", "linear_plain"))
+    for way in _SHORT_WAYS:
+        setattr(_state, way, getattr(module, way, None))
 
 
 class _Choice:

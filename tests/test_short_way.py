@@ -52,11 +52,11 @@ ORDINARY = [
 
 def long_way(*arrays, **options):
     """The same call through every check."""
-    former, runtime._state.plain = runtime._state.plain, None
+    former, runtime._state.attention_plain = runtime._state.attention_plain, None
     try:
         return fastattn.attention(*arrays, **options)
     finally:
-        runtime._state.plain = former
+        runtime._state.attention_plain = former
 
 
 def copied(result):
@@ -253,3 +253,83 @@ WRONG_SHAPES = [
 @pytest.mark.parametrize("shapes", WRONG_SHAPES, ids=str)
 def test_linear_leaves_shapes_that_do_not_fit(shapes):
     assert native.linear_plain(*(np.zeros(shape, np.float32) for shape in shapes)) is None
+
+
+# Rotary embedding
+
+cos, sin = fastattn.rope_table(np.arange(10).reshape(2, 5), 6)  # of each entry
+ORDINARY_ROPE = [
+    {},
+    {"interleaved": True, "rotary_dim": 6},
+    {"cos": cos[0], "sin": sin[0]},
+    {"cos": cos[:1], "sin": sin[0]},
+    {"cos": cos[:, None], "sin": np.broadcast_to(sin[:, None], (2, 4, 5, 3))},
+    {"cos": cos[..., ::-1][..., 2:], "sin": sin[..., :1]},
+    {"out": np.empty((2, 4, 5, 16), np.float32)[..., 4:12]},
+]
+
+
+def long_rope(x, **options):
+    former, runtime._state.rope_plain = runtime._state.rope_plain, None
+    try:
+        return fastattn.apply_rope(x, **{"cos": cos, "sin": sin, **options})
+    finally:
+        runtime._state.rope_plain = former
+
+
+def short_rope(x, **options):
+    return native.rope_plain(x, **{"cos": cos, "sin": sin, **options})
+
+
+@pytest.mark.parametrize("options", ORDINARY_ROPE, ids=[str(n) + "-" + "-".join(o) for n, o in enumerate(ORDINARY_ROPE)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_rope_takes_what_is_ordinary(options, dtype, side_by_side):
+    x = tokens[0].astype(dtype_of(dtype))
+    if side_by_side:
+        x = x.swapaxes(1, 2).copy().swapaxes(1, 2)
+    if "out" in options:
+        options = {"out": options["out"].astype(x.dtype, copy=dtype != "float32")}
+    long = long_rope(x, **options)
+    expected = long.copy()
+    short = short_rope(x, **options)
+    np.testing.assert_array_equal(short, expected)
+    assert short is options["out"] if "out" in options else short.strides == long.strides
+    again = x.copy(order="K")
+    assert short_rope(again, **{**options, "out": again}) is again
+    np.testing.assert_array_equal(again, expected)
+
+
+UNUSUAL_ROPE = [
+    {"cos": cos.astype(np.float64)},
+    {"cos": cos.tolist()},
+    {"cos": unaligned(cos)},
+    {"cos": np.repeat(cos, 2, -1)[..., ::2]},
+    {"cos": cos[..., :2]},
+    {"sin": sin[:, :4]},
+    {"sin": sin[0, 0]},
+    {"cos": np.zeros((2, 5, 5), np.float32), "sin": np.zeros((2, 5, 5), np.float32)},
+    {"interleaved": 1},
+    {"rotary_dim": 4},
+    {"rotary_dim": 6.0},
+    {"out": np.zeros((2, 4, 5, 8))},
+    {"out": np.zeros((2, 4, 6, 8), np.float32)},
+    {"out": np.zeros((2, 4, 5, 16), np.float32)[..., ::2]},
+    {"out": tokens[0, :, ::-1]},
+    {"out": np.broadcast_to(np.zeros(8, np.float32), (2, 4, 5, 8))},
+    {"out": memory[:320].reshape(2, 4, 5, 8), "cos": memory[300:330].reshape(2, 5, 3)},
+]
+
+
+@pytest.mark.parametrize("n", range(len(UNUSUAL_ROPE)), ids=["-".join(options) for options in UNUSUAL_ROPE])
+def test_rope_leaves_what_is_unusual(n):
+    assert short_rope(tokens[0], **UNUSUAL_ROPE[n]) is None
+
+
+@pytest.mark.parametrize(
+    "x",
+    [tokens[0, 0], tokens[0].astype(np.float64), tokens[0][..., ::2], tokens[0].tolist()],
+    ids=["rank", "dtype", "stride", "list"],
+)
+def test_rope_leaves_rows_that_are_unusual(x):
+    assert short_rope(x) is None
