@@ -377,7 +377,7 @@ def score_function(function: Callable[..., Any]) -> Any:
     - any callable ``f(s, b, h, i, j)`` of NumPy arrays that broadcast to ``(rows, keys)``. It is slow, for Python is called for every run
       of keys, by one thread. What it raises reaches the caller, and nothing has been written then.
 
-    Numba's backend hands calls with a score function to NumPy's, as :func:`explain` says.
+    Numba's backend calls functions in C from its kernels, and hands calls with a callable of arrays to NumPy's, as :func:`explain` says.
 
     Examples
     --------

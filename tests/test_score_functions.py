@@ -186,6 +186,19 @@ def test_packed_sequences_and_block_masks(engine):
     check(fastattn.attention(q, k, v, mask=blocks, score_function=alibi), None, q, k, v, mask=shown, score_function=alibi)
 
 
+def test_chosen_keys(engine):
+    """Some of a list follow each other, most do not, and some places are empty."""
+    q, k, v = random_qkv(batch=2, heads=4, kv_heads=2, q_len=5, kv_len=70, head_dim=16)
+    rng = np.random.default_rng(3)
+    indices = np.stack([rng.permutation(70)[:40] for _ in range(2 * 2 * 5)]).reshape(2, 2, 5, 40).astype(np.int32)
+    indices[:, :, :, 7], indices[0, 0, 0] = -1, np.where(np.arange(40) // 9 % 2, np.arange(40), -1)
+    options = {"causal": True, "query_offset": 40}
+    expected = fastattn.attention_indexed(q, k, v, indices, alibi_slopes=SLOPES, **options)
+    for f in (compiled(lambda s, b, h, i, j: s - SLOPES[h] * abs(i + 40 - j)), lambda s, b, h, i, j: s - SLOPES[h] * np.abs(i + 40 - j)):
+        found = fastattn.attention_indexed(q, k, v, indices, score_function=f, **options)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_hidden_scores_are_hidden_whatever_becomes_of_them(engine):
     q, k, v = random_qkv(q_len=20, kv_len=20, head_dim=8)
     expected = fastattn.attention(q, k, v, causal=True)
@@ -279,10 +292,12 @@ def test_a_ring_has_no_positions_for_it(engine):
         cache.attend(x, score_function=alibi)
 
 
-def test_explain_says_what_runs():
+def test_explain_says_what_runs(backend):
+    """The kernels of the Numba backend call functions in C; callables of arrays are the NumPy backend's there."""
     q, k, v = random_qkv(q_len=5, kv_len=9)
-    with fastattn.use_backend("numpy"):
-        assert fastattn.explain(q, k, v, score_function=alibi)["backend"] == "numpy"
+    name = backend.backend
+    assert fastattn.explain(q, k, v, score_function=PROTOTYPE(lambda *a: None))["backend"] == name
+    assert fastattn.explain(q, k, v, score_function=alibi)["backend"] == ("native" if name == "native" else "numpy")
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "score_functions.py"

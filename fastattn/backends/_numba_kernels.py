@@ -27,7 +27,7 @@ from ._numba_numbers import (
     narrow, narrow_row, replace_row, tanh, widen, widen_row,
 )  # fmt: skip
 from ._numba_products import Rows, careful_values, pack, scores, transpose_all, unpack, values
-from ._numba_simd import add, blank, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
+from ._numba_simd import add, blank, call_score_function, count, div, elements, fma, lanes, load, mul, splat, store, sub, where_less, width
 
 WHOLE, PARTS, MERGE = range(3)
 ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")
@@ -49,6 +49,7 @@ PLAN = np.dtype(
         "indptr", "indices", "partial", "element_bits", "block_size", "pattern_batch", "pattern_head",
         "slots", "head_pitch", "v_head_pitch", "block_keys", "widened", "states", "own_states", "state_bytes",
         "activation", "power", "activation_bias", "additive", "additive_head", "segments", "segments_row", "num_segments",
+        "score_function", "score_context",
         # Keys that rows list: what is counted are places in a list. A band is one row, so that all lanes have the same.
         "lists", "list_batch", "list_head", "list_row", "index_size",
     )]
@@ -93,14 +94,20 @@ def agree(address, slots, row):
 
 
 @jit
+def cap(at, n, softcap, row):
+    """Bend n vectors of scores, so that none is beyond `softcap`."""
+    for j in range(n):
+        vector = at.st + 4 * j * lanes(row)
+        store(vector, mul(tanh(div(load(vector, row), softcap)), softcap))
+
+
+@jit
 def adjust(plan, at, n, bias, slopes, row):
-    """The rules of the score in n vectors, then -inf where a row does not see a key: outside ``low <= key < high`` or by the bias."""
+    """What is added to scores in n vectors, then -inf where a row does not see a key: outside ``low <= key < high`` or by the bias."""
     pitch = 4 * lanes(row)
     for j in range(n):
         x = load(at.st + j * pitch, row)
         key = add(load(at.key, row), j * (lanes(row) // plan.slots))
-        if plan.softcap != 0.0:
-            x = mul(tanh(div(x, plan.softcap)), plan.softcap)
         if slopes:
             away = magnitude_of(sub(load(at.distance, row), key))
             x = sub(x, mul(load(slopes, row), away))
@@ -512,6 +519,29 @@ def gather(plan, panel, j, n, at):
 
 
 @jit
+def call_function(plan, panel, j, n, at):
+    """Have the caller's function change the scores of n keys from j on: row by row, in runs of keys that follow each other."""
+    s, line = elements(at.st, float32), elements(at.turned, float32)
+    for lane in range(panel.n_rows):
+        i, head = row_of(plan, panel, lane)
+        for place in range(n):
+            line[place] = s[place * plan.slots + lane]
+        first = int64(0)
+        while first < n:
+            key, end = key_at(plan, panel.entry, head // plan.kv_group, i, j + first), first + 1 if plan.lists else n
+            while end < n and key >= 0 and key_at(plan, panel.entry, head // plan.kv_group, i, j + end) == key + end - first:
+                end += 1
+            if key >= 0:
+                call_score_function(
+                    plan.score_function, at.turned + 4 * first, end - first, panel.entry.batch, head, i, panel.entry.start + key,
+                    plan.score_context,
+                )  # fmt: skip
+            first = end
+        for place in range(n):
+            s[place * plan.slots + lane] = line[place]
+
+
+@jit
 def step(plan, panel, j, high, bits, at, tile, row, storage):
     """Take a block of keys from j on, but none from `high` on, into the state."""
     n = min(high - j, plan.block_keys)
@@ -540,7 +570,11 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
     scores(plan, at, k, panel.n_rows, v, tile, row, storage)
     n_vectors = -(-n * plan.slots // lanes(row))
     full = n_vectors * lanes(row) == n * plan.slots
-    if partial or not full or plan.softcap != 0.0 or plan.alibi != 0:
+    if plan.softcap != 0.0:
+        cap(at, n_vectors, plan.softcap, row)
+    if plan.score_function:
+        call_function(plan, panel, j, n, at)
+    if partial or not full or plan.alibi != 0:
         sloped = plan.alibi != 0 and plan.lists == 0  # for listed keys that is in the bias
         if sloped:
             offset = entry.offset - j

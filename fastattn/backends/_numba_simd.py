@@ -457,3 +457,18 @@ def count(context, counter):
         return builder.atomic_rmw("add", data, _I64(1), "monotonic")
 
     return types.int64(counter), generate
+
+
+@intrinsic
+def call_score_function(context, function, scores, keys, batch, head, query, first_key, argument):
+    """Call the C function at an address, whose signature is that of ``fastattn_score_function``."""
+
+    def generate(context, builder, signature, arguments):
+        function, scores, *integers, argument = arguments
+        pointers = _F32.as_pointer(), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointers[0], *[_I64] * 5, pointers[1]])
+        scores, argument = (builder.inttoptr(x, pointer) for x, pointer in zip((scores, argument), pointers))
+        builder.call(builder.inttoptr(function, kind.as_pointer()), [scores, *integers, argument])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), generate

@@ -115,8 +115,8 @@ def attention(call):
 
 
 def _is_for_numpy(call):
-    """A score function is not compiled into the kernels, and theirs is another order of sums for few rows than for many."""
-    return call.score_function is not None or call.invariant
+    """The kernels call no score function of Python's, and theirs is another order of sums for few rows than for many."""
+    return call.invariant or (call.score_function is not None and call.score_function.callable is not None)
 
 
 def merge_states(outs, lses, out, lse):
@@ -342,6 +342,8 @@ class _Work:
             **_place("activation_bias", call.activation_bias), **_place("additive", self.additive, "additive_head"),
             **_place("segments", call.segments, "segments_row"), "num_segments": call.num_segments,
         }  # fmt: skip
+        if call.score_function is not None:
+            fields |= {"score_function": call.score_function.address, "score_context": call.score_function.context}
         if call.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
         if call.indices is not None:
