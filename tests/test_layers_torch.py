@@ -66,7 +66,7 @@ ACTIVATIONS = ["relu", "gelu", torch.nn.GELU("tanh"), torch.nn.functional.silu]
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["relu", "gelu", "gelu-tanh", "silu"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_encoder_layer(norm_first, activation, bias):
     with torch.inference_mode(False):

@@ -107,7 +107,8 @@ static void plan_slices(fa_linear_call *call) {
     call->items = a->batch * call->states * call->slices;
 }
 
-/* As for attention: each thread must have enough to do, which is less here, for one step waits for memory; and what is short is not
+/* As for attention: each thread must have enough to do, which is less here, for one step waits for memory: as much as takes no longer
+ * when the other thread has to be woken first. One that is awake still would pay from a quarter of that on. What is short is not
  * interrupted. */
 static void plan_team(fa_linear_call *call) {
     const double enough = 5e5, worth_interrupting = 1e9;
