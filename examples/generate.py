@@ -19,12 +19,8 @@ import numpy as np
 
 import fastattn
 from fastattn.layers import Pages
-from fastattn.models.smollm2 import SYSTEM, WHEEL, ModelError, load
+from fastattn.models.smollm2 import CONTROLS, SYSTEM, WHEEL, ModelError, load
 from fastattn.models.weights import add_options, fetch
-
-# A model can emit any character; those that command a terminal are not printed.
-CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
-
 
 # -------------------------------------------------------------------------------------------------- generation
 

@@ -8,7 +8,7 @@ It is the command ``fastattn quality``, which ``fastattn quality --help`` descri
 
 import sys
 
-from fastattn._quality import main
+from fastattn.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["quality", *sys.argv[1:]]))

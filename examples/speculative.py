@@ -14,9 +14,9 @@ from time import perf_counter
 
 import numpy as np
 
-from fastattn.models.smollm2 import SYSTEM, WHEEL, load
+from fastattn.models.smollm2 import CONTROLS, SYSTEM, WHEEL, load
 from fastattn.models.weights import ModelError, add_options, fetch
-from generate import CONTROLS, generate, sampler
+from generate import generate, sampler
 
 NGRAM = 3  # tokens that are looked up, at most
 

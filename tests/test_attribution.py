@@ -1,13 +1,12 @@
-"""The example that shows which document an answer rests on."""
+"""The command that shows which document an answer rests on."""
 
 import numpy as np
 import pytest
 from tiny_model import HEADS, LAYERS, smollm2, tiny_path  # noqa: F401
 
 import fastattn
+from fastattn import __main__, _attribution as attribution
 from fastattn.models import weights
-
-import attribution  # isort: skip # tiny_model says where the examples are
 
 DOCUMENTS = ["the cat sat", "a hat", "the mat at home"]
 
@@ -85,7 +84,7 @@ def test_program_prints_draws_and_writes(tiny_path, tmp_path, capsys):
         arguments += ["--picture", str(tmp_path / "picture.png")]
     except ImportError:
         pass
-    attribution.main(arguments)
+    assert __main__.main(["attribution", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("all tokens") and lines[-1].count("%") == 3
     assert sum(int(share.strip()) for share in lines[-1].replace("all tokens", "").split("%")[:3]) in (99, 100, 101)
@@ -97,6 +96,8 @@ def test_program_prints_draws_and_writes(tiny_path, tmp_path, capsys):
 def test_program_refuses_what_it_cannot_do(tiny_path, tmp_path, capsys):
     with pytest.raises(weights.ModelError, match="the model takes"):
         attribution.main(["--model", str(tiny_path), "--max-tokens", "400"])
+    assert __main__.main(["attribution", "--model", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.startswith("fastattn attribution: ")
     for arguments in (["one.txt"], ["--max-tokens", "0"]):
         with pytest.raises(SystemExit):
             attribution.parse_arguments(arguments)

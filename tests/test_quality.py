@@ -35,10 +35,10 @@ def test_the_program_prints_a_table_and_saves_a_picture(tiny_path, tmp_path, cap
     printed = capsys.readouterr().out
     assert "40 tokens" in printed and "int8, rotated" in printed and "int4 needs heads" in printed
     assert picture.stat().st_size > 1000
-    assert quality.main(["--model", str(tmp_path / "none")]) == 1
+    assert __main__.main(["quality", "--model", str(tmp_path / "none")]) == 1
 
 
 def test_packages_that_are_not_there_are_named(tiny_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastattn.models.smollm2", None)
-    assert quality.main(["--model", str(tiny_path)]) == 2
+    assert __main__.main(["quality", "--model", str(tiny_path)]) == 2
     assert "fastattn[examples]" in capsys.readouterr().err

@@ -26,6 +26,8 @@ WHEEL = Wheel(
 )
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 PREFILL = 512  # prompt tokens per pass: bounds the activations for any prompt
+# A model can emit any character; those that command a terminal are not printed.
+CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
 METADATA = 300_000  # entries of a file, at most: a vocabulary of 49,152 needs 250,000, and so many take less than 100 MB
 
 
