@@ -74,6 +74,21 @@ def test_bits_are_those_of_keys_side_by_side(engine, sequences, page_size, dtype
         np.testing.assert_array_equal(lse, expected_lse)
 
 
+@pytest.mark.parametrize("heads", [2, 5, 9])
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_a_page_that_are_read_together(engine, page_size, dtype, heads):
+    """However many threads share them out."""
+    q_lengths, lengths = SEQUENCES["parts"]
+    pages = Pages(lengths, page_size, heads, dtype=dtype, heads_first=page_size != 7)
+    q, cu = queries(sum(q_lengths), heads * (1 + heads % 2), dtype=dtype), cumulated(q_lengths)
+    k, v = (np.concatenate(x) for x in zip(*pages.sequences))
+    expected = fastattn.attention_varlen(q, k, v, cu, cumulated(lengths), causal=True)
+    for threads in (1, 2, 5):
+        with fastattn.threads(threads):
+            np.testing.assert_array_equal(pages.attend(q, cu_seqlens_q=cu, causal=True), expected)
+
+
 @given(st.data())
 def test_any_pages_are_right(engine, data):
     lengths = data.draw(st.lists(st.integers(0, 40), max_size=4))

@@ -176,8 +176,8 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
         run[n].keys = 0;
         run[n].abreast_before = n;
         run[n].abreast_after = runs - 1 - n;
-        run[n].k_rows = (const char **)(void *)(scratch + call->scratch.k_rows);
-        run[n].v_rows = (const char **)(void *)(scratch + call->scratch.v_rows);
+        run[n].k_rows = (const char **)(void *)(scratch + call->scratch.k_rows) + n * call->pointers;
+        run[n].v_rows = (const char **)(void *)(scratch + call->scratch.v_rows) + n * call->pointers;
         run[n].wide_k = (float *)(scratch + call->scratch.wide_k);
         run[n].wide_v = (float *)(scratch + call->scratch.wide_v);
         for (int way = 0; way < FA_WAYS; way++) {

@@ -172,14 +172,22 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->quantised)) call->most_bundle = 1;
 }
 
-/* Heads whose rows lie beside each other are read together, if each is a panel of few rows: one row of each alone would be a piece of a
- * page that nothing foresees, and share its first line and its last with the rows of other heads. */
+/* Whether the rows of a key, one of each head, lie side by side, or at least, in pages, in the same page. */
+static int heads_together(const fa_call *call) {
+    const fastattn_attention_args *a = call->args;
+    if (a->indices || call->sequences != a->num_kv_heads) return 0;
+    if (a->block_table) return a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0];
+    return call->apart && a->k_strides[1] == fa_row_bytes(a->kv_dtype, a->head_dim) && a->v_strides[1] == fa_row_bytes(a->kv_dtype, a->v_head_dim);
+}
+
+/* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
+ * caller's, is a piece that nothing foresees, and shares its first line and its last with the rows of other heads. */
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
-    enum { ITEMS_A_THREAD = 2, BYTES = 2048 };
+    enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     call->abreast = 1;
-    if (!call->apart || a->block_table || a->indices || a->k_strides[1] != k_bytes || a->v_strides[1] != v_bytes || call->sequences != a->num_kv_heads) return;
+    if (!heads_together(call)) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
     const double enough = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     call->abreast = fa_max(1, enough < (double)most ? (int64_t)enough : most);
@@ -228,9 +236,9 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
-    const int64_t pointers = a->block_table || a->indices ? fastattn_row_pointers(keys) : 0;
-    m->k_rows = take(&bytes, pointers, sizeof(char *));
-    m->v_rows = take(&bytes, pointers, sizeof(char *));
+    call->pointers = a->block_table || a->indices ? fastattn_row_pointers(keys) : 0;
+    m->k_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
+    m->v_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->wide_k = take(&bytes, call->quantised * keys * a->head_dim, sizeof(float));
     m->wide_v = take(&bytes, call->quantised * keys * a->v_head_dim, sizeof(float));
     const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->quantised * a->v_head_dim * (int64_t)sizeof(float);

@@ -92,6 +92,7 @@ typedef struct fastattn_plan {
     fa_team team;          /* as many threads as pay off, at most args->num_threads */
     int workers;           /* for which there is scratch */
     int64_t most_bundle, abreast;
+    int64_t pointers;      /* to rows, that a run has for keys and for values each */
     fa_shape shape;        /* that of the last entry */
     fa_scratch scratch;
     size_t entries_at, scratch_at, partials_at, workspace; /* offsets in the workspace, and its bytes in all */

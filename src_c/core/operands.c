@@ -6,23 +6,41 @@
 #include "nonfinite.h"
 
 /* Next are the same keys of the head beside, or after the last one those that follow of the first. */
-static int64_t ahead_of(const fa_run *run, int64_t row_stride, int64_t head_stride) {
-    if (run->abreast_after > 0) return head_stride;
-    return (int64_t)((uint64_t)run->keys * (uint64_t)row_stride) - run->abreast_before * head_stride;
+static void look_ahead(fa_matrix *rows, const fa_run *run, int64_t block_keys, int64_t head_stride) {
+    const int last = run->abreast_after == 0;
+    rows->ahead = last ? -run->abreast_before * head_stride : head_stride;
+    rows->rows_ahead = last ? block_keys : 0;
+    if (last && !rows->rows) rows->ahead = (int64_t)((uint64_t)run->keys * (uint64_t)rows->stride + (uint64_t)rows->ahead);
+}
+
+/* The rows of the head beside, whose pointers are all as far from those of this one. */
+static void rows_beside(fa_matrix *rows, const char **pointers, const fa_matrix *of, int64_t count, int64_t head_stride) {
+    for (int64_t n = 0; n < count; n++) pointers[n] = of->rows[n] + head_stride;
+    *rows = *of;
+    rows->rows = pointers;
+}
+
+/* Whether the head before has come to the same run of keys in pages. */
+static int goes_beside(const fa_run *run) {
+    return run->abreast_before > 0 && run[-1].stored_k.rows && run[-1].first == run->first && run[-1].keys == run->keys;
 }
 
 fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     fa_run *run = w->run;
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
-    const int64_t block_keys = w->panel.entry->shape.block_keys;
+    const int64_t block_keys = w->panel.entry->shape.block_keys, pointers = fastattn_row_pointers(block_keys);
     const int follows = run->keys == block_keys && block->run_first == run->first + run->keys;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
-                                   run->v_rows);
-    run->stored_k.ahead = ahead_of(run, run->stored_k.stride, call->args->k_strides[1]);
-    run->stored_v.ahead = ahead_of(run, run->stored_v.stride, call->args->v_strides[1]);
+    if (goes_beside(run)) {
+        rows_beside(&run->stored_k, run->k_rows, &run[-1].stored_k, pointers, call->args->k_strides[1]);
+        rows_beside(&run->stored_v, run->v_rows, &run[-1].stored_v, pointers, call->args->v_strides[1]);
+    } else
+        fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
+                                       run->v_rows);
+    look_ahead(&run->stored_k, run, block_keys, call->args->k_strides[1]);
+    look_ahead(&run->stored_v, run, block_keys, call->args->v_strides[1]);
     run->finite_k = run->finite_v = -1;
     run->widened = 0;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;

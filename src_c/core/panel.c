@@ -124,12 +124,10 @@ static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *
     int64_t n = known;
     memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
     if (n < count) {
-        int64_t page = (p->entry->key + key + n) / a->page_size;
-        const int64_t row = (p->entry->key + key + n) % a->page_size;
-        const char *at = head + table[page] * strides[0] + row * strides[2];
-        for (int64_t left = a->page_size - row; n < count; n++, at += strides[2], left--) {
-            if (left == 0) at = head + table[++page] * strides[0], left = a->page_size;
-            rows[n] = at;
+        int64_t page = (p->entry->key + key + n) / a->page_size, row = (p->entry->key + key + n) % a->page_size;
+        for (; n < count; page++, row = 0) {
+            const char *at = head + table[page] * strides[0] + row * strides[2];
+            for (const int64_t end = fa_min(n + a->page_size - row, count); n < end; n++, at += strides[2]) rows[n] = at;
         }
     }
     for (; n < wanted; n++) rows[n] = rows[n - 1];
@@ -163,7 +161,7 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
     if (!pointers) rows->at += p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
-    rows->ahead = 0;
+    rows->ahead = rows->rows_ahead = 0;
     rows->rows = pointers;
 }
 

@@ -80,8 +80,8 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
     v = fa_rows_from(v, from);
     dot_sums(o + sums, pitch, alpha, p, ld, rows, keys);
     for (int64_t d = 0; d < v_head_dim; d += HALVES) {
-        const char *room[2];
-        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, keys, room),
+        const char *first_row;
+        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, &first_row),
                            .column = d * 2, .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
         if (v_head_dim - d < HALVES || keys % 2 != 0) {
@@ -90,7 +90,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
                 if (j < keys) halves_of(1, halves, fa_row_at(v, j) + d * 2, v_head_dim - d, FASTATTN_BFLOAT16, 1.0f);
                 copy[j] = halves[0];
             }
-            x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), keys, room);
+            x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), &first_row);
             x.column = x.ahead = 0;
         }
         dot_strip(rows, x);

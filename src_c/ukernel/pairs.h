@@ -91,6 +91,7 @@ FA_INLINE fa_matrix pairs_keys(int planes, int64_t tile_keys, float *room, fa_ma
             if (j < keys)
                 halves_of(planes, halves, fa_row_at(stored, j) + d * fa_size_of(stored.dtype), head_dim - d,
                           stored.dtype, 1.0f);
+            if (j < keys && stored.rows) simd_fetch((const char *)(fa_row_ahead(stored, j) + (uintptr_t)(d * fa_size_of(stored.dtype))));
             for (int plane = 0; plane < planes; plane++)
                 _mm512_storeu_si512((char *)room + j * made.stride + (plane * dim + d) * 2, halves[plane]);
         }

@@ -117,8 +117,8 @@ FA_INLINE void dot_scores(int rows, float *s, int ld, const uint16_t *q, int64_t
 FA_INLINE void dot_qk_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(dim, FA_ROW_STEP), step = fa_round_up(dim, DOT_NUMBERS);
     uint16_t queries[QUANTISED_ROWS * DOT_MOST_DIM];
-    const char *room[2];
-    const tile_rows x = tile_rows_of(k, keys, room);
+    const char *first_row;
+    const tile_rows x = tile_rows_of(k, &first_row);
     for (int n; rows > 0; rows -= n, s += n * ld, q += n * pitch) {
         n = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
         dot_queries(queries, step, q, pitch, n, dim, dtype);
@@ -166,9 +166,8 @@ FA_INLINE void int4_weights(uint32_t *to, const float *p, const float *scales, i
 
 FA_INLINE const char *value_row(fa_matrix v, int64_t j, int64_t keys) { return fa_row_at(v, j < keys ? j : keys - 1); }
 
-FA_INLINE void fetch_values(fa_matrix v, const char *row, int64_t j, int64_t keys, int64_t at) {
-    const uintptr_t later = v.rows ? (uintptr_t)v.rows[(j < keys ? j : keys - 1) + keys] : (uintptr_t)row + (uintptr_t)v.ahead;
-    simd_fetch((const char *)(later + (uintptr_t)at));
+FA_INLINE void fetch_values(fa_matrix v, int64_t j, int64_t keys, int64_t at) {
+    simd_fetch((const char *)(fa_row_ahead(v, j < keys ? j : keys - 1) + (uintptr_t)at));
 }
 
 /* o = o alpha + sums, a vector. */
@@ -183,8 +182,8 @@ FA_INLINE void dot_int8_values(int rows, float *o, int64_t pitch, const float *a
     for (int64_t j = 0; j < keys; j += 2) {
         const char *even = value_row(v, j, keys), *odd = value_row(v, j + 1, keys);
         simd_f pairs[4], weight[QUANTISED_ROWS];
-        fetch_values(v, even, j, keys, d);
-        fetch_values(v, odd, j + 1, keys, d);
+        fetch_values(v, j, keys, d);
+        fetch_values(v, j + 1, keys, d);
         FA_UNROLL for (int r = 0; r < rows; r++) weight[r] = _mm512_castsi512_ps(_mm512_set1_epi32((int)weights[r * DOT_KEYS / 2 + j / 2]));
         FA_UNROLL for (int i = 0; i < 4; i++) {
             const __m512i first = _mm512_castps_si512(int8_lanes(even, d + i * SIMD_LANES, dim));
@@ -208,7 +207,7 @@ FA_INLINE void dot_int4_values(int rows, int upper, float *o, int64_t pitch, con
         FA_UNROLL for (int i = 0; i < 4; i++) sum[r][i] = simd_set1(0.0f);
     for (int64_t j = 0; j < keys; j += 2) {
         const char *even = value_row(v, j, keys), *odd = value_row(v, j + 1, keys);
-        if (!upper) fetch_values(v, even, j, keys, d / 2), fetch_values(v, odd, j + 1, keys, d / 2);
+        if (!upper) fetch_values(v, j, keys, d / 2), fetch_values(v, j + 1, keys, d / 2);
         const __m512i first = int4_bytes(even, d, dim), second = int4_bytes(odd, d, dim);
         const __m512i low = _mm512_unpacklo_epi8(first, second), high = _mm512_unpackhi_epi8(first, second);
         __m512i index[4] = {_mm512_unpacklo_epi8(low, zero), _mm512_unpackhi_epi8(low, zero), _mm512_unpacklo_epi8(high, zero),

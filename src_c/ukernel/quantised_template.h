@@ -106,8 +106,8 @@ FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int6
 
 FA_INLINE void quantised_qk_of(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
-    const char *room[2];
-    const tile_rows x = tile_rows_of(k, keys, room);
+    const char *first_row;
+    const tile_rows x = tile_rows_of(k, &first_row);
     for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) quantised_scores(4, s, ld, q, pitch, &x, keys, dim, dtype);
     if (rows & 2) quantised_scores(2, s, ld, q, pitch, &x, keys, dim, dtype);
     if (rows & 1) quantised_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &x, keys, dim, dtype);
@@ -128,7 +128,7 @@ FA_INLINE void quantised_group(int rows, float *o, int64_t pitch, const float *a
         const char *row = fa_row_at(v, j);
         const float scale = fa_scale_at(row, d, dim, dtype);
         simd_f numbers[GROUP_VECTORS];
-        simd_fetch((const char *)(v.rows ? (uintptr_t)v.rows[j + keys] : (uintptr_t)row + (uintptr_t)v.ahead) + d);
+        simd_fetch((const char *)(fa_row_ahead(v, j) + (uintptr_t)d));
         FA_UNROLL for (int i = 0; i < GROUP_VECTORS; i++)
             numbers[i] = d + i * SIMD_LANES < dim ? load_integers(row, d, i, dim, dtype) : simd_set1(0.0f);
         FA_UNROLL for (int r = 0; r < rows; r++) {

@@ -147,8 +147,8 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
 FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                            fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
-    const char *room[2];
-    const tile_rows places = tile_rows_of(k, keys, room);
+    const char *first_row;
+    const tile_rows places = tile_rows_of(k, &first_row);
     for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, &places, keys, head_dim, dtype);
     if (rows & 2) short_scores(2, s, ld, q, pitch, &places, keys, head_dim, dtype);
     if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
@@ -157,8 +157,8 @@ FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
 FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                             fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), run = tile_run(head_dim);
-    const char *room[2];
-    const tile_rows places = tile_rows_of(k, keys, room);
+    const char *first_row;
+    const tile_rows places = tile_rows_of(k, &first_row);
     for (int64_t j = 0, n; j < keys; j += n) {
         int vectors = rows_vectors(rows);
         while (fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;
@@ -197,9 +197,9 @@ static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int
 FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
     const tile_kind kind = {TILE_FLOAT32, dtype, 1, 0, 0}, ragged = {TILE_FLOAT32, dtype, 1, 1, 0};
-    const char *room[2];
+    const char *first_row;
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
-                       .rows = tile_rows_of(v, keys, room), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
+                       .rows = tile_rows_of(v, &first_row), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
     int vectors = rows_vectors(rows);
     for (int64_t left = v_head_dim; left > 0; left -= vectors * SIMD_LANES) {
         while (vectors > 1 && left < vectors * SIMD_LANES) vectors /= 2;

@@ -40,24 +40,23 @@ FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return (void)unit, sum; }
 #endif
 
 /* Rows that pointers find, or a stride from one on, without a question: row n is at[n * pointers] + n * stride, and what is read in its
- * place later likewise. */
+ * place later is `ahead` bytes from where the pointer `skip` further on leads. */
 typedef struct tile_rows {
-    const char *const *at, *const *later;
-    int64_t pointers, stride;
+    const char *const *at;
+    int64_t pointers, stride, skip, ahead;
 } tile_rows;
 
-/* The rows of a matrix, of which `keys` are in use; where they have no pointers, `room` holds those of the first. */
-FA_INLINE tile_rows tile_rows_of(fa_matrix m, int64_t keys, const char *room[2]) {
-    room[0] = m.at;
-    room[1] = (const char *)((uintptr_t)m.at + (uintptr_t)m.ahead);
-    return m.rows ? (tile_rows){m.rows, m.rows + keys, 1, 0} : (tile_rows){room, room + 1, 0, m.stride};
+/* The rows of a matrix; where they have no pointers, `first` holds that of the first. */
+FA_INLINE tile_rows tile_rows_of(fa_matrix m, const char **first) {
+    *first = m.at;
+    return m.rows ? (tile_rows){m.rows, 1, 0, m.rows_ahead, m.ahead} : (tile_rows){first, 0, m.stride, 0, m.ahead};
 }
 
 FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) { return x->at[n * x->pointers] + n * x->stride; }
 
 /* Nothing is read there yet: what is ahead of the last rows may be nowhere. */
 FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
-    return (uintptr_t)x->later[n * x->pointers] + (uintptr_t)(n * x->stride);
+    return (uintptr_t)x->at[n * x->pointers + x->skip] + (uintptr_t)(n * x->stride + x->ahead);
 }
 
 /* One product: c[w][lane] = alpha * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane]; without alpha

@@ -93,16 +93,22 @@ typedef struct fa_matrix {
     const char *at;
     int64_t stride; /* in bytes */
     fastattn_dtype dtype;
-    const char *const *rows; /* a pointer to each, and then `at`, `stride` and `ahead` mean nothing; or null */
-    int64_t ahead; /* bytes, from any row to the one in its place among those that will be read next: a hint */
+    const char *const *rows; /* a pointer to each, and then `at` and `stride` mean nothing; or null */
+    int64_t ahead;      /* a hint: bytes, from any row to the one in its place among those that will be read next */
+    int64_t rows_ahead; /* with pointers from the row so many on; 0, or the keys of a block */
 } fa_matrix;
 
 static inline fa_matrix fa_matrix_at(const char *at, int64_t stride, fastattn_dtype dtype) {
-    const fa_matrix m = {at, stride, dtype, NULL, 0};
+    const fa_matrix m = {at, stride, dtype, NULL, 0, 0};
     return m;
 }
 
 static inline const char *fa_row_at(fa_matrix m, int64_t row) { return m.rows ? m.rows[row] : m.at + row * m.stride; }
+
+/* Where what will be read next in the place of a row may be: nowhere, behind the last ones. */
+static inline uintptr_t fa_row_ahead(fa_matrix m, int64_t row) {
+    return (m.rows ? (uintptr_t)m.rows[row + m.rows_ahead] : (uintptr_t)m.at + (uintptr_t)(row * m.stride)) + (uintptr_t)m.ahead;
+}
 
 /* The rows from one on. */
 static inline fa_matrix fa_rows_from(fa_matrix m, int64_t row) {

@@ -104,6 +104,20 @@ TEST_EACH_ISA(pages_of_long_sequences) {
         }
 }
 
+/* Heads of a page, some of which are an item. */
+TEST_EACH_ISA(pages_of_heads_abreast) {
+    static const int64_t sizes[] = {1, 16, 50};
+    static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+    for (int64_t kv_heads = 2; kv_heads <= 9; kv_heads++) {
+        struct spec spec = {.name = "abreast", .batch = 2, .heads = kv_heads * (1 + kv_heads % 2), .kv_heads = kv_heads,
+                            .q_len = kv_heads % 3 + 1, .kv_len = kv_heads % 4 ? 300 : 2500, .head_dim = 16, .v_head_dim = 24,
+                            .q_dtype = dtypes[kv_heads % 3], .kv_dtype = dtypes[kv_heads % 3], .lengths = LENGTHS_RAGGED,
+                            .causal = kv_heads & 1, .num_threads = kv_heads == 8 ? 3 : 1};
+        for (size_t n = 0; n < COUNT(sizes); n++)
+            check_paged(&spec, sizes[n], kv_heads * 7 + n, kv_heads % 2 ? GUARD_BEHIND : GUARD_BEFORE);
+    }
+}
+
 TEST_EACH_ISA(pages_under_random_options) {
     struct rng rng = {77};
     for (int n = 0; n < test_effort; n++) {
