@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
-Arrays arrive checked (see ``fastattn._check``), except in :func:`attention_plain`, :func:`linear_plain` and :func:`rope_plain`, which
+Arrays arrive checked (see ``fastattn._call``), except in :func:`attention_plain`, :func:`linear_plain` and :func:`rope_plain`, which
 check for themselves. 16-bit storage is handled as memory: nothing here computes with an element.
 
 Nothing here needs the GIL: what threads share are the settings of the process, each a number that is read once, and numbers that all
@@ -492,6 +492,74 @@ cdef take_block_mask(fastattn_block_mask *block_mask, mask):
         block_mask.num_element_masks = element_bits.shape[0]
 
 
+cdef take_entries(fastattn_attention_args *args, entries, np.ndarray k):
+    """From ``Entries``: how many queries and keys there are, at which positions, and where."""
+    cdef np.ndarray array
+    array = entries.query_offset
+    args.query_offset = <const int64_t *>np.PyArray_DATA(array)
+    array = entries.kv_lengths
+    args.kv_lengths = <const int64_t *>np.PyArray_DATA(array)
+    array = entries.kv_starts
+    args.kv_starts = <const int64_t *>np.PyArray_DATA(array)
+    array = entries.q_lengths
+    args.q_lengths = <const int64_t *>np.PyArray_DATA(array)
+    args.batch = array.shape[0]
+    if entries.cu_seqlens_q is not None:
+        array = entries.cu_seqlens_q
+        args.cu_seqlens_q = <const int64_t *>np.PyArray_DATA(array)
+    if entries.cu_seqlens_k is not None:
+        array = entries.cu_seqlens_k
+        args.cu_seqlens_k = <const int64_t *>np.PyArray_DATA(array)
+    if entries.block_table is not None:
+        array = entries.block_table
+        args.block_table = <const int32_t *>np.PyArray_DATA(array)
+        args.block_table_stride = 4 * array.shape[1]
+        args.num_pages, args.page_size = k.shape[0], k.shape[2]
+        args.kv_len = args.page_size * array.shape[1]
+
+
+cdef take_visibility(fastattn_attention_args *args, fastattn_block_mask *block_mask, visibility):
+    """From ``Visibility``: which query may see which key."""
+    cdef np.ndarray array
+    args.causal = visibility.causal
+    args.window_left, args.window_right = visibility.window
+    if visibility.indices is not None:
+        array = visibility.indices
+        args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(array), np.PyArray_ITEMSIZE(array), array.shape[3]
+        copy_strides(args.indices_strides, array, 3)
+    if visibility.mask is not None:
+        array = visibility.mask
+        args.mask = np.PyArray_DATA(array)
+        args.mask_dtype = dtype_code(array)
+        copy_strides(args.mask_strides, array, 4)
+    if visibility.block_mask is not None:
+        take_block_mask(block_mask, visibility.block_mask)
+        args.block_mask = block_mask
+
+
+cdef take_scores(fastattn_attention_args *args, scores):
+    """From ``Scores``: what is made of products."""
+    cdef np.ndarray array
+    args.scale, args.softcap = scores.scale, scores.softcap
+    args.activation, args.power = <fastattn_activation><int>ACTIVATIONS.index(scores.activation), scores.power
+    if scores.alibi_slopes is not None:
+        array = scores.alibi_slopes
+        args.alibi_slopes = <const float *>np.PyArray_DATA(array)
+        copy_strides(args.alibi_strides, array, 2)
+    if scores.sinks is not None:
+        array = scores.sinks
+        args.sinks = <const float *>np.PyArray_DATA(array)
+    if scores.activation_bias is not None:
+        array = scores.activation_bias
+        args.activation_bias = <const float *>np.PyArray_DATA(array)
+    if scores.additive is not None:
+        array = scores.additive
+        args.additive, args.additive_stride = <const float *>np.PyArray_DATA(array), array.strides[0]
+    if scores.function is not None and scores.function.address:
+        args.score_function = <fastattn_score_function><size_t>scores.function.address
+        args.score_context = <void *><size_t>scores.function.context
+
+
 cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, call):
     """Fill `args`, and `block_mask` if there is one, from a ``Call``, which keeps the arrays alive."""
     cdef np.ndarray q = call.q, k = call.k, array
@@ -502,61 +570,11 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
         array = call.lse
         args.lse = <float *>np.PyArray_DATA(array)
         copy_strides(args.lse_strides, array, 3)
-    args.scale, args.softcap = call.scale, call.softcap
+    take_entries(args, call.entries, k)
+    take_visibility(args, block_mask, call.visibility)
+    take_scores(args, call.scores)
     args.precision = <fastattn_precision><int>PRECISIONS[call.precision]
-    args.causal = call.causal
-    args.window_left, args.window_right = call.window
-    array = call.query_offset
-    args.query_offset = <const int64_t *>np.PyArray_DATA(array)
-    array = call.kv_lengths
-    args.kv_lengths = <const int64_t *>np.PyArray_DATA(array)
-    array = call.kv_starts
-    args.kv_starts = <const int64_t *>np.PyArray_DATA(array)
-    array = call.q_lengths
-    args.q_lengths = <const int64_t *>np.PyArray_DATA(array)
-    args.batch = array.shape[0]
-    if call.cu_seqlens_q is not None:
-        array = call.cu_seqlens_q
-        args.cu_seqlens_q = <const int64_t *>np.PyArray_DATA(array)
-    if call.cu_seqlens_k is not None:
-        array = call.cu_seqlens_k
-        args.cu_seqlens_k = <const int64_t *>np.PyArray_DATA(array)
-    if call.block_table is not None:
-        array = call.block_table
-        args.block_table = <const int32_t *>np.PyArray_DATA(array)
-        args.block_table_stride = 4 * array.shape[1]
-        args.num_pages, args.page_size = k.shape[0], k.shape[2]
-        args.kv_len = args.page_size * array.shape[1]
-    if call.indices is not None:
-        array = call.indices
-        args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(array), np.PyArray_ITEMSIZE(array), array.shape[3]
-        copy_strides(args.indices_strides, array, 3)
-    if call.mask is not None:
-        array = call.mask
-        args.mask = np.PyArray_DATA(array)
-        args.mask_dtype = dtype_code(array)
-        copy_strides(args.mask_strides, array, 4)
-    if call.alibi_slopes is not None:
-        array = call.alibi_slopes
-        args.alibi_slopes = <const float *>np.PyArray_DATA(array)
-        copy_strides(args.alibi_strides, array, 2)
-    if call.sinks is not None:
-        array = call.sinks
-        args.sinks = <const float *>np.PyArray_DATA(array)
-    if call.block_mask is not None:
-        take_block_mask(block_mask, call.block_mask)
-        args.block_mask = block_mask
-    args.activation, args.power = <fastattn_activation><int>ACTIVATIONS.index(call.activation), call.power
     args.invariant = call.invariant
-    if call.activation_bias is not None:
-        array = call.activation_bias
-        args.activation_bias = <const float *>np.PyArray_DATA(array)
-    if call.additive is not None:
-        array = call.additive
-        args.additive, args.additive_stride = <const float *>np.PyArray_DATA(array), array.strides[0]
-    if call.score_function is not None and call.score_function.address:
-        args.score_function = <fastattn_score_function><size_t>call.score_function.address
-        args.score_context = <void *><size_t>call.score_function.context
     if call.segments is not None:
         array = call.segments
         args.segments, args.segments_stride = <const int32_t *>np.PyArray_DATA(array), array.strides[0]
@@ -616,9 +634,10 @@ def attention(call):
     cdef fastattn_block_mask block_mask
     cdef fastattn_status status
     cdef CalledBack called = None
+    function = call.scores.function
     take_call(&args, &block_mask, call)
-    if call.score_function is not None and not call.score_function.address:
-        called = CalledBack(call.score_function)
+    if function is not None and not function.address:
+        called = CalledBack(function)
         args.score_function, args.score_context = call_back, <void *>called
         args.num_threads = 1  # which would wait for each other
         if args.interrupted is not NULL:
@@ -661,7 +680,7 @@ def explain(call):
 FEATURE_MAPS = {"identity": FASTATTN_FEATURE_IDENTITY, "elu": FASTATTN_FEATURE_ELU, "relu": FASTATTN_FEATURE_RELU}
 
 # The short way into the engine: ordinary arguments, checked without a Python object being made. Whatever is not ordinary, errors
-# included, is left to ``fastattn._check``, whose messages have one source.
+# included, is left to ``fastattn._call``, whose messages have one source.
 
 
 cdef enum:

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from . import runtime
+from ._call import NAMES, Call, Names
 from ._check import (
-    NAMES,
-    Call,
-    Names,
     as_array,
     as_float32,
     broadcast_mask,

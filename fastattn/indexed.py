@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 
 from . import runtime
+from ._call import NAMES, Call, known_keywords
 from ._check import (
     MAX_OFFSET,
-    NAMES,
-    Call,
     as_array,
     as_float32,
     check_dtype,
@@ -18,7 +17,6 @@ from ._check import (
     integer,
     integers,
     kernel_ready,
-    known_keywords,
     most_kept,
 )
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import runtime
-from ._check import Call, as_array, integer, known_keywords
+from ._call import Call, known_keywords
+from ._check import as_array, integer
 from .backends import numpy as _oracle
 
 if TYPE_CHECKING:
@@ -279,5 +280,5 @@ def _of_rows(measure, q, k, keywords):
     for tile, weights in _oracle.weights(call, np.arange(num_heads), rows):
         total = weights.sum(axis=1, keepdims=True)
         p = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
-        result[tile] = measure(p, rows[tile[2]] + call.query_offset[tile[0]])
+        result[tile] = measure(p, rows[tile[2]] + call.entries.query_offset[tile[0]])
     return _like(result, q)

@@ -331,7 +331,7 @@ class LinearCall:
     Attributes
     ----------
     q, k, v, out : ndarray
-        ``(B, H, L, D)``, or ``(1, H, total, D)`` of packed sequences; as in :class:`fastattn._check.Call`.
+        ``(B, H, L, D)``, or ``(1, H, total, D)`` of packed sequences; as in :class:`fastattn._call.Call`.
     decay : ndarray or None
         ``(B, Hs, L)`` or ``(B, Hs, L, Dk)``: factors or, with `decay_log`, logarithms.
     beta : ndarray or None

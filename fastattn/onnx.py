@@ -15,7 +15,7 @@ from onnx.backend.base import Backend as _Backend, BackendRep as _BackendRep
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from ._check import Call
+from ._call import Call
 from .attention import attention as _attention
 from .backends import numpy as _oracle
 from .inspect import attention_scores, attention_weights

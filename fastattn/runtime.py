@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import _processors, _settings
-from ._check import Call, known_keywords
+from ._call import Call, known_keywords
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

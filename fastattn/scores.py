@@ -8,7 +8,8 @@ import numpy as np
 
 from . import runtime
 from ._arrays import as_array
-from ._check import Call, check_dtype, check_out, dtype_name, flag, is_block_mask, kernel_ready, known_keywords
+from ._call import Call, known_keywords
+from ._check import check_dtype, check_out, dtype_name, flag, is_block_mask, kernel_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -328,21 +329,22 @@ class _Problem:
         for name in ("query_offset", "q_lengths"):
             keywords.pop(name, None)
         out, lse = np.empty((batch, heads, q_len, self.v.shape[3]), self.dtype), np.empty((batch, heads, q_len), np.float32)
-        start, keys = whole.kv_starts[:, None, None], np.arange(kv_len)
-        position = start + (whole.kv_lengths - whole.kv_starts)[:, None, None] * place.astype(np.float64)
+        entries, mask = whole.entries, whole.visibility.mask
+        start, keys = entries.kv_starts[:, None, None], np.arange(kv_len)
+        position = start + (entries.kv_lengths - entries.kv_starts)[:, None, None] * place.astype(np.float64)
         step = max(_MOST_PAIRS // max(batch * heads * kv_len, 1), 1)
         for i in range(0, q_len, step):
             rows = slice(i, min(i + step, q_len))
             away = keys - position[:, :, rows, None]
             near = np.abs(away) <= reach
             shown, gauss = near, np.where(near, -2 * (away / reach) ** 2, -np.inf).astype(self.dtype)
-            if whole.mask is not None:
-                here = whole.mask[:, :, rows]
+            if mask is not None:
+                here = mask[:, :, rows]
                 if here.dtype == bool:
                     shown, gauss = near & here, np.where(here, gauss, -np.inf)
                 else:
                     shown, gauss = np.where(near, here, -np.inf), np.where(near, gauss + here, -np.inf)
-            options = dict(keywords, query_offset=whole.query_offset + i, q_lengths=np.clip(whole.q_lengths - i, 0, rows.stop - i))
+            options = dict(keywords, query_offset=entries.query_offset + i, q_lengths=np.clip(entries.q_lengths - i, 0, rows.stop - i))
             _, plain = self._call(self.q[:, :, rows], self.v[..., :0], dict(options, mask=shown, return_lse=True))
             found, lowered = self._call(self.q[:, :, rows], self.v, dict(options, mask=gauss, return_lse=True))
             with np.errstate(invalid="ignore"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import runtime
-from ._check import Call, Names
+from ._call import Call, Names
 
 if TYPE_CHECKING:
     import numpy as np

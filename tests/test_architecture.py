@@ -21,30 +21,31 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "_typing": {"sparse"},  # which all may know, for it is imported by checkers alone
     "_arrays": set(),
     "_quantized": set(),
-    "_check": {"_arrays", "_functions", "_quantized"},
+    "_check": {"_arrays", "_quantized"},
+    "_call": {"_arrays", "_check", "_functions", "_quantized"},
     "_functions": {"_arrays"},
     "_processors": set(),
     "_settings": set(),
-    "runtime": {"_check", "_processors", "_settings", "backends", "_native"},
-    "attention": {"_check", "runtime", "backends", "sparse"},
+    "runtime": {"_call", "_processors", "_settings", "backends", "_native"},
+    "attention": {"_call", "_check", "runtime", "backends", "sparse"},
     "quantized": {"_check", "_quantized", "runtime"},
-    "indexed": {"_check", "runtime"},
+    "indexed": {"_call", "_check", "runtime"},
     "kvcache": {"_check", "_quantized", "attention", "indexed", "quantized"},
-    "varlen": {"_check", "runtime"},
+    "varlen": {"_call", "runtime"},
     "pagebounds": {"_quantized", "indexed", "runtime"},
     "pagedcache": {"_check", "_quantized", "attention", "kvcache", "pagebounds", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
-    "inspect": {"_check", "backends", "runtime"},  # weights are made by the oracle, whichever backend is in use
+    "inspect": {"_call", "_check", "backends", "runtime"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
-    "scores": {"_arrays", "_check", "runtime"},
+    "scores": {"_arrays", "_call", "_check", "runtime"},
     "linear": {"_arrays", "_check", "runtime"},
-    "layers": {"_check", "runtime", "attention", "kvcache", "pagedcache", "positions", "rope", "varlen"},
+    "layers": {"_call", "_check", "runtime", "attention", "kvcache", "pagedcache", "positions", "rope", "varlen"},
     "models": {"layers"},
     "torch": {"_check", "runtime", "_native", "attention", "varlen"},
     "flash_attn": {"_check", "attention", "rope", "torch", "varlen"},
     "transformers": {"attention", "torch", "varlen"},
-    "onnx": {"_check", "backends", "attention", "inspect", "linear", "rope"},
+    "onnx": {"_call", "backends", "attention", "inspect", "linear", "rope"},
     "sparse": {"sparse"},
     "backends": {"_quantized", "_settings", "backends", "_native"},
 }

@@ -14,7 +14,7 @@ from oracle import check
 from processes import environment_of, run_script
 
 import fastattn
-from fastattn._check import Call
+from fastattn._call import Call
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect and /proc")
 

@@ -3,7 +3,7 @@
 Every backend is a module with these names and no others:
 
 ``attention(call)``
-    Fill ``call.out`` and, unless it is None, ``call.lse``; `call` is a :class:`fastattn._check.Call`.
+    Fill ``call.out`` and, unless it is None, ``call.lse``; `call` is a :class:`fastattn._call.Call`.
 ``merge_states(outs, lses, out, lse)``
     Combine parts, lists of contiguous ``(rows, Dv)`` and ``(rows,)`` arrays, into `out` and `lse`.
 ``store(pairs, slots, rotate)``

@@ -98,7 +98,7 @@ def attention(call):
     if _is_for_numpy(call):
         numpy.attention(call)
         return
-    if call.indices is not None:
+    if call.visibility.indices is not None:
         call.check_indices()
     for work in _works(call):
         kernel = _kernel(_numba_kernels.build_attention, *work.shape)
@@ -116,7 +116,7 @@ def attention(call):
 
 def _is_for_numpy(call):
     """The kernels call no score function of Python's, and theirs is another order of sums for few rows than for many."""
-    return call.invariant or (call.score_function is not None and call.score_function.callable is not None)
+    return call.invariant or (call.scores.function is not None and call.scores.function.callable is not None)
 
 
 def merge_states(outs, lses, out, lse):
@@ -206,13 +206,13 @@ def explain(call):
         "threads": work.threads,
         "threading": "pool",
         "workspace_bytes": max(work.threads * work.scratch_bytes + work.states_bytes for work in works),
-        "visible_fraction": float(sum(work.visible_pairs() for work in works) / max(call.q.shape[1] * call.pairs, 1)),
+        "visible_fraction": float(sum(work.visible_pairs() for work in works) / max(call.q.shape[1] * call.entries.pairs, 1)),
     }
 
 
 def _works(call):
     """The work of a call, one `_Work` for each kernel that its entries need: that for as many rows as an entry has."""
-    kinds = np.array([_kind(_band(call, q_len) * _group(call)) for q_len in call.q_lengths.tolist()])
+    kinds = np.array([_kind(_band(call, q_len) * _group(call)) for q_len in call.entries.q_lengths.tolist()])
     for kind in sorted(set(kinds.tolist()) - {_NO_ROWS}):
         yield _Work(call, np.flatnonzero(kinds == kind), kind)
 
@@ -229,7 +229,7 @@ def _kind(rows):
 
 def _group(call):
     """Query heads that walk through the same keys: heads with patterns of their own cannot share a work item."""
-    num_heads, mask = call.q.shape[1], call.block_mask
+    num_heads, mask = call.q.shape[1], call.visibility.block_mask
     return 1 if mask is not None and mask.shape[1] > 1 else num_heads // max(call.k.shape[1], 1)
 
 
@@ -239,9 +239,10 @@ def _band(call, q_len):
 
 def _band_rows(call):
     """Rows that walk through the same keys."""
-    if call.indices is not None:
+    if call.visibility.indices is not None:
         return 1
-    return call.q.shape[2] if call.block_mask is None else call.block_mask.block_size
+    mask = call.visibility.block_mask
+    return call.q.shape[2] if mask is None else mask.block_size
 
 
 class _Work:
@@ -278,15 +279,15 @@ class _Work:
         work = int((self.units_of * self.kv_len).sum()) * self.lanes * (head_dim + v_head_dim)
         self.threads, self.is_long = _useful_threads(self.units * self.parts, work), work > _WORK_OF_A_LONG_CALL
         self.head_pitch, self.v_head_pitch = (-(-n // self.shape[2]) * self.shape[2] for n in (head_dim, v_head_dim))
-        self.additive = None
-        if call.additive is not None:  # read in whole vectors
+        additive, self.additive = call.scores.additive, None
+        if additive is not None:  # read in whole vectors
             self.head_pitch = -(-head_dim // self.lanes) * self.lanes
             self.additive = np.zeros((num_heads, self.head_pitch), np.float32)
-            self.additive[:, :head_dim] = call.additive
+            self.additive[:, :head_dim] = additive
         row_bytes = 4 * self.lanes
         self.state_bytes = row_bytes * (3 + self.v_head_pitch)
         turned = max(self.head_pitch, self.v_head_pitch, self.block_keys)
-        gathered = self.widened or call.block_table is not None or call.indices is not None
+        gathered = self.widened or call.entries.block_table is not None or call.visibility.indices is not None
         copies = 4 * self.block_keys * (head_dim + v_head_dim) if gathered else 0
         weights = row_bytes * self.head_pitch if self.additive is not None else 0
         self.own_states = row_bytes * (turned + 8 + self.head_pitch + 2 * self.block_keys) + max(copies, weights)
@@ -297,21 +298,21 @@ class _Work:
 
     def _cut(self, entries):
         """Units and parts of each entry by its shape alone, the entries with the most keys first."""
-        call, mask = self.call, self.call.block_mask
-        keys = call.kv_lengths - call.kv_starts
-        kv_len = keys if call.indices is None else np.full_like(keys, call.indices.shape[3])
+        call, own, indices = self.call, self.call.entries, self.call.visibility.indices
+        keys = own.kv_lengths - own.kv_starts
+        kv_len = keys if indices is None else np.full_like(keys, indices.shape[3])
         entries = entries[np.argsort(-kv_len[entries], kind="stable")]
-        self.q_len, self.kv_len, start = call.q_lengths[entries], kv_len[entries], call.kv_starts[entries]
+        self.q_len, self.kv_len, start = own.q_lengths[entries], kv_len[entries], own.kv_starts[entries]
         self.band = _band_rows(call)
         bands = -(-self.q_len // max(self.band, 1))
         panels = -(-np.minimum(self.q_len, self.band) * self.group // self.lanes)
         self.units_of = self.groups * bands * panels
-        whole = mask is not None or call.segments is not None
+        whole = call.visibility.block_mask is not None or call.segments is not None
         split = np.ones_like(bands) if whole else -(-_MIN_UNITS // np.maximum(self.units_of, 1))
         self.units = int(self.units_of.sum())
         self.parts = int(np.minimum(split, -(-self.kv_len // MIN_PART)).max(initial=1))
-        self.n_entries, self.offset = len(entries), call.query_offset[entries] - start
-        query, key = (0 if table is None else table[entries] for table in (call.cu_seqlens_q, call.cu_seqlens_k))
+        self.n_entries, self.offset = len(entries), own.query_offset[entries] - start
+        query, key = (0 if table is None else table[entries] for table in (own.cu_seqlens_q, own.cu_seqlens_k))
         columns = {
             "batch": entries, "query": query, "key": key + start, "start": start, "q_len": self.q_len, "kv_len": self.kv_len,
             "offset": self.offset, "keys": keys[entries], "bands": bands, "panels": panels, "split": split,
@@ -323,38 +324,39 @@ class _Work:
 
     def plan(self):
         """The records that the kernels read. They hold addresses: the call must outlive them."""
-        call, mask = self.call, self.call.block_mask
+        call, entries, sees, scores = self.call, self.call.entries, self.call.visibility, self.call.scores
         fields = {
             **_place("q", call.q, "q_batch", "q_head", "q_row"),
             **_place("k", call.k, "k_batch", "k_head", "k_row"),
             **_place("v", call.v, "v_batch", "v_head", "v_row"),
             **_place("out", call.out, "out_batch", "out_head", "out_row"),
             **_place("lse", call.lse, "lse_batch", "lse_head", "lse_row"),
-            **_place("mask", call.mask, "mask_batch", "mask_head", "mask_row", "mask_key"),
-            **_place("alibi", call.alibi_slopes, "alibi_batch", "alibi_head"),
-            **_place("sinks", call.sinks),
+            **_place("mask", sees.mask, "mask_batch", "mask_head", "mask_row", "mask_key"),
+            **_place("alibi", scores.alibi_slopes, "alibi_batch", "alibi_head"),
+            **_place("sinks", scores.sinks),
             **_place("entries", self.entries),
             "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[_storage(call.k)],
-            "mask_code": 0 if call.mask is None else _CODES[call.mask.dtype.name],
+            "mask_code": 0 if sees.mask is None else _CODES[sees.mask.dtype.name],
             "head_dim": call.q.shape[3], "v_head_dim": call.out.shape[3],
-            "causal": call.causal, "window_left": call.window[0], "window_right": call.window[1],
-            "scale": call.scale, "softcap": call.softcap, "activation": ACTIVATIONS.index(call.activation), "power": call.power,
-            **_place("activation_bias", call.activation_bias), **_place("additive", self.additive, "additive_head"),
+            "causal": sees.causal, "window_left": sees.window[0], "window_right": sees.window[1],
+            "scale": scores.scale, "softcap": scores.softcap, "activation": ACTIVATIONS.index(scores.activation), "power": scores.power,
+            **_place("activation_bias", scores.activation_bias), **_place("additive", self.additive, "additive_head"),
             **_place("segments", call.segments, "segments_row"), "num_segments": call.num_segments,
         }  # fmt: skip
-        if call.score_function is not None:
-            fields |= {"score_function": call.score_function.address, "score_context": call.score_function.context}
-        if call.cu_seqlens_q is not None:
+        if scores.function is not None:
+            fields |= {"score_function": scores.function.address, "score_context": scores.function.context}
+        if entries.cu_seqlens_q is not None:
             fields |= {"q_batch": 0, "out_batch": 0, "lse_batch": 0}
-        if call.indices is not None:
-            fields |= _place("lists", call.indices, "list_batch", "list_head", "list_row")
-            fields |= {"index_size": call.indices.itemsize} | ({} if call.cu_seqlens_q is None else {"list_batch": 0})
-        if call.cu_seqlens_k is not None:
+        if sees.indices is not None:
+            fields |= _place("lists", sees.indices, "list_batch", "list_head", "list_row")
+            fields |= {"index_size": sees.indices.itemsize} | ({} if entries.cu_seqlens_q is None else {"list_batch": 0})
+        if entries.cu_seqlens_k is not None:
             fields |= {"k_batch": 0, "v_batch": 0}
-        if call.block_table is not None:
-            fields |= _place("block_table", call.block_table, "table_row") | {"page_size": call.k.shape[2]}
+        if entries.block_table is not None:
+            fields |= _place("block_table", entries.block_table, "table_row") | {"page_size": call.k.shape[2]}
         for name in _OWN_FIELDS:
             fields[name] = getattr(self, name)
+        mask = sees.block_mask
         if mask is not None:
             for name in ("indptr", "indices", "partial", "element_bits"):
                 fields |= _place(name, getattr(mask, name))
@@ -366,10 +368,10 @@ class _Work:
 
     def visible_pairs(self):
         """The (row, key) pairs that are computed: what causal, window, lengths and a block mask leave to each item."""
-        call, mask = self.call, self.call.block_mask
-        if call.indices is not None:
+        call, sees, mask = self.call, self.call.visibility, self.call.visibility.block_mask
+        if sees.indices is not None:
             return call.q.shape[1] * int((self.q_len * self.kv_len).sum())
-        left, right = call.window[0], 0 if call.causal else call.window[1]
+        left, right = sees.window[0], 0 if sees.causal else sees.window[1]
         computed = 0
         for b, start, q_len, kv_len, offset in zip(self.entries[:, 0], self.entries[:, 3], self.q_len, self.kv_len, self.offset):
             i0 = np.arange(0, q_len, self.band)[:, None]

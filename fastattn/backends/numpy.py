@@ -25,7 +25,7 @@ def set_num_threads(n):
 
 def attention(call):
     """Fill ``call.out`` and ``call.lse``."""
-    if call.indices is not None:
+    if call.visibility.indices is not None:
         call.check_indices()
     with np.errstate(all="ignore"):  # NaN and inf pass through, as in the formula
         for b, h, i0, i1 in _tiles(call):
@@ -47,11 +47,12 @@ def weights(call, heads, rows):
         with np.errstate(all="ignore"):
             blocks = list(_score_blocks(call, call.entry(b), b, h, i0, i1))
             m, l = _empty_state(call, i1 - i0)
-            for _, some, _ in blocks if call.activation == "softmax" else ():
+            softmax = call.scores.activation == "softmax"
+            for _, some, _ in blocks if softmax else ():
                 m, l, _, _ = _softmax_step(m, l, some)
-            m, l, _ = _add_sink(call, h, m, l)
+            m, l, _ = _add_sink(call.scores.sinks, h, m, l)
             for keys, some, visible in blocks:
-                p = np.exp(some - _shift(m)[:, None]) / l[:, None] if call.activation == "softmax" else _activate(call, b, some)
+                p = np.exp(some - _shift(m)[:, None]) / l[:, None] if softmax else _activate(call, b, some)
                 probabilities[:, keys] = np.where(visible, p, 0)
         probabilities[_padding(call, b, i0)] = 0
         yield tile, probabilities
@@ -70,9 +71,9 @@ def scores(call, stage, heads, rows):
             else:
                 keys = call.k[b, h // (call.q.shape[1] // call.k.shape[1])].astype(dtype)
                 found = call.q[b, h, i0:i1].astype(dtype) @ keys.T
-                found *= dtype.type(call.scale)
-                if stage == "softcap" and call.softcap:
-                    found = dtype.type(call.softcap) * np.tanh(found / dtype.type(call.softcap))
+                found *= dtype.type(call.scores.scale)
+                if stage == "softcap":
+                    found = _capped(call.scores, found)
         yield tile, found
 
 
@@ -256,7 +257,7 @@ def explain(call):
     """How `call` is computed."""
     _, num_heads, q_len, head_dim = call.q.shape
     v_head_dim = call.out.shape[3]
-    tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, call.kv_len)
+    tile_rows, tile_keys = min(_TILE_ROWS, q_len), min(_TILE_KEYS, call.entries.kv_rows)
     computed = 0
     for b, _, i0, i1 in _tiles(call):
         low, high = _key_range(call, b, i0, i1)
@@ -269,11 +270,11 @@ def explain(call):
         "tile_rows": tile_rows,
         "tile_keys": tile_keys,
         "splits": 1,
-        "work_items": num_heads * sum(-(-q_length // _TILE_ROWS) for q_length in call.q_lengths.tolist()),
+        "work_items": num_heads * sum(-(-q_length // _TILE_ROWS) for q_length in call.entries.q_lengths.tolist()),
         "threads": 1,
         "threading": None,
         "workspace_bytes": elements * _compute_dtype(call.q.dtype).itemsize,
-        "visible_fraction": computed / max(num_heads * call.pairs, 1),
+        "visible_fraction": computed / max(num_heads * call.entries.pairs, 1),
     }
 
 
@@ -283,8 +284,8 @@ def _compute_dtype(dtype):
 
 def _tiles(call):
     """Every ``(b, h, i0, i1)``: query rows i0 to i1 of one head. Tiles depend on the shape of an entry alone."""
-    rows = _TILE_ROWS if call.indices is None else 1  # each has a list of its own
-    for b, q_length in enumerate(call.q_lengths.tolist()):
+    rows = _TILE_ROWS if call.visibility.indices is None else 1  # each has a list of its own
+    for b, q_length in enumerate(call.entries.q_lengths.tolist()):
         for h in range(call.q.shape[1]):
             for i0 in range(0, q_length, rows):
                 yield b, h, i0, min(i0 + rows, q_length)
@@ -303,16 +304,15 @@ def _chosen_tiles(call, heads, rows):
 
 def _padding(call, b, i0):
     """Of rows from i0 on, those beyond `q_lengths`."""
-    return slice(max(int(call.q_lengths[b]) - i0, 0), None)
+    return slice(max(int(call.entries.q_lengths[b]) - i0, 0), None)
 
 
 def _key_range(call, b, i0, i1):
     """The keys ``low`` to ``high`` outside of which lengths, causal and window hide everything from rows i0 to i1."""
-    offset = int(call.query_offset[b])
-    left, right = call.window
-    start, high = int(call.kv_starts[b]), int(call.kv_lengths[b])
+    entries, (left, right) = call.entries, call.visibility.window
+    offset, start, high = int(entries.query_offset[b]), int(entries.kv_starts[b]), int(entries.kv_lengths[b])
     low = start
-    if call.causal:
+    if call.visibility.causal:
         high = min(high, i1 + offset)
     if right >= 0:
         high = min(high, i1 + offset + right)
@@ -327,17 +327,18 @@ def _score_blocks(call, entry, b, h, i0, i1):
     `keys` are the indices of the keys that at least one row sees; `scores` is -inf where `visible` is False.
     """
     dtype = _compute_dtype(call.q.dtype)
-    left, right = call.window
+    visibility, rules = call.visibility, call.scores
+    left, right = visibility.window
     low, high = _key_range(call, b, i0, i1)
-    position = np.arange(i0, i1)[:, None] + call.query_offset[b]
+    position = np.arange(i0, i1)[:, None] + call.entries.query_offset[b]
     q = entry.q[h, i0:i1].astype(dtype)
     k = entry.k[h // (call.q.shape[1] // call.k.shape[1])]
-    listed = None if call.block_mask is None else call.block_mask.dense_rows(b, h, i0, i1)
+    listed = None if visibility.block_mask is None else visibility.block_mask.dense_rows(b, h, i0, i1)
 
     for keys in _key_blocks(call, b, h, i0, low, high):
-        span = slice(keys[0], keys[-1] + 1) if call.indices is None else keys
+        span = slice(keys[0], keys[-1] + 1) if visibility.indices is None else keys
         visible = np.ones((i1 - i0, keys.size), bool)
-        if call.causal:
+        if visibility.causal:
             visible &= keys <= position
         if left >= 0:
             visible &= keys >= position - left
@@ -346,9 +347,9 @@ def _score_blocks(call, entry, b, h, i0, i1):
         if listed is not None:
             visible &= listed[:, span]
         bias = None
-        if call.mask is not None and call.mask.dtype == bool:
+        if visibility.mask is not None and visibility.mask.dtype == bool:
             visible &= call.mask_of(b)[h, i0:i1][:, span]
-        elif call.mask is not None:
+        elif visibility.mask is not None:
             bias = call.mask_of(b)[h, i0:i1][:, span]
             visible &= bias != -np.inf
 
@@ -358,28 +359,32 @@ def _score_blocks(call, entry, b, h, i0, i1):
         keys, visible = keys[seen], visible[:, seen]
 
         scores = _raw_scores(call, h, q, k[keys].astype(dtype), _places(call, b, keys))
-        scores *= dtype.type(call.scale)
-        if call.softcap:
-            scores = dtype.type(call.softcap) * np.tanh(scores / dtype.type(call.softcap))
-        if call.score_function is not None:
-            scores = call.score_function.apply(scores, b, h, np.arange(i0, i1), keys)
+        scores = _capped(rules, scores * dtype.type(rules.scale))
+        if rules.function is not None:
+            scores = rules.function.apply(scores, b, h, np.arange(i0, i1), keys)
         if bias is not None:
             scores += _narrow(bias[:, seen], dtype)
-        if call.alibi_slopes is not None:
-            scores -= call.alibi_slopes[b, h] * np.abs(position - keys).astype(dtype)
+        if rules.alibi_slopes is not None:
+            scores -= rules.alibi_slopes[b, h] * np.abs(position - keys).astype(dtype)
         yield keys, np.where(visible, scores, dtype.type(-np.inf)), visible
+
+
+def _capped(rules, scores):
+    """Scores after the softcap, if there is one."""
+    cap = scores.dtype.type(rules.softcap)
+    return cap * np.tanh(scores / cap) if cap else scores
 
 
 def _key_blocks(call, b, h, i, low, high):
     """The keys from `low` to `high`, some at a time: all of them, or those that row `i` lists."""
     step = _ALIKE_KEYS if call.invariant else _TILE_KEYS
-    if call.indices is None:
-        start = int(call.kv_starts[b])
+    if call.visibility.indices is None:
+        start = int(call.entries.kv_starts[b])
         for j0 in range(low - (low - start) % step, high, step):
             yield np.arange(max(j0, low), min(j0 + step, high))
         return
-    of, first = (b, 0) if call.cu_seqlens_q is None else (0, int(call.cu_seqlens_q[b]))
-    listed = call.indices[of, h // (call.q.shape[1] // call.k.shape[1]), first + i]
+    of, rows = call.entries.queries_of(b)
+    listed = call.visibility.indices[of, h // (call.q.shape[1] // call.k.shape[1]), rows][i]
     listed = listed[(listed >= low) & (listed < high)]
     for n in range(0, listed.size, step):
         yield listed[n : n + step]
@@ -387,17 +392,18 @@ def _key_blocks(call, b, h, i, low, high):
 
 def _raw_scores(call, h, q, k, places):
     """Products, or additive scores; `places` are those of the keys in their tile."""
+    additive = call.scores.additive
     if not call.invariant:
-        return q @ k.T if call.additive is None else _additive(call.additive[h], q, k)
+        return q @ k.T if additive is None else _additive(additive[h], q, k)
     k = _in_place(k, places)
-    if call.additive is None:
+    if additive is None:
         return _each_alone(q, k.T)[:, places]
-    return np.concatenate([_additive(call.additive[h], row[None], k) for row in q])[:, places]
+    return np.concatenate([_additive(additive[h], row[None], k) for row in q])[:, places]
 
 
 def _places(call, b, keys):
     """Where keys stand in their tile; listed ones one after the other."""
-    return (keys - call.kv_starts[b]) % _ALIKE_KEYS if call.indices is None else np.arange(keys.size)
+    return (keys - call.entries.kv_starts[b]) % _ALIKE_KEYS if call.visibility.indices is None else np.arange(keys.size)
 
 
 def _in_place(x, places):
@@ -437,12 +443,13 @@ def _additive(weights, q, k):
 
 def _activate(call, b, scores):
     """The weights of scores that are weighed one by one; 0 for -inf, as hidden ones are."""
-    n = scores.dtype.type(max(int(call.kv_lengths[b] - call.kv_starts[b]), 1))
-    if call.activation == "relu":
+    rules = call.scores
+    n = scores.dtype.type(max(int(call.entries.kv_lengths[b] - call.entries.kv_starts[b]), 1))
+    if rules.activation == "relu":
         return np.maximum(scores, 0) / n
-    if call.activation == "polynomial":
-        return np.where(scores == -np.inf, 0, scores**call.power / np.sqrt(n))
-    x = scores + (-np.log(n) if call.activation_bias is None else call.activation_bias[b].astype(scores.dtype))
+    if rules.activation == "polynomial":
+        return np.where(scores == -np.inf, 0, scores**rules.power / np.sqrt(n))
+    x = scores + (-np.log(n) if rules.activation_bias is None else rules.activation_bias[b].astype(scores.dtype))
     e = np.exp(-np.abs(x))
     return np.where(x < 0, e, 1) / (1 + e)
 
@@ -457,7 +464,7 @@ def _narrow(bias, dtype):
 
 def _attend_tile(call, entry, b, h, i0, i1):
     """`out` and `lse` of query rows i0 to i1 of one head."""
-    if call.activation != "softmax":
+    if call.scores.activation != "softmax":
         return _weighted_sums(call, entry, b, h, i0, i1), None
     if call.segments is not None:
         return _mean_values(call, entry, b, h, i0, i1)
@@ -465,7 +472,7 @@ def _attend_tile(call, entry, b, h, i0, i1):
     overflown = ~np.isfinite(out) & np.isfinite(lse)[:, None]
     if overflown.any():
         # The mean of finite values is no larger than the largest of them, though their sum may be: that of smaller ones is not.
-        keys = np.arange(call.kv_starts[b], call.kv_lengths[b])
+        keys = np.arange(call.entries.kv_starts[b], call.entries.kv_lengths[b])
         values = np.abs(entry.v[h // (call.q.shape[1] // call.v.shape[1])][keys].astype(out.dtype))
         largest = values.max(where=np.isfinite(values), initial=0)
         down = np.ldexp(out.dtype.type(1), np.finfo(out.dtype).minexp // 2)
@@ -497,7 +504,7 @@ def _mean_values(call, entry, b, h, i0, i1, v_scale=1):
         acc *= alpha[:, None]
         _add_values(call, acc, p, visible, values)
         sees |= visible.any(axis=1)
-    m, l, alpha = _add_sink(call, h, m, l)
+    m, l, alpha = _add_sink(call.scores.sinks, h, m, l)
     acc *= alpha[:, None]
     return np.where(sees[:, None], acc / l[:, None], 0), m + np.log(l)
 
@@ -516,13 +523,13 @@ def _softmax_step(m, l, scores):
     return m_new, l * alpha + p.sum(axis=1), p, alpha
 
 
-def _add_sink(call, h, m, l):
+def _add_sink(sinks, h, m, l):
     """Let the sink of head `h`, if it has one, take part in the denominator: the new `m` and `l`, and what `acc` shrinks by."""
-    if call.sinks is None or call.sinks[h] == -np.inf:
+    if sinks is None or sinks[h] == -np.inf:
         return m, l, np.ones_like(l)
-    m_new = np.maximum(m, call.sinks[h])
+    m_new = np.maximum(m, sinks[h])
     alpha = np.exp(m - m_new)
-    return m_new, l * alpha + np.exp(call.sinks[h] - m_new), alpha
+    return m_new, l * alpha + np.exp(sinks[h] - m_new), alpha
 
 
 def _shift(m):

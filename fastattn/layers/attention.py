@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .._check import integer, known_keywords
+from .._call import known_keywords
+from .._check import integer
 from ..positions import rope_table
 from ..rope import apply_rope
 from .dense import LayerNorm, Linear, linear
