@@ -325,7 +325,8 @@ cdef dict PRECISIONS = {
     "medium": FASTATTN_PRECISION_MEDIUM,
 }
 
-ACTIVATIONS = ("softmax", "sigmoid", "relu", "polynomial")  # as the library numbers them
+cdef str SOFTMAX = "softmax"
+ACTIVATIONS = (SOFTMAX, "sigmoid", "relu", "polynomial")  # as the library numbers them
 
 cdef np.dtype FLOAT32 = np.dtype("float32")
 cdef object np_arange = np.arange
@@ -830,9 +831,10 @@ cdef bint are_operands(q, k, v, int *type_num) noexcept:
 
 def attention_plain(
     q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
-    softcap=None, alibi_slopes=None, sinks=None, precision="highest", invariant=False, return_lse=False, out=None,
+    softcap=None, alibi_slopes=None, sinks=None, precision="highest", activation=SOFTMAX, activation_bias=None, power=3, score_function=None,
+    invariant=False, return_lse=False, out=None, **others,
 ):  # fmt: skip
-    """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them is out of the ordinary."""
+    """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them, or another, is out of the ordinary."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
     cdef np.ndarray q_array, k_array, v_array, out_array, lse
@@ -846,6 +848,10 @@ def attention_plain(
     cdef double factor = 0, cap = 0
 
     if not are_operands(q, k, v, &type_num):
+        return None
+    if others or activation is not SOFTMAX or activation_bias is not None or score_function is not None:
+        return None
+    if type(power) is not int or power != 3:
         return None
     q_array, k_array, v_array = q, k, v
     for axis in range(3):

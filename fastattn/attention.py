@@ -34,14 +34,16 @@ _SDPA_NAMES = Names(q="query", k="key", v="value", mask="attn_mask")
 
 
 def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, but that three arrays alone go straight to the engine: every keyword of a signature takes time, given or not."""
+    """`function`, but that ordinary arguments go straight to the engine: every keyword of a signature takes time, given or not."""
 
     @wraps(function)
     def attention(q, k, v, **rules):
-        if rules:
-            return function(q, k, v, **rules)
-        result = None if _state.attention_plain is None else _state.attention_plain(q, k, v)
-        return _attend(NAMES, q, k, v) if result is None else result
+        plain = _state.attention_plain
+        if plain is not None:
+            result = plain(q, k, v, **rules) if rules else plain(q, k, v)
+            if result is not None:
+                return result
+        return function(q, k, v, **rules)
 
     return attention
 
@@ -207,15 +209,6 @@ def attention(
     >>> fastattn.attention(q, k, v, causal=True).shape
     (1, 8, 128, 64)
     """
-    plain = _state.attention_plain
-    ordinary = activation == "softmax" and score_function is None and activation_bias is None
-    if plain is not None and ordinary:
-        result = plain(
-            q, k, v, mask, causal, window, query_offset, kv_lengths, kv_starts, q_lengths, scale, softcap, alibi_slopes,
-            sinks, precision, invariant, return_lse, out,
-        )  # fmt: skip
-        if result is not None:  # else something is out of the ordinary, and goes through the checks below
-            return result
     return _attend(
         NAMES, q, k, v, mask=mask, causal=causal, window=window, query_offset=query_offset, kv_lengths=kv_lengths,
         kv_starts=kv_starts, q_lengths=q_lengths, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, precision=precision,
