@@ -58,11 +58,15 @@ def from_ctypes(library):
     return function
 
 
+OPENED = []  # what cffi has opened it closes with the last reference to it, and a function is none
+
+
 def from_cffi(library):
     cffi = pytest.importorskip("cffi", reason="cffi is not installed")
     ffi = cffi.FFI()
     ffi.cdef(DECLARATION)
-    return ffi.dlopen(str(library)).alibi
+    OPENED.append(ffi.dlopen(str(library)))
+    return OPENED[-1].alibi
 
 
 def capsule(function, name=SIGNATURE, context=None):
