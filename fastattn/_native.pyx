@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
-Arrays arrive checked (see ``fastattn._call``), except in :func:`attention_plain`, :func:`linear_plain` and :func:`rope_plain`, which
-check for themselves. 16-bit storage is handled as memory: nothing here computes with an element.
+Arrays arrive checked (see ``fastattn._call``), except in :func:`attention_plain`, :func:`linear_plain`, :func:`rope_plain` and
+:func:`store_plain`, which check for themselves. 16-bit storage is handled as memory: nothing here computes with an element.
 
 Nothing here needs the GIL: what threads share are the settings of the process, each a number that is read once, and numbers that all
 of them would find alike.
@@ -1008,6 +1008,58 @@ def store(pairs, np.ndarray slots, bint rotate):
     with nogil:
         status = fastattn_store(args)
     return <int>status
+
+
+cdef bint take_rows(fastattn_store_args *args, rows, np.ndarray cache, int axes, const int64_t *slots, int64_t count) noexcept:
+    """As many rows ``(B, H, L, D)``, or of three axes ``(L, H, D)``, as there are slots, of numbers for a cache ``(n, H, rows, D)`` of numbers."""
+    cdef np.ndarray array
+    cdef int type_num, length = 2 if axes == 4 else 0
+    if not lies_well(rows) or np.PyArray_NDIM(<np.ndarray>rows) != axes or np.PyArray_TYPE(cache) == np.NPY_VOID:
+        return False
+    array = rows
+    type_num = np.PyArray_TYPE(array)
+    if type_num != np.NPY_FLOAT32 and type_num != np.NPY_FLOAT16 and type_num != bfloat16_type:
+        return False
+    if array.shape[1] != cache.shape[1] or array.shape[axes - 1] != cache.shape[3]:
+        return False
+    if array.strides[axes - 1] != np.PyArray_ITEMSIZE(array) and array.shape[axes - 1] > 1:
+        return False
+    if axes == 4 and array.shape[0] != cache.shape[0]:
+        return False
+    args.size = sizeof(fastattn_store_args)
+    args.batch, args.new_len = array.shape[0] if axes == 4 else 1, array.shape[length]
+    if args.batch * args.new_len != count:
+        return False
+    args.num_heads, args.head_dim = array.shape[1], cache.shape[3]
+    args.from_, args.from_dtype = np.PyArray_DATA(array), dtype_code(array)
+    args.from_strides[0], args.from_strides[1], args.from_strides[2] = array.strides[0], array.strides[length], array.strides[1]
+    args.to, args.to_dtype = np.PyArray_DATA(cache), dtype_code(cache)
+    args.num_pages, args.page_size = cache.shape[0], cache.shape[2]
+    args.to_strides[0], args.to_strides[1], args.to_strides[2] = cache.strides[0], cache.strides[2], cache.strides[1]
+    args.slots = slots
+    return True
+
+
+def store_plain(k, v, np.ndarray k_cache, np.ndarray v_cache, int axes, list slots):
+    """Store a few ordinary rows, in the order of `slots`, into caches ``(n, H, rows, D)``; False, with nothing done, if anything is not."""
+    cdef fastattn_store_args args[2]
+    cdef int64_t places[MOST_ENTRIES]
+    cdef engine_settings found
+    cdef int64_t n, count = len(slots)
+    cdef fastattn_status status
+    if count > MOST_ENTRIES or find_settings(&found):
+        return False
+    for n in range(count):
+        places[n] = slots[n]
+    memset(args, 0, sizeof(args))
+    if not take_rows(&args[0], k, k_cache, axes, places, count) or not take_rows(&args[1], v, v_cache, axes, places, count):
+        return False
+    for n in range(2):
+        args[n].isa, args[n].num_threads, args[n].threading = found.isa, found.num_threads, found.threading
+    args[0].also = &args[1]
+    with nogil:
+        status = fastattn_store(args)
+    return status == FASTATTN_OK
 
 
 def select_keys(call):

@@ -11,7 +11,7 @@ from ._check import as_array, check_out, dtype_name, flag, integers, kernel_read
 from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
 from .indexed import attention_indexed
-from .quantized import attend_turned, check_dim, store
+from .quantized import attend_turned, check_dim, store, store_plain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CACHE_DTYPES = ("float32", "float16", "bfloat16")
 _LEAST_ROOM = 64  # of a cache that grows
+MOST_PLAIN = 64  # tokens that the short way stores
 
 
 class CacheFullError(RuntimeError):
@@ -211,6 +212,8 @@ class KVCache:
         ValueError
             If a number of a token that is to be quantised is NaN, infinite or too large. Nothing has been written then either.
         """
+        if lengths is None and self._append_plain(k, v):
+            return
         batch, heads, room, _ = self._k.shape
         k = new_rows("k", k, (batch, heads, -1, dim_of(self._k)), "(B, Hkv, L, D)")
         new_len = k.shape[2]
@@ -218,6 +221,7 @@ class KVCache:
         counts = None if lengths is None else integers("lengths", lengths, batch, 0, new_len)
         after = self._lengths + (new_len if counts is None else counts)
         longest = int(after.max(initial=0))
+        caches = self._k, self._v
         if longest > room and self._window is None:
             if not self._grows:
                 b = int(after.argmax())
@@ -225,7 +229,8 @@ class KVCache:
                     f"the cache has room for {room} tokens; entry {b} has {self._lengths[b]} and would get "
                     f"{after[b] - self._lengths[b]} more"
                 )
-            self._grow(longest)
+            room = max(longest, 2 * room, _LEAST_ROOM)
+            caches = tuple(self._with_room(cache, room) for cache in caches)
 
         token = np.arange(new_len)
         position = self._lengths[:, None] + token
@@ -234,14 +239,27 @@ class KVCache:
             overwritten = (position >= self._keep_first) & (position < after[:, None] - self._ring)
             left_out = overwritten if left_out is None else left_out | overwritten
             position = np.where(position < self._keep_first, position, self._keep_first + (position - self._keep_first) % self._ring)
-        slots = position + self._k.shape[2] * np.arange(batch)[:, None]
+        slots = position + room * np.arange(batch)[:, None]
         if left_out is not None:
             slots[left_out] = -1
-        parts = (("k", k, self._k), ("v", v, self._v))
+        parts = zip("kv", (k, v), caches)
         store([(name, rows.swapaxes(1, 2), cache.swapaxes(1, 2)) for name, rows, cache in parts], slots, self._rotate)
-        self._lengths = after
+        (self._k, self._v), self._lengths = caches, after
         if self._window is not None:
             self._held_from = np.maximum(self._held_from, after - self._ring)
+
+    def _append_plain(self, k, v):
+        """The short way of a few ordinary tokens for which there is room; False, with nothing done, for others."""
+        if self._window is not None or type(k) is not np.ndarray or k.ndim != 4:
+            return False
+        new_len, room, lengths = k.shape[2], self._k.shape[2], self._lengths.tolist()
+        if new_len * len(lengths) > MOST_PLAIN or max(lengths, default=0) + new_len > room:
+            return False
+        slots = [b * room + n + i for b, n in enumerate(lengths) for i in range(new_len)]
+        if not store_plain(k, v, (self._k, self._v), 4, slots):
+            return False
+        self._lengths = self._lengths + new_len
+        return True
 
     def attend(
         self, q: Array, *, causal: bool = True, tail_mask: Array | None = None, indices: Array | None = None, **keywords: Any
@@ -346,14 +364,12 @@ class KVCache:
         """Places that the latest tokens share."""
         return self.capacity - self._keep_first
 
-    def _grow(self, least):
-        room = max(least, 2 * self.capacity, _LEAST_ROOM)
+    def _with_room(self, old, room):
+        """A larger array with the tokens of this one."""
         used = int(self._lengths.max(initial=0))
-        for name in ("_k", "_v"):
-            old = getattr(self, name)
-            new = np.empty((*old.shape[:2], room, old.shape[3]), old.dtype)
-            new[:, :, :used] = old[:, :, :used]
-            setattr(self, name, new)
+        new = np.empty((*old.shape[:2], room, old.shape[3]), old.dtype)
+        new[:, :, :used] = old[:, :, :used]
+        return new
 
     def _attend_ring(self, q, causal, tail_mask, keywords):
         """Attention to the first tokens, the older turn of the ring and the newer one, merged.

@@ -10,8 +10,8 @@ from . import pagebounds
 from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, most_kept, shares
 from ._quantized import dim_of
 from .attention import merge_states
-from .kvcache import CacheFullError, cache_rows, check_queries, new_rows, size
-from .quantized import attend_turned, store
+from .kvcache import MOST_PLAIN, CacheFullError, cache_rows, check_queries, new_rows, size
+from .quantized import attend_turned, store, store_plain
 from .varlen import paged_attention
 
 if TYPE_CHECKING:
@@ -30,10 +30,24 @@ _INDICES = 1 << 22  # in lists of keys at a time
 class Sequence:
     """The handle of a sequence in a :class:`PagedKVCache`; made by its ``new_sequence`` and ``fork``."""
 
-    __slots__ = ("_length", "_pages", "_pool")
+    __slots__ = ("_length", "_pages", "_pool", "_row")
 
     def __init__(self, pool, pages, length):
-        self._pool, self._pages, self._length = pool, pages, length  # the pages are None once it has been freed
+        self._pool, self._pages = pool, None
+        self._hold(pages, length)
+
+    def _hold(self, pages, length):
+        """Be so many tokens in these pages, a list that nobody changes; None, once it has been freed."""
+        if pages is not self._pages:
+            self._row = None
+        self._pages, self._length = pages, length
+
+    def _table(self):
+        """The pages as an array, which is made once for as long as they stay the same."""
+        row = self._row
+        if row is None:
+            row = self._row = np.array(self._pages, np.int32)
+        return row
 
     def __len__(self) -> int:
         return self._length
@@ -137,14 +151,14 @@ class PagedKVCache:
     def fork(self, sequence: Sequence) -> Sequence:
         """A sequence with the tokens of another one, whose pages it shares."""
         (sequence,) = self._own([sequence])
-        self._references[sequence._pages] += 1
-        return Sequence(self, list(sequence._pages), sequence._length)
+        self._references[sequence._table()] += 1
+        return Sequence(self, sequence._pages, sequence._length)
 
     def free(self, sequence: Sequence) -> None:
         """Give back the pages of a sequence that no other one shares. The handle is then of no more use."""
         (sequence,) = self._own([sequence])
         self._release(sequence._pages)
-        sequence._pages, sequence._length = None, 0
+        sequence._hold(None, 0)
 
     def truncate(self, sequence: Sequence, n: int) -> None:
         """Forget all but the first `n` tokens of a sequence: drafts that were rejected. Pages beyond them are given back."""
@@ -153,8 +167,9 @@ class PagedKVCache:
         if n > sequence._length:
             raise ValueError(f"n must not exceed the length of the sequence, {sequence._length}; got {n}")
         kept = -(-n // self.page_size)
-        self._release(sequence._pages[kept:])
-        del sequence._pages[kept:]
+        if kept < len(sequence._pages):
+            self._release(sequence._pages[kept:])
+            sequence._hold(sequence._pages[:kept], n)
         sequence._length = n
 
     def reorder(self, sequences: Iterable[Sequence], indices: Ints) -> None:
@@ -172,12 +187,12 @@ class PagedKVCache:
         if indices.shape != (len(sequences),):
             raise ValueError(f"indices must have shape ({len(sequences)},), one for each sequence; got {indices.shape}")
         chosen = integers("indices", indices, len(sequences), 0, len(sequences) - 1).tolist()
-        states = [(list(sequences[n]._pages), sequences[n]._length) for n in chosen]
+        states = [(sequences[n]._pages, sequences[n]._length) for n in chosen]
         for pages, _ in states:
             self._references[pages] += 1
         for sequence, (pages, length) in zip(sequences, states):
             self._release(sequence._pages)
-            sequence._pages, sequence._length = pages, length
+            sequence._hold(pages, length)
 
     def lengths(self, sequences: Iterable[Sequence]) -> NDArray[np.int64]:
         """(B,) int64: the tokens of each sequence."""
@@ -185,7 +200,7 @@ class PagedKVCache:
 
     def block_table(self, sequences: Iterable[Sequence]) -> NDArray[np.int32]:
         """(B, most pages) int32: the pages of each sequence, -1 beyond its last."""
-        rows = [sequence._pages for sequence in self._own(sequences)]
+        rows = [sequence._table() for sequence in self._own(sequences)]
         table = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
         for row, pages in zip(table, rows):
             row[: len(pages)] = pages
@@ -212,6 +227,8 @@ class PagedKVCache:
             If a number that is to be quantised is NaN, infinite or too large. Nothing has changed then either.
         """
         sequences = self._own(sequences, once=True)
+        if cu_seqlens is None and self._append_plain(sequences, k, v):
+            return
         heads, rows = self._k.shape[1:3]
         k = new_rows("k", k, (-1, heads, dim_of(self._k)), "(total, Hkv, D)")
         total = k.shape[0]
@@ -250,9 +267,30 @@ class PagedKVCache:
         full = []
         for sequence, (pages, new, end) in zip(sequences, after):
             full += (pages + new)[sequence._length // rows : end // rows]
-            sequence._pages, sequence._length = pages + new, end
+            sequence._hold(pages + new if new else pages, end)
         if self._bounds is not None:  # a page that is full never changes, and one that is not is bounded when it matters
             pagebounds.renew(self._bounds, self._k, full)
+
+    def _append_plain(self, sequences, k, v):
+        """The short way of a few ordinary tokens for which the last pages have room; False, with nothing done, for others."""
+        if type(k) is not np.ndarray or k.ndim != 3 or not sequences or len(k) > MOST_PLAIN:
+            return False
+        share, left = divmod(len(k), len(sequences))
+        rows, most = self.page_size, self.page_size - (self._bounds is not None)  # bounds are those of full pages
+        if left or not share:
+            return False
+        slots = []
+        for sequence in sequences:
+            row = sequence._length % rows
+            if row == 0 or row + share > most or self._references[sequence._pages[-1]] > 1:
+                return False
+            first = sequence._pages[-1] * rows + row
+            slots += range(first, first + share)
+        if not store_plain(k, v, (self._k, self._v), 3, slots):
+            return False
+        for sequence in sequences:
+            sequence._length += share
+        return True
 
     def attend(
         self,
@@ -403,13 +441,12 @@ class PagedKVCache:
         return result[0] if len(result) == 1 else tuple(result)
 
     def _with_last_pages(self, table, lengths):
-        """The bounds with those of last pages that are not full behind them, and the table that names these."""
-        table, extra = table.copy(), []
+        """The bounds of these pages alone, those of last pages that are not full among them, and a table of their places."""
+        bounds = self._bounds[table]  # where there is no page, of some: nobody looks
         for b in np.flatnonzero(lengths % self.page_size):
             last = lengths[b] // self.page_size
-            extra.append(pagebounds.bounds_of(self._k[table[b, last], None, :, : lengths[b] % self.page_size]))
-            table[b, last] = len(self._bounds) + len(extra) - 1
-        return np.concatenate([self._bounds, *extra]), table
+            bounds[b, last] = pagebounds.bounds_of(self._k[table[b, last], None, :, : lengths[b] % self.page_size])[0]
+        return bounds.reshape(-1, *bounds.shape[2:]), np.arange(table.size, dtype=np.int32).reshape(table.shape)
 
     def _attend_levels(self, levels, q, starts, table, lengths, causal, keywords):
         """Attention level by level of a tree of shared pages, merged."""

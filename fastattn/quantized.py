@@ -103,6 +103,12 @@ def store(parts, slots, rotate=False):
     raise ValueError(f"{names} must be small enough to be quantised; got numbers near the largest float32")
 
 
+def store_plain(k, v, caches, axes, slots):
+    """The backend's short way for a few ordinary rows of `axes` axes; False, with nothing stored, where it has none or they are not."""
+    short = runtime._state.store_plain
+    return short is not None and short(k, v, *caches, axes, slots)
+
+
 def attend_turned(attend, q, keywords):
     """What ``attend(q, **keywords)`` gives where keys and values are turned and its queries are not."""
     given_out = keywords.pop("out", None)

@@ -287,6 +287,11 @@ def test_numbers_that_are_not_finite_leave_the_cache_as_it_was(engine, kind, rot
         for now, then in zip((cache._k, cache._v, cache.lengths), before):
             np.testing.assert_array_equal(now, then)
         cache.append(**spoilt, lengths=[0])  # what is left out is not looked at
+    cache = fastattn.KVCache(1, 2, None, 32, dtype=kind, rotate=rotate)
+    cache.append(**arrays)
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        cache.append(**spoilt)
+    assert (cache.capacity, cache.lengths.tolist()) == (64, [40])
     pool = fastattn.PagedKVCache(4, 16, 2, 32, dtype=kind, rotate=rotate)
     sequence = pool.new_sequence()
     with pytest.raises(ValueError, match=f"{name} must be finite"):

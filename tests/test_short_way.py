@@ -340,3 +340,90 @@ def test_rope_leaves_what_is_unusual(n):
 )
 def test_rope_leaves_rows_that_are_unusual(x):
     assert short_rope(x) is None
+
+
+STORAGE = ["float32", "float16", "bfloat16"]
+new = rng.standard_normal((2, 2, 3, 8, 4)).astype(np.float32)  # keys and values of 2 entries: 3 heads of 4, up to 8 tokens
+new_v = rng.standard_normal((2, 3, 8, 5)).astype(np.float32)
+
+
+def caches(dtype, filled):
+    cache, pool = fastattn.KVCache(2, 3, 20, 4, 5, dtype), fastattn.PagedKVCache(6, 8, 3, 4, 5, dtype)
+    cache.append(new[0], new_v, [filled, filled + 1])
+    sequences = [pool.new_sequence() for _ in range(3)]
+    pool.append(sequences, *(x[0].swapaxes(0, 1)[: 3 * filled] for x in (new[1], new_v)))
+    return cache, pool, sequences
+
+
+def content(cache):
+    return [np.frombuffer(x.tobytes(), np.uint8) for x in (cache._k, cache._v)]
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("of", STORAGE)
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
+def test_store_takes_what_is_ordinary(monkeypatch, dtype, of, count):
+    k, v = (x.astype(dtype_of(of))[:, ::-1, :count] for x in (new[1], new_v))
+    rows = [np.concatenate([*x.swapaxes(1, 2), x.swapaxes(1, 2)[0]]) for x in (k, v)]
+    taken = []
+    monkeypatch.setattr(runtime._state, "store_plain", lambda *call: taken.append(native.store_plain(*call)) or taken[-1])
+    cache, pool, sequences = caches(dtype, 2)
+    cache.append(k, v)
+    pool.append(sequences, *rows)
+    assert taken[-2 if count else -1 :] == [True] * (2 if count else 1)
+    monkeypatch.setattr(runtime._state, "store_plain", None)
+    long, long_pool, others = caches(dtype, 2)
+    long.append(k, v)
+    long_pool.append(others, *rows)
+    np.testing.assert_array_equal(cache.lengths, long.lengths)
+    np.testing.assert_array_equal(pool.lengths(sequences), long_pool.lengths(others))
+    q = rng.standard_normal((2, 3, 1, 4)).astype(np.float32)
+    np.testing.assert_array_equal(cache.attend(q), long.attend(q))
+    q = rng.standard_normal((3, 3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(pool.attend(sequences, q), long_pool.attend(others, q))
+
+
+UNUSUAL_ROWS = {
+    "dtype": (new[0].astype(np.float64), new_v, 4),
+    "integers": (new[0], new_v.astype(np.int32), 4),
+    "list": (new[0].tolist(), new_v, 4),
+    "stride": (np.repeat(new[0], 2, -1)[..., ::2], new_v, 4),
+    "byte order": (new[0].astype(">f4"), new_v, 4),
+    "unaligned": (unaligned(new[0]), new_v, 4),
+    "batch": (new[0, :1], new_v, 4),
+    "heads": (new[0, :, :2], new_v, 4),
+    "head_dim": (new[0], new_v[..., :4], 4),
+    "length": (new[0], new_v[:, :, :7], 4),
+    "tokens by another name": (new[0].reshape(4, 3, 4, 4), new_v, 4),
+    "rank": (new[0, 0], new_v, 4),
+    "packed": (new[0], new_v, 3),
+}
+
+
+@pytest.mark.parametrize("k, v, axes", UNUSUAL_ROWS.values(), ids=UNUSUAL_ROWS)
+def test_store_leaves_what_is_unusual(k, v, axes):
+    cache = caches("float32", 2)[0]
+    before = content(cache)
+    assert not native.store_plain(k, v, cache._k, cache._v, axes, list(range(16)))
+    np.testing.assert_array_equal(content(cache)[0], before[0])
+    np.testing.assert_array_equal(content(cache)[1], before[1])
+
+
+@pytest.mark.parametrize("slots", [[0, 40], [-2, 0], [2**40, 0], list(range(65))], ids=str)
+def test_store_refuses_places_that_are_not_there(slots):
+    """The library checks what guards memory, whoever calls."""
+    cache = caches("float32", 2)[0]
+    before = content(cache)
+    assert not native.store_plain(new[0, :, :, :1], new_v[:, :, :1], cache._k, cache._v, 4, slots)
+    np.testing.assert_array_equal(content(cache)[0], before[0])
+
+
+def test_quantized_caches_are_left():
+    cache = fastattn.KVCache(2, 3, 20, 4, dtype="int8")
+    assert not native.store_plain(new[0, :, :, :1], new[1, :, :, :1], cache._k, cache._v, 4, [0, 20])
+
+
+def test_store_leaves_another_backend_its_calls():
+    cache = caches("float32", 2)[0]
+    with fastattn.use_backend("numpy"):
+        assert not native.store_plain(new[0, :, :, :1], new_v[:, :, :1], cache._k, cache._v, 4, [0, 20])

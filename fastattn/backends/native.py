@@ -11,6 +11,7 @@ from .._native import (  # first, for its error names a missing extension
     set_isa,
     set_num_threads,
     set_threading,
+    store_plain,
 )
 from .. import _native
 
