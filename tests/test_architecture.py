@@ -182,6 +182,18 @@ def test_simd_knows_nothing_of_the_engine():
 
 
 @engine_only
+def test_every_operation_is_tested_alone():
+    """The operations that kernels use are in the checks of each instruction set, and every header of lanes has these."""
+    tests = Path(__file__).parent / "c"
+    called = re.compile(r"\bsimd_\w+(?=\()")
+    used = {name for path in c_files("ukernel") for name in called.findall(code(path))}
+    checked = {name for path in (tests / "operations.h", *tests.glob("test_operations_*.c")) for name in called.findall(code(path))}
+    assert len(used) > 40 and not used - checked
+    headers = {path.stem for path in c_files("simd") if "define SIMD_LANES" in code(path)}
+    assert headers == {path.stem.removeprefix("test_operations_") for path in tests.glob("test_operations_*.c")}
+
+
+@engine_only
 def test_one_file_includes_omp():
     with_omp = [path for path in c_files() if "omp.h" in includes(path)]
     assert len(with_omp) == 1 and with_omp[0].parent.name == "core"

@@ -84,7 +84,7 @@ static inline simd_f simd_sub(simd_f a, simd_f b) { return vsubq_f32(a, b); }
 static inline simd_f simd_mul(simd_f a, simd_f b) { return vmulq_f32(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return vdivq_f32(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(c, a, b); }
-static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return vnegq_f32(vfmsq_f32(c, a, b)); }
+static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(vnegq_f32(c), a, b); }
 static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline simd_f simd_min(simd_f a, simd_f b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline simd_f simd_abs(simd_f a) { return vabsq_f32(a); }

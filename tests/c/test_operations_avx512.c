@@ -1,0 +1,97 @@
+/* The operations of simd/avx512.h, and those that it alone has. */
+#include "ukernel/ukernel.h"
+
+#ifdef FA_HOLDS_AVX512
+
+#include "cpu/cpu.h"
+#include "ukernel/target_avx512.h"
+
+#include "simd/avx512.h"
+
+#include "operations.h"
+
+static void check_masks(void) {
+    for (int n = 0; n < 16; n++)
+        for (int i = 0; i < 16; i++) CHECK((simd_first(n) >> i & 1) == (i < n), "lane %d of the first %d", i, n);
+}
+
+#ifdef SIMD_PAIRS
+/* Halves of 32 numbers, as they lie in a vector. */
+static simd_f any_halves(uint16_t h[32], struct rng *rng) {
+    simd_f v;
+    for (int i = 0; i < 32; i++) h[i] = (uint16_t)random_bits(rng);
+    memcpy(&v, h, sizeof v);
+    return v;
+}
+
+static void check_pairs(struct rng *rng) {
+    uint16_t x[32], y[32], found[32];
+    float integers[16];
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        simd_f a = any_halves(x, rng), b = any_halves(y, rng);
+        const __m512i upper = simd_upper_halves(_mm512_castps_si512(a), _mm512_castps_si512(b));
+        memcpy(found, &upper, sizeof found);
+        for (int i = 0; i < 32; i++) CHECK(found[i] == (i < 16 ? x[2 * i + 1] : y[2 * (i - 16) + 1]), "half %d of simd_upper_halves", i);
+        simd_zip_halves(&a, &b);
+        memcpy(found, &a, sizeof found);
+        for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[i / 2], "half %d of simd_zip_halves", i);
+        memcpy(found, &b, sizeof found);
+        for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[16 + i / 2], "half %d of simd_zip_halves", 32 + i);
+        EACH_LANE(i) integers[i] = of_bits((uint32_t)random_bits(rng));
+        EXPECT_FLOATS(simd_of_integers(simd_load(integers)), (float)(int32_t)bits_of(integers[i]));
+    }
+}
+
+/* Small integers, whose products and sums are exact in any order. */
+static void check_dot_bf16(struct rng *rng) {
+    uint16_t h[2][32];
+    float x[2][32], c[16];
+    simd_f v[2];
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        for (int m = 0; m < 2; m++) {
+            for (int i = 0; i < 32; i++) {
+                x[m][i] = (float)random_between(rng, -128, 128);
+                store(FASTATTN_BFLOAT16, &h[m][i], (double)x[m][i]);
+            }
+            memcpy(&v[m], h[m], sizeof v[m]);
+        }
+        EACH_LANE(i) c[i] = (float)random_between(rng, -1000, 1000);
+        EXPECT_FLOATS(simd_dot_bf16(v[0], v[1], simd_load(c)), c[i] + x[0][2 * i] * x[1][2 * i] + x[0][2 * i + 1] * x[1][2 * i + 1]);
+    }
+}
+
+/* Of integers of 32 bits, which wrap around. */
+static void check_dot_int16(struct rng *rng) {
+    uint16_t x[32], y[32];
+    uint32_t c[16], found[16];
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        const simd_f a = any_halves(x, rng), b = any_halves(y, rng);
+        simd_f sums;
+        EACH_LANE(i) c[i] = (uint32_t)random_bits(rng);
+        memcpy(&sums, c, sizeof sums);
+        sums = simd_dot_int16(a, b, sums);
+        memcpy(found, &sums, sizeof found);
+        EACH_LANE(i) {
+            int64_t wanted = c[i];
+            for (int j = 2 * i; j < 2 * i + 2; j++) wanted += (int64_t)(int16_t)x[j] * (int16_t)y[j];
+            CHECK(found[i] == (uint32_t)wanted, "lane %d of simd_dot_int16", i);
+        }
+    }
+}
+#endif
+
+#include "ukernel/target_end.h"
+
+TEST(operations_of_avx512) {
+    if (!fastattn_isa_available(FASTATTN_ISA_AVX512)) skip("no AVX-512");
+    check_operations();
+    check_masks();
+#ifdef SIMD_PAIRS
+    struct rng rng = {32};
+    check_pairs(&rng);
+    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng);
+    if (fastattn_cpu_has(FA_CPU_AVX512_VNNI)) check_dot_int16(&rng);
+#endif
+}
+
+#endif
