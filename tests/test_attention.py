@@ -280,6 +280,24 @@ def test_q_k_and_v_may_share_memory():
     assert_matches(*(packed[:, :, n].swapaxes(1, 2) for n in range(3)), causal=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [0, 4])
+@pytest.mark.parametrize("q_len, head_dim, v_head_dim", [(1, 40, 24), (3, 24, 24), (40, 40, 33)])
+def test_values_within_their_keys(engine, q_len, head_dim, v_head_dim, gap, dtype):
+    """As latent attention has them: what is made of keys may serve for both, and changes nothing."""
+    q, k, _ = random_qkv(2, 10, q_len, 150, head_dim + gap, kv_heads=2, dtype=dtype)
+    q, k = q[..., :head_dim], k[..., :head_dim]
+    v = k[..., :v_head_dim]
+    for options in ({}, {"causal": True, "kv_starts": 3, "kv_lengths": [150, 77]}):
+        out, lse = assert_matches(q, k, v, **options)
+        if engine.backend == "native":
+            apart = fastattn.attention(q, k, v.copy(), return_lse=True, **options)
+            np.testing.assert_array_equal(out, apart[0])
+            np.testing.assert_array_equal(lse, apart[1])
+    k[:, :, 100] = NAN
+    assert_matches(q, k, v, kv_lengths=100)
+
+
 def test_rows_that_overlap():
     signal = np.random.default_rng(0).standard_normal(100).astype(np.float32)
     frames = as_strided(signal, (80, 16), (4, 4))

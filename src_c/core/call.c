@@ -290,8 +290,10 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->heads_a_kv_head = call->group = args->num_heads / args->num_kv_heads;
     if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
     call->sequences = args->num_heads / call->group;
+    call->v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
+                   args->v_head_dim <= args->head_dim && !call->quantised;
     call->apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
-                  apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim));
+                  (!call->v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
     const fa_totals totals = survey(call);
     plan_bundles(call, &totals);
     plan_abreast(call, &totals);

@@ -84,6 +84,7 @@ typedef struct fastattn_plan {
     int64_t sequences;     /* packed sequences per batch entry */
     int quantised;         /* keys and values are: the products by rows read them, others what they become in float32, run by run */
     int apart;             /* there are gaps between the rows of keys or values, as between pages */
+    int v_in_k;            /* values are the first numbers of their keys, as those of latents are */
     int natural;           /* scores are finished by the rules; else the softmax scales them itself */
     int ruled;             /* the rules change every score */
     float sign;            /* multiplies q while packing */

@@ -109,7 +109,8 @@ static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *blo
     }
     if (!by->made) {
         by->k = by->products->keys(by->k_room, x->source_k, run->keys, a->head_dim);
-        by->v = by->products->values(by->v_room, x->source_v, run->keys, a->v_head_dim);
+        const int for_both = call->v_in_k && by->products->values == by->products->keys;
+        by->v = for_both ? by->k : by->products->values(by->v_room, x->source_v, run->keys, a->v_head_dim);
         by->made = 1;
     }
     x->k = by->k;
