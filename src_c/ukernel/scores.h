@@ -159,6 +159,12 @@ FA_INLINE mask_lanes mask_lanes_of(const void *const *from, int64_t itemsize) {
     return one ? MASK_ONE : neighbours ? MASK_NEIGHBOURS : MASK_APART;
 }
 
+/* Asks for what a row has in the next block: a few lines of each of many rows are nothing that the processor foresees. */
+FA_INLINE void mask_fetch(uintptr_t later, int64_t bytes) {
+    simd_fetch((const char *)later);
+    if (bytes > 64) simd_fetch((const char *)(later + 64));
+}
+
 /* Elements come in vectors, of keys or of rows, where they lie so; else a square of them is collected, all of it before the first is
  * read again, and turned. */
 FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
@@ -183,6 +189,7 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
         for (int64_t j = 0; j < keys; j += SIMD_LANES) {
             const int64_t n = keys - j < SIMD_LANES ? keys - j : SIMD_LANES;
             simd_f square[SIMD_LANES];
+            for (int i = 0; i < SIMD_LANES; i++) mask_fetch((uintptr_t)from[i] + (uintptr_t)((j + keys) * key_stride), SIMD_LANES * key_stride);
             if (ahead && n == SIMD_LANES)
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
             else {
