@@ -45,7 +45,7 @@ static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, in
 
 /* Everything that the caller will see of a panel. Of values that were scaled only what is missing in the outputs. Returns whether
  * it has to be computed again so. */
-static int finish(const fa_call *call, const fa_panel *p, const fa_state *state, float v_scale) {
+static int finish(const fa_call *call, fa_panel *p, const fa_state *state, float v_scale) {
     const fastattn_attention_args *a = call->args;
     const fa_products *products = fastattn_panel_products(call, p);
     float factor[FA_PANEL_ROWS];
@@ -145,7 +145,7 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
         state_at(&w->total, call, &w->panel, own + at->panel.total);
         fastattn_state_clear(&w->total);
     }
-    if (call->args->segments) fastattn_mass_clear(call, &w->panel, &w->state);
+    if (call->args->segments) fastattn_mass_begin(&w->panel, &w->state);
     w->q_finite = !w->products->in_parts || finite_queries(w);
     fastattn_key_blocks(&w->blocks, call, &w->panel);
     w->pending = fastattn_next_key_block(&w->blocks, &w->block);

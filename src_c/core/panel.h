@@ -23,6 +23,7 @@ typedef struct fa_panel {
     float *begin_of, *end_of;
     float *alpha, *fade;
     float *base, *rise;     /* of sums of weights by segment: see mass.c */
+    int64_t cleared;        /* segments that have such sums, in all rows of the output */
     const void **rows_of;   /* [padded] row pointers: of q, then of the mask */
     void **outputs;         /* [padded] row pointers of out */
 } fa_panel;

@@ -91,6 +91,55 @@ TEST_EACH_ISA(mass_under_random_options) {
     }
 }
 
+/* Sequences packed one after the other, of one table of segments, and each of them alone. */
+TEST_EACH_ISA(mass_of_packed_sequences) {
+    enum { BATCH = 5, ROWS = 300, KEYS = 2900, SEGMENTS = 130 };
+    static const int64_t tables[2][BATCH + 1] = {{0, 1, 1, 140, 156, ROWS}, {0, 70, 75, 75, 375, KEYS}};
+    for (int dtype = FASTATTN_FLOAT32; dtype <= FASTATTN_BFLOAT16; dtype++) {
+        const struct spec spec = {.name = "packed mass", .heads = 4, .kv_heads = 2, .q_len = ROWS, .kv_len = KEYS, .head_dim = 16,
+                                  .v_head_dim = SEGMENTS, .kv_dtype = dtype, .causal = 1, .q_layout = SWAPPED, .k_layout = SWAPPED,
+                                  .out_layout = SWAPPED, .num_threads = 3};
+        struct problem p;
+        struct rng rng = {(uint64_t)dtype};
+        context("packed mass, dtype %d", dtype);
+        problem_build(&p, &spec, 3, GUARD_BEHIND);
+        const int64_t *of[2]; /* the first of the queries, and of the keys, of each */
+        for (int n = 0; n < 2; n++) {
+            int64_t *table = guard_input("cu_seqlens", sizeof tables[n], 8, GUARD_BEHIND);
+            memcpy(table, tables[n], sizeof tables[n]);
+            of[n] = table;
+        }
+        p.args.segments = make_segments(1, KEYS, SEGMENTS, &rng, GUARD_BEHIND);
+        p.args.num_segments = SEGMENTS;
+        p.args.v_head_dim = 0;
+        p.args.v = NULL;
+        const fastattn_attention_args whole = p.args;
+        p.args.batch = BATCH;
+        p.args.cu_seqlens_q = of[0];
+        p.args.cu_seqlens_k = of[1];
+        problem_seal(&p, GUARD_BEHIND);
+        CHECK_STATUS(fastattn_attention(&p.args, NULL, 0), FASTATTN_OK);
+        uint8_t *bits = problem_snapshot(&p);
+        for (int b = 0; b < BATCH; b++) {
+            fastattn_attention_args one = whole;
+            one.q_len = of[0][b + 1] - of[0][b];
+            one.kv_len = of[1][b + 1] - of[1][b];
+            one.q = element(whole.q, whole.q_strides, whole.q_dtype, 0, 0, of[0][b], 0);
+            one.k = element(whole.k, whole.k_strides, whole.kv_dtype, 0, 0, of[1][b], 0);
+            one.segments = whole.segments + of[1][b];
+            one.out = element(whole.out, whole.out_strides, FASTATTN_FLOAT32, 0, 0, of[0][b], 0);
+            if (whole.lse) one.lse = element(whole.lse, whole.lse_strides, FASTATTN_FLOAT32, 0, 0, of[0][b], 0);
+            for (int64_t n = 0; n < whole.num_heads * one.q_len; n++)
+                store(FASTATTN_FLOAT32, element(one.out, one.out_strides, FASTATTN_FLOAT32, 0, n % whole.num_heads, n / whole.num_heads, 7), -1e9);
+            CHECK_STATUS(fastattn_attention(&one, NULL, 0), FASTATTN_OK);
+        }
+        CHECK(problem_equals(&p, bits), "other sums alone than packed");
+        guard_check();
+        guard_release();
+        free(bits);
+    }
+}
+
 static struct problem bad;
 static int32_t *bad_segments;
 

@@ -44,7 +44,8 @@ static void page(struct problem *p, int64_t page_size, struct rng *rng, enum gua
     int64_t k_strides[3], v_strides[3];
     const int heads_first = random_between(rng, 0, 1) == 1;
     void *k = into_pages("a page of k", p, a->k, a->k_strides, a->head_dim, table, columns, heads_first, side, k_strides);
-    void *v = into_pages("a page of v", p, a->v, a->v_strides, a->v_head_dim, table, columns, !heads_first, side, v_strides);
+    const int other_way = random_between(rng, 0, 1) == 1;
+    void *v = into_pages("a page of v", p, a->v, a->v_strides, a->v_head_dim, table, columns, heads_first ^ other_way, side, v_strides);
     a->k = k, a->v = v;
     memcpy(a->k_strides, k_strides, sizeof k_strides);
     memcpy(a->v_strides, v_strides, sizeof v_strides);
@@ -110,7 +111,7 @@ TEST_EACH_ISA(pages_of_heads_abreast) {
     static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
     for (int64_t kv_heads = 2; kv_heads <= 9; kv_heads++) {
         struct spec spec = {.name = "abreast", .batch = 2, .heads = kv_heads * (1 + kv_heads % 2), .kv_heads = kv_heads,
-                            .q_len = kv_heads % 3 + 1, .kv_len = kv_heads % 4 ? 300 : 2500, .head_dim = 16, .v_head_dim = 24,
+                            .q_len = kv_heads % 4 ? kv_heads % 3 + 1 : 1, .kv_len = kv_heads % 4 ? 300 : 2500, .head_dim = 16, .v_head_dim = 24,
                             .q_dtype = dtypes[kv_heads % 3], .kv_dtype = dtypes[kv_heads % 3], .lengths = LENGTHS_RAGGED,
                             .causal = kv_heads & 1, .num_threads = kv_heads == 8 ? 3 : 1};
         for (size_t n = 0; n < COUNT(sizes); n++)
@@ -146,6 +147,36 @@ TEST_EACH_ISA(pages_with_nan_and_infinity) {
             if (paged) page(&p, 16, &rng, GUARD_BEHIND);
             run(&p, GUARD_BEHIND);
             if (paged) CHECK(problem_equals(&p, bits), "pages give other bits");
+            else bits = problem_snapshot(&p);
+            guard_release();
+        }
+        free(bits);
+    }
+}
+
+/* Weights summed by segments that no page divides. */
+TEST_EACH_ISA(mass_of_keys_in_pages) {
+    static const int64_t rows[] = {1, 3, 14, 40, 130};
+    enum { BATCH = 2, KEYS = 150, SEGMENTS = 70 };
+    for (size_t r = 0; r < COUNT(rows); r++) {
+        const struct spec spec = {.name = "mass in pages", .batch = BATCH, .heads = 4, .kv_heads = 4, .q_len = rows[r], .kv_len = KEYS, .head_dim = 24,
+                                  .v_head_dim = SEGMENTS, .causal = r % 2 == 0, .lengths = LENGTHS_RAGGED, .num_threads = 2};
+        struct problem p;
+        uint8_t *bits = NULL;
+        for (int paged = 0; paged < 2; paged++) {
+            struct rng rng = {r};
+            spec_context(&spec, r);
+            problem_build(&p, &spec, r, GUARD_BEHIND);
+            if (paged) page(&p, 16, &rng, GUARD_BEHIND);
+            int32_t *segments = guard_input("segments", BATCH * KEYS * sizeof *segments, sizeof *segments, GUARD_BEHIND);
+            for (int j = 0; j < BATCH * KEYS; j++) segments[j] = j % KEYS * SEGMENTS / KEYS - (j % 11 == 0);
+            p.args.segments = segments;
+            p.args.segments_stride = KEYS * (int64_t)sizeof *segments;
+            p.args.num_segments = SEGMENTS;
+            p.args.v_head_dim = 0;
+            p.args.v = NULL;
+            run(&p, GUARD_BEHIND);
+            if (paged) CHECK(problem_equals(&p, bits), "pages give other sums");
             else bits = problem_snapshot(&p);
             guard_release();
         }
