@@ -1,5 +1,6 @@
 """Heads that lie beside each other in (batch, length, heads, head_dim) memory, which the native engine reads some at a time where each
-has few rows: right, and bit for bit what any number of threads and each head in memory of its own give."""
+has few rows, and as one panel where each has one: right, and bit for bit what any number of threads and each head in memory of its own
+give."""
 
 import numpy as np
 import pytest
@@ -46,16 +47,17 @@ def test_any_number_of_heads(engine, dtype, group, q_len):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "group", "q_len"), [(9, 1, 1), (8, 3, 1), (5, 2, 6), (7, 1, 12)], ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "q_len"), [(9, 1, 1), (8, 1, 1), (8, 3, 1), (5, 2, 6), (7, 1, 12)], ids=str)
 def test_keys_in_parts(engine, dtype, kv_heads, group, q_len):
     arrays = random_qkv(batch=2, heads=kv_heads * group, kv_heads=kv_heads, q_len=q_len, kv_len=MANY, head_dim=16, dtype=dtype)
     compare(engine, arrays, causal=True)
 
 
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(160, 160), (1, 3), (300, 16), (520, 520)], ids=str)
-def test_rows_of_any_size(engine, head_dim, v_head_dim):
+@pytest.mark.parametrize(("heads", "q_len"), [(7, 2), (8, 1)], ids=str)
+def test_rows_of_any_size(engine, head_dim, v_head_dim, heads, q_len):
     """Fewer heads at a time of long rows; those of the longest are read alone."""
-    compare(engine, random_qkv(2, 7, 2, 300, head_dim, v_head_dim))
+    compare(engine, random_qkv(2, heads, q_len, 300, head_dim, v_head_dim))
 
 
 rng = np.random.default_rng(0)
@@ -75,9 +77,14 @@ RULES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("kv_heads", [3, 6])
-def test_every_rule(engine, dtype, rules, kv_heads):
-    compare(engine, random_qkv(batch=3, heads=6, kv_heads=kv_heads, q_len=4, kv_len=MANY, head_dim=16, dtype=dtype), **rules)
+@pytest.mark.parametrize(("kv_heads", "q_len"), [(3, 4), (6, 4), (6, 1)], ids=str)
+def test_every_rule(engine, dtype, rules, kv_heads, q_len):
+    rules = dict(rules)
+    if "mask" in rules:
+        rules["mask"] = rules["mask"][:, :, :q_len]
+    if "q_lengths" in rules:
+        rules["q_lengths"] = np.minimum(rules["q_lengths"], q_len)
+    compare(engine, random_qkv(batch=3, heads=6, kv_heads=kv_heads, q_len=q_len, kv_len=MANY, head_dim=16, dtype=dtype), **rules)
 
 
 @pytest.mark.parametrize("kv_len", [70, MANY])
@@ -93,12 +100,16 @@ def test_hidden_numbers_of_one_head_and_visible_ones_of_another(engine, kv_len):
     with np.errstate(invalid="ignore"):
         out = compare(engine, (q, k, v), causal=True, mask=mask)
     assert np.isfinite(out[0, [0, 2, 3, 4, 5, 6, 7]]).all() and np.isnan(out[0, 1, 2]).all()
+    with np.errstate(invalid="ignore"):
+        out = compare(engine, (q[:, :, 2:], k, v), mask=mask[:, :, 2:])
+    assert np.isfinite(out[0, [0, 2, 3, 4, 5, 6, 7]]).all() and np.isnan(out[0, 1]).all()
 
 
 @pytest.mark.parametrize("kv_len", [70, MANY])
-def test_sums_of_one_head_that_leave_float32(engine, kv_len):
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_sums_of_one_head_that_leave_float32(engine, kv_len, q_len):
     """That head is computed again, the others beside it are not touched."""
-    q, k, v = random_qkv(batch=1, heads=8, q_len=2, kv_len=kv_len, head_dim=16)
+    q, k, v = random_qkv(batch=1, heads=8, q_len=q_len, kv_len=kv_len, head_dim=16)
     v[:, 5] = small = np.abs(v[:, 5])
     usual = compare(engine, (q, k, v))
     v[:, 5] = np.ldexp(small, 125)
@@ -108,8 +119,9 @@ def test_sums_of_one_head_that_leave_float32(engine, kv_len):
     check(out, None, q, k, v)
 
 
-def test_keys_beside_each_other_and_values_apart(engine):
-    q, k, v = random_qkv(batch=2, heads=8, q_len=2, kv_len=MANY, head_dim=16)
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_keys_beside_each_other_and_values_apart(engine, q_len):
+    q, k, v = random_qkv(batch=2, heads=8, q_len=q_len, kv_len=MANY, head_dim=16)
     expected = compare(engine, (q, k, v))
     for arrays in ((q, beside(k), v), (q, k, beside(v)), (beside(q), beside(k)[:, ::-1][:, ::-1], beside(v))):
         out = fastattn.attention(*arrays)
@@ -118,9 +130,10 @@ def test_keys_beside_each_other_and_values_apart(engine):
             np.testing.assert_array_equal(out, expected)
 
 
-def test_an_entry_alone_and_in_company(engine):
+@pytest.mark.parametrize(("kv_heads", "q_len"), [(4, 2), (8, 1)], ids=str)
+def test_an_entry_alone_and_in_company(engine, kv_heads, q_len):
     """How many heads are read together depends on the company, and no bit does."""
-    q, k, v = (beside(x) for x in random_qkv(batch=5, heads=8, kv_heads=4, q_len=2, kv_len=MANY, head_dim=16))
+    q, k, v = (beside(x) for x in random_qkv(batch=5, heads=8, kv_heads=kv_heads, q_len=q_len, kv_len=MANY, head_dim=16))
     out = fastattn.attention(q, k, v, causal=True)
     for b in range(5):
         np.testing.assert_array_equal(fastattn.attention(*(x[b : b + 1] for x in (q, k, v)), causal=True), out[b : b + 1])

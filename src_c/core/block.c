@@ -233,10 +233,10 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     block_rules(&x.rules, w, block, biased);
     fastattn_fetch_ahead(w, &x, block);
     x.ruled = call->ruled || biased;
-    x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim));
+    x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim * call->beside));
     x.careful = w->v_scale != 1.0f ||
                 ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
-                 !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim));
+                 !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim * call->beside));
     fastattn_choose_operands(w, &x, block);
     x.p = x.products->in_place ? w->s : w->p;
     attend_visible(w, &x, block);

@@ -33,7 +33,7 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
  * their own. */
 static void plan_splits(const fa_call *call, fa_shape *shape) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024, MOST_PARTIALS = 1 << 26 };
-    const int64_t of_entry = call->sequences * shape->rows.panels, keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
+    const int64_t of_entry = call->sequences * call->beside * shape->rows.panels, keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
     const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
     const double partials = (double)parts * (double)of_entry * (double)fastattn_state_bytes(shape->rows.ld, call->args->v_head_dim);
     shape->split_keys = keys;
@@ -115,7 +115,7 @@ static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
 /* What all entries come to. */
 typedef struct fa_totals {
     double parts, work, partials;  /* panels times parts of their keys, multiplications, and bytes of states */
-    int64_t panels, block_keys;    /* the most that an entry has */
+    int64_t queries, panels, block_keys; /* the most that an entry has */
     int ld, prepared[FA_WAYS];     /* the most, and whether any has them */
     int p_apart, by_turns;         /* powers need room of their own, and so do states of several parts */
 } fa_totals;
@@ -132,6 +132,7 @@ static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape
     t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
     if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
     t->ld = t->ld > shape->rows.ld ? t->ld : shape->rows.ld;
+    t->queries = fa_max(t->queries, shape->q_len);
     t->panels = fa_max(t->panels, shape->rows.panels);
     t->block_keys = fa_max(t->block_keys, shape->block_keys);
     for (int way = 0; way < FA_WAYS; way++) t->prepared[way] |= shape->prepared[way];
@@ -172,25 +173,39 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->quantised)) call->most_bundle = 1;
 }
 
-/* Whether the rows of a key, one of each head, lie side by side, or at least, in pages, in the same page. */
-static int heads_together(const fa_call *call) {
+/* Whether the rows of a key, one of each head, lie side by side. */
+static int heads_beside(const fa_call *call) {
     const fastattn_attention_args *a = call->args;
-    if (a->indices || call->sequences != a->num_kv_heads) return 0;
-    if (a->block_table) return a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0];
     return call->apart && a->k_strides[1] == fa_row_bytes(a->kv_dtype, a->head_dim) && a->v_strides[1] == fa_row_bytes(a->kv_dtype, a->v_head_dim);
 }
 
+/* The same, or that at least, in pages, they lie in the same page. */
+static int heads_together(const fa_call *call) {
+    const fastattn_attention_args *a = call->args;
+    if (a->indices || call->sequences != a->num_kv_heads) return 0;
+    return a->block_table ? a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0] : heads_beside(call);
+}
+
 /* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
- * caller's, is a piece that nothing foresees, and shares its first line and its last with the rows of other heads. */
+ * caller's, is a piece that nothing foresees, and shares its first line and its last with the rows of other heads. They take a run of
+ * keys by turns; but side by side, heads of one row are one panel, for which memory is read in its own order. No bit depends on it. */
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
-    call->abreast = 1;
     if (!heads_together(call)) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
-    const double enough = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
-    call->abreast = fa_max(1, enough < (double)most ? (int64_t)enough : most);
+    const double items = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
+    const int64_t together = fa_max(1, items < (double)most ? (int64_t)items : most);
+    const int64_t one_row = totals->queries == 1 && call->group == 1 && !a->block_mask && heads_beside(call);
+    int64_t beside = fa_max(1, fa_min(together, one_row * call->few->most_beside));
+    while (call->sequences % beside != 0) beside--;
+    if (beside == 1) {
+        call->abreast = together;
+        return;
+    }
+    call->beside = call->group = beside;
+    call->sequences /= beside;
 }
 
 /* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` multiplications to do, some 20
@@ -242,7 +257,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->wide_k = take(&bytes, call->quantised * keys * a->head_dim, sizeof(float));
     m->wide_v = take(&bytes, call->quantised * keys * a->v_head_dim, sizeof(float));
     const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->quantised * a->v_head_dim * (int64_t)sizeof(float);
-    m->finite_v = take(&bytes, keys * fa_max(as_read, wide), 1);
+    m->finite_v = take(&bytes, keys * fa_max(as_read * call->beside, wide), 1);
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.total = take(&panel, totals->by_turns, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
@@ -290,14 +305,16 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->heads_a_kv_head = call->group = args->num_heads / args->num_kv_heads;
     if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
     call->sequences = args->num_heads / call->group;
+    call->beside = call->abreast = 1;
     call->v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
                    args->v_head_dim <= args->head_dim && !call->quantised;
     call->apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
                   (!call->v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
-    const fa_totals totals = survey(call);
-    plan_bundles(call, &totals);
-    plan_abreast(call, &totals);
+    fa_totals totals = survey(call);
     plan_team(call, totals.work);
+    plan_abreast(call, &totals);
+    if (call->beside > 1) totals = survey(call);
+    plan_bundles(call, &totals);
     return plan_memory(call, &totals);
 }
 

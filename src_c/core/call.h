@@ -26,7 +26,8 @@ enum { FA_COMPUTE, FA_MERGE, FA_PHASES };
  * The `group` query heads that share a key/value head are packed into one sequence of rows, query by query:
  * row = query * group + head, so that a panel spans few queries and its causal edge stays short. A segment is a run of
  * rows that no panel crosses: all rows, or with a block mask the rows of one block row, with lists of keys those of one query. Where a block mask differs
- * between the heads of a group, each head is packed alone (group 1, heads_alone query heads in turn). */
+ * between the heads of a group, each head is packed alone (group 1, heads_alone query heads in turn). The only rows of up to
+ * most_beside key/value heads are a sequence as well, if their keys lie beside each other. */
 typedef struct fa_rows {
     int64_t count;            /* rows of a packed sequence */
     int64_t segment;          /* rows of a segment, the last one may have fewer */
@@ -80,6 +81,7 @@ typedef struct fastattn_plan {
     const fa_products *products, *exact, *few; /* those that are preferred, those in float32, and those for few rows */
     int64_t panel_dim;     /* numbers of a row in the panel of queries */
     int64_t heads_a_kv_head;
+    int64_t beside;        /* key/value heads of a packed sequence: more than one where their rows lie beside each other */
     int64_t group;         /* query heads in a packed sequence */
     int64_t sequences;     /* packed sequences per batch entry */
     int quantised;         /* keys and values are: the products by rows read them, others what they become in float32, run by run */

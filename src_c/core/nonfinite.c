@@ -32,9 +32,10 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
 }
 
 fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
-    const int64_t dim = w->state.v_head_dim, size = fa_size_of(v.dtype);
-    const fa_matrix finite = fa_matrix_at(w->finite_v, fa_row_bytes(v.dtype, dim), v.dtype);
+    const int64_t dim = w->state.v_head_dim * w->call->beside, size = fa_size_of(v.dtype);
+    fa_matrix finite = fa_matrix_at(w->finite_v, fa_row_bytes(v.dtype, dim), v.dtype);
     const int quantised = fa_is_quantised(v.dtype);
+    finite.beside = v.beside;
     for (int64_t j = 0; j < keys; j++) {
         char *to = w->finite_v + j * finite.stride;
         memcpy(to, fa_row_at(v, j), (size_t)finite.stride);
@@ -64,11 +65,12 @@ void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows
         for (int r = 0; r < rows; r++) w->shown[j * of_key + r * of_row] = 0.0f;
     x->products->scores(w->shown, ld, rows, from, keys, &rules, unused);
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t d = 0; d < dim; d++) {
-            const float value = fa_get_of_row(fa_row_at(v, from + j), d, dim, v.dtype);
+        for (int64_t n = 0; n < dim * w->call->beside; n++) {
+            const float value = fa_get_of_row(fa_row_at(v, from + j), n, dim, v.dtype);
             if (isfinite(value)) continue;
+            const int64_t head = n / dim, d = n - head * dim;
             for (int r = 0; r < real; r++)
-                if (w->shown[j * of_key + r * of_row] != -INFINITY)
+                if (w->shown[j * of_key + r * of_row] != -INFINITY && (!v.beside || row + r == head))
                     t->o[(row + r) * t->of_row + d * t->of_number] += x->products->power(x->p, ld, row + r, j) * value;
         }
 }

@@ -162,6 +162,7 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
     rows->ahead = rows->rows_ahead = 0;
+    rows->beside = call->beside > 1 ? strides[1] : 0;
     rows->rows = pointers;
 }
 

@@ -58,7 +58,7 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 
 /* 32 numbers of all rows. */
 static void dot_strip(int rows, tile_operands x) {
-    const tile_kind kind = {TILE_BFLOAT16, FASTATTN_BFLOAT16, 1, 0, 1};
+    const tile_kind kind = {TILE_BFLOAT16, FASTATTN_BFLOAT16, 1, 0, 1, 0};
     tile_strip(kind, 2, rows, x);
 }
 
@@ -82,8 +82,9 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
     for (int64_t d = 0; d < v_head_dim; d += HALVES) {
         const char *first_row;
         tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, &first_row),
-                           .column = d * 2, .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
+                           .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
+        x.rows.column = d * 2;
         if (v_head_dim - d < HALVES || keys % 2 != 0) {
             for (int64_t j = 0; j < keys + keys % 2; j++) {
                 __m512i halves[2] = {_mm512_setzero_si512()};
@@ -91,7 +92,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
                 copy[j] = halves[0];
             }
             x.rows = tile_rows_of(fa_matrix_at((const char *)copy, sizeof *copy, FASTATTN_BFLOAT16), &first_row);
-            x.column = x.ahead = 0;
+            x.ahead = 0;
         }
         dot_strip(rows, x);
     }

@@ -97,11 +97,9 @@ FA_INLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t 
 
 /* The products of one key with `rows` rows, number by number: a sum across lanes is still due. Whole keys, for a line that two loads share
  * is near then. */
-FA_INLINE void key_products(int rows, simd_f *sum, int apart, const float *q, int64_t pitch, const tile_rows *k, int64_t n,
+FA_INLINE void key_products(int rows, simd_f *sum, int apart, const float *q, int64_t pitch, const char *key, uintptr_t later,
                             int64_t head_dim, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
-    const char *const key = tile_row(k, n);
-    const uintptr_t later = tile_later(k, n);
     simd_f products[4];
     simd_fetch((const char *)(later + (uintptr_t)(head_dim * size - 1)));
     FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_set1(0.0f);
@@ -118,14 +116,25 @@ FA_INLINE void key_products(int rows, simd_f *sum, int apart, const float *q, in
     FA_UNROLL for (int r = 0; r < rows; r++) sum[r * apart] = products[r];
 }
 
+/* The same of key n, or of the keys of these rows that lie beside each other there. */
+FA_INLINE void products_of_key(int rows, int beside, simd_f *sum, int apart, const float *q, int64_t pitch, const tile_rows *k, int64_t n,
+                               int64_t head_dim, fastattn_dtype dtype) {
+    const char *const key = tile_row(k, n);
+    const uintptr_t later = tile_later(k, n);
+    if (!beside) key_products(rows, sum, apart, q, pitch, key, later, head_dim, dtype);
+    else FA_UNROLL for (int r = 0; r < rows; r++)
+        key_products(1, sum + r * apart, apart, q + r * pitch, pitch, key + r * k->beside, later + (uintptr_t)(r * k->beside), head_dim, dtype);
+}
+
 /* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
  * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
-FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
+FA_INLINE void short_scores(int rows, int beside, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
                             int64_t head_dim, fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
     const int tile_keys = SUMS / rows;
     if (keys <= tile_keys / 4) {
-        FA_UNROLL for (int r = 0; r < rows; r++) few_scores(s + r * ld, q + r * pitch, k, keys, head_dim, dtype);
+        tile_rows own = *k;
+        FA_UNROLL for (int r = 0; r < rows; r++, own.column += own.beside) few_scores(s + r * ld, q + r * pitch, &own, keys, head_dim, dtype);
         return;
     }
     for (int64_t first = 0; first < keys; first += tile_keys) {
@@ -134,24 +143,34 @@ FA_INLINE void short_scores(int rows, float *s, int ld, const float *q, int64_t 
         float dots[SUMS];
         if (rows == 4) /* their sums stay in registers */
             FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
-                key_products(4, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
+                products_of_key(4, beside, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
         else
             for (int j = 0; j < tile_keys; j++)
-                key_products(rows, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
+                products_of_key(rows, beside, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         FA_UNROLL for (int r = 0; r < rows; r++)
             memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
     }
 }
 
-FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+FA_INLINE void short_qk_by(int beside, fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                            fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
     const char *first_row;
-    const tile_rows places = tile_rows_of(k, &first_row);
-    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, s, ld, q, pitch, &places, keys, head_dim, dtype);
-    if (rows & 2) short_scores(2, s, ld, q, pitch, &places, keys, head_dim, dtype);
-    if (rows & 1) short_scores(1, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
+    tile_rows places = tile_rows_of(k, &first_row);
+    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch, places.column += 4 * k.beside)
+        short_scores(4, beside, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    if (rows & 2) {
+        short_scores(2, beside, s, ld, q, pitch, &places, keys, head_dim, dtype);
+        s += 2 * ld, q += 2 * pitch, places.column += 2 * k.beside;
+    }
+    if (rows & 1) short_scores(1, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
+}
+
+FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+                           fastattn_dtype dtype) {
+    if (k.beside) short_qk_by(1, k, s, q, ld, rows, keys, head_dim, dtype);
+    else short_qk_by(0, k, s, q, ld, rows, keys, head_dim, dtype);
 }
 
 FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
@@ -194,9 +213,9 @@ static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int
     }
 }
 
-FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
+FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
-    const tile_kind kind = {TILE_FLOAT32, dtype, 1, 0, 0}, ragged = {TILE_FLOAT32, dtype, 1, 1, 0};
+    const tile_kind kind = {TILE_FLOAT32, dtype, 1, 0, 0, beside}, ragged = {TILE_FLOAT32, dtype, 1, 1, 0, beside};
     const char *first_row;
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
                        .rows = tile_rows_of(v, &first_row), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
@@ -213,8 +232,14 @@ FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float
             tile_strip(ragged, 1, rows, x);
         }
         x.c += vectors * SIMD_LANES;
-        x.column += vectors * SIMD_LANES * fa_size_of(dtype);
+        x.rows.column += vectors * SIMD_LANES * fa_size_of(dtype);
     }
+}
+
+FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
+                          int64_t v_head_dim, fastattn_dtype dtype) {
+    if (v.beside) rows_pv_by(1, v, o, alpha, p, ld, rows, keys, v_head_dim, dtype);
+    else rows_pv_by(0, v, o, alpha, p, ld, rows, keys, v_head_dim, dtype);
 }
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,

@@ -59,7 +59,8 @@ _Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_R
         .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES_OVER_MANY,        \
         .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
     static const fa_products suffix##_few = {                                                                            \
-        .name = "float32_rows_" #suffix, .qk = rows_qk, .softmax = rows_softmax, FA_FLOAT32_ROWS(instructions, block_size)};  \
+        .name = "float32_rows_" #suffix, .most_beside = TILE_MOST_BESIDE, .qk = rows_qk, .softmax = rows_softmax,                 \
+        FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_products suffix##_turned = {                                                                         \
         .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \

@@ -7,6 +7,8 @@
 #define FA_TILE_MAX_WIDTH 12
 #define FA_TILE_NARROW 6 /* up to which every width is worth a tile */
 
+enum { TILE_MOST_BESIDE = 4 }; /* elements across that have panels of their own */
+
 _Static_assert(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, "strips of two vectors or four");
 _Static_assert(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
                    SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) <= FA_TILE_MAX_WIDTH, "tile_of() knows widths up to this");
@@ -24,6 +26,7 @@ typedef struct tile_kind {
     int by_rows;            /* elements across are rows, which alpha is for, not for the lanes */
     int ragged;             /* the only vector of the panel has fewer lanes */
     int paired;             /* by rows: a step is of two rows of the panel, whose bfloat16 become pairs; of an even number of vectors */
+    int beside;             /* by rows: each element across has a panel of its own, beside that of the one before */
 } tile_kind;
 
 #ifdef SIMD_PAIRS
@@ -39,24 +42,26 @@ FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) { ret
 FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return (void)unit, sum; }
 #endif
 
-/* Rows that pointers find, or a stride from one on, without a question: row n is at[n * pointers] + n * stride, and what is read in its
- * place later is `ahead` bytes from where the pointer `skip` further on leads. */
+/* Rows that pointers find, or a stride from one on, without a question: row n is at[n * pointers] + n * stride, of which is read from
+ * byte `column` on, and what is read in its place later is `ahead` bytes from where the pointer `skip` further on leads. */
 typedef struct tile_rows {
     const char *const *at;
     int64_t pointers, stride, skip, ahead;
+    int64_t beside; /* as in fa_matrix */
+    int64_t column;
 } tile_rows;
 
 /* The rows of a matrix; where they have no pointers, `first` holds that of the first. */
 FA_INLINE tile_rows tile_rows_of(fa_matrix m, const char **first) {
     *first = m.at;
-    return m.rows ? (tile_rows){m.rows, 1, 0, m.rows_ahead, m.ahead} : (tile_rows){first, 0, m.stride, 0, m.ahead};
+    return m.rows ? (tile_rows){m.rows, 1, 0, m.rows_ahead, m.ahead, m.beside, 0} : (tile_rows){first, 0, m.stride, 0, m.ahead, m.beside, 0};
 }
 
-FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) { return x->at[n * x->pointers] + n * x->stride; }
+FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) { return x->at[n * x->pointers] + n * x->stride + x->column; }
 
 /* Nothing is read there yet: what is ahead of the last rows may be nowhere. */
 FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
-    return (uintptr_t)x->at[n * x->pointers + x->skip] + (uintptr_t)(n * x->stride + x->ahead);
+    return (uintptr_t)x->at[n * x->pointers + x->skip] + (uintptr_t)(n * x->stride + x->column + x->ahead);
 }
 
 /* One product: c[w][lane] = alpha * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane]; without alpha
@@ -72,7 +77,6 @@ typedef struct tile_operands {
     const char *panel;
     int64_t stride;      /* bytes from one step of the panel to the next */
     tile_rows rows;      /* by rows, in place of these two */
-    int64_t column;      /* bytes from the beginning of a row to the strip */
     int64_t lanes;       /* of a ragged panel */
     int64_t steps, run;
     int64_t ahead; /* rows of elements (whose `along` is 1) from those in use to what will be read next, which memory is asked for
@@ -89,17 +93,18 @@ static const float unchanged[FA_PANEL_ROWS] = {
  * rounds as keys. */
 #define FA_TILE_UNROLL 4
 
-FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t n) {
-    return kind.by_rows ? tile_row(&x->rows, n) + x->column : x->panel + n * x->stride;
+FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t n, int w) {
+    const int64_t beside = kind.beside ? w * x->rows.beside : 0;
+    return kind.by_rows ? tile_row(&x->rows, n) + beside : x->panel + n * x->stride;
 }
 
 /* By rows, what will be read in the place of a row. Else rows of elements come as their lines are used up: one line with each step, those
  * of up to 16 rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
-FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n) {
+FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n, int w) {
     enum { LINE = 16 };
     if (!x->ahead) return;
     if (kind.by_rows) {
-        const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)x->column;
+        const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)(kind.beside ? w * x->rows.beside : 0);
         const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage);
         FA_UNROLL for (int64_t at = 0; at <= bytes; at += 64) /* and the line that it ends in */
             simd_fetch((const char *)(later + (uintptr_t)(at < bytes ? at : at - 1)));
@@ -109,14 +114,14 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
     }
 }
 
-/* A step's vectors of the panel. */
-FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile_operands *x, int64_t step) {
+/* A step's vectors of the panel, or of that of element w. */
+FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile_operands *x, int64_t step, int w) {
     const int64_t bytes = SIMD_LANES * fa_size_of(kind.storage);
 #ifdef SIMD_PAIRS
     if (kind.paired) {
-        const char *even = tile_panel(kind, x, 2 * step), *odd = tile_panel(kind, x, 2 * step + 1);
-        tile_fetch(kind, vectors, x, 2 * step);
-        tile_fetch(kind, vectors, x, 2 * step + 1);
+        const char *even = tile_panel(kind, x, 2 * step, w), *odd = tile_panel(kind, x, 2 * step + 1, w);
+        tile_fetch(kind, vectors, x, 2 * step, w);
+        tile_fetch(kind, vectors, x, 2 * step + 1, w);
         FA_UNROLL for (int v = 0; v < vectors; v += 2) {
             b[v] = load_full(even + v * bytes, FASTATTN_FLOAT32);
             b[v + 1] = load_full(odd + v * bytes, FASTATTN_FLOAT32);
@@ -125,8 +130,8 @@ FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile
         return;
     }
 #endif
-    const char *panel = tile_panel(kind, x, step);
-    tile_fetch(kind, vectors, x, step);
+    const char *panel = tile_panel(kind, x, step, w);
+    tile_fetch(kind, vectors, x, step, w);
     FA_UNROLL for (int v = 0; v < vectors; v++)
         b[v] = kind.ragged ? load_as(panel, x->lanes, kind.storage) : load_full(panel + v * bytes, kind.storage);
 }
@@ -134,8 +139,9 @@ FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile
 FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step) {
     const float *a = x->a + step * x->along;
     simd_f b[4];
-    tile_vectors(kind, vectors, b, x, step);
+    if (!kind.beside) tile_vectors(kind, vectors, b, x, step, 0);
     FA_UNROLL for (int w = 0; w < width; w++) {
+        if (kind.beside) tile_vectors(kind, vectors, b, x, step, w);
         const simd_f element = simd_set1(a[w * x->across]);
         FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind.multiply, element, b[v], acc[w][v]);
     }
@@ -154,7 +160,7 @@ FA_INLINE void tile_sums(tile_kind kind, int width, int vectors, simd_f acc[FA_T
 /* By rows, each number of rows up to the widest has a tile of its own, so that what is read is read once. Else, and for the last vector of
  * a row, there are the narrow ones and the widest, which are nearly as good. */
 FA_INLINE int tile_widest(tile_kind kind, int vectors) {
-    const int widest = SIMD_TILE_WIDTH(vectors);
+    const int widest = kind.beside ? TILE_MOST_BESIDE : SIMD_TILE_WIDTH(vectors);
     (void)vectors;
     return kind.ragged && widest > FA_TILE_NARROW ? FA_TILE_NARROW : widest;
 }
@@ -220,14 +226,15 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
         x.a += width * x.across;
         if (kind.by_rows && x.alpha) x.alpha += width;
         if (kind.multiply == TILE_INT16) x.units += width * x.across;
-        if (kind.by_rows) x.ahead = 0; /* once is enough */
+        if (kind.beside) x.rows.column += width * x.rows.beside;
+        else if (kind.by_rows) x.ahead = 0; /* once is enough */
         count -= width;
     }
 }
 
 /* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
 FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
-    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0, 0};
+    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0, 0, 0};
     for (int row = 0; row < rows;) {
         int vectors = SIMD_TILE_VECTORS;
         while (vectors * SIMD_LANES > rows - row) vectors /= 2;

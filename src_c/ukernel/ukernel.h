@@ -95,11 +95,12 @@ typedef struct fa_matrix {
     fastattn_dtype dtype;
     const char *const *rows; /* a pointer to each, and then `at` and `stride` mean nothing; or null */
     int64_t ahead;      /* a hint: bytes, from any row to the one in its place among those that will be read next */
-    int64_t rows_ahead; /* with pointers from the row so many on; 0, or the keys of a block */
+    int64_t rows_ahead; /* with pointers from the row so many on; 0, or up to the keys of a block */
+    int64_t beside;     /* bytes from what the panel's first row reads of any row to what the next one does; 0: all read the same */
 } fa_matrix;
 
 static inline fa_matrix fa_matrix_at(const char *at, int64_t stride, fastattn_dtype dtype) {
-    const fa_matrix m = {at, stride, dtype, NULL, 0, 0};
+    const fa_matrix m = {at, stride, dtype, NULL, 0, 0, 0};
     return m;
 }
 
@@ -134,6 +135,7 @@ typedef struct fa_products {
     const char *name;
     fastattn_isa isa;
     int by_rows;     /* panels lie row by row: see above */
+    int most_beside; /* rows of a panel, at most, that may each have keys and values of its own, beside each other; 0: none may */
     int o_by_rows;   /* o does, although the others do not: values are read front to back */
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */

@@ -274,6 +274,44 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
     }
 }
 
+/* Rows with keys and values of their own, beside each other, get the bits that each gets from its own alone. */
+TEST_EACH_ISA(products_of_rows_beside_each_other) {
+    static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 3, 4, 5, 16, 17, 40, 64};
+    enum { ROWS = 4, DIM = 160, KEYS = 64 };
+    const fa_products *by = table()->few;
+    CHECK(by->most_beside <= ROWS, "%d rows", by->most_beside);
+    for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3 * 2; e++) {
+        const fastattn_dtype dtype = dtypes[e % 3];
+        const int in_pages = e / 3 % 2, rows = 1 + (int)(e / 6 % (size_t)by->most_beside);
+        const int64_t dim = dims[e / 6 % COUNT(dims)], keys = blocks[e / 6 / COUNT(dims)], beside = dim * (int64_t)dtype_size(dtype);
+        const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
+        context("%d rows, %lld keys, %lld numbers, dtype %d", rows, (long long)keys, (long long)dim, (int)dtype);
+        const void *rows_of[FA_PANEL_ROWS];
+        const char *k_rows[2 * KEYS], *v_rows[2 * KEYS];
+        random_rows(rows_of, ROWS, rows, dim, beside, dtype);
+        fa_matrix k = stored_rows("k", keys, dim * rows, beside * rows, dtype), v = stored_rows("v", keys, dim * rows, beside * rows, dtype);
+        for (int64_t j = 0; j < 2 * KEYS; j++) k_rows[j] = fa_row_at(k, j % keys), v_rows[j] = fa_row_at(v, j % keys);
+        if (in_pages) k.rows = k_rows, v.rows = v_rows;
+        k.beside = v.beside = beside;
+        float *q = panel("q", ROWS, (int)pitch), *s = panel("s", ROWS, KEYS), *o = panel("o", ROWS, (int)pitch);
+        float *alone_s = panel("alone s", ROWS, KEYS), *alone_o = panel("alone o", ROWS, (int)pitch), alpha[ROWS] = {1, 0.5f, 0, 0.75f};
+        for (int64_t n = 0; n < ROWS * pitch; n++) o[n] = alone_o[n] = 0.5f;
+        guard_seal();
+        by->pack(q, KEYS, rows_of, rows, dim, dtype, 1.0f);
+        by->qk(s, q, KEYS, rows, k, 0, keys, dim);
+        by->pv(o, alpha, s, KEYS, rows, v, 0, keys, dim);
+        for (int r = 0; r < rows; r++) {
+            fa_matrix own_k = fa_matrix_at(stored_at(k, 0, r * dim), beside * rows, dtype), own_v = fa_matrix_at(stored_at(v, 0, r * dim), beside * rows, dtype);
+            by->qk(alone_s + r * KEYS, q + r * pitch, KEYS, 1, own_k, 0, keys, dim);
+            by->pv(alone_o + r * pitch, alpha + r, alone_s + r * KEYS, KEYS, 1, own_v, 0, keys, dim);
+            for (int64_t j = 0; j < keys; j++) check_close("s", r, j, s[r * KEYS + j], alone_s[r * KEYS + j], 0);
+            for (int64_t d = 0; d < dim; d++) check_close("o", r, d, o[r * pitch + d], alone_o[r * pitch + d], 0);
+        }
+        guard_check();
+        guard_release();
+    }
+}
+
 /* Blocks of integers fit as long as what they share leaves enough to each. */
 TEST_EACH_ISA(products_fit) {
 #if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
