@@ -46,8 +46,7 @@ static void mix_exactly(const fastattn_merge_args *a, const fa_mixture *of, char
         double sum = 0;
         for (int64_t n = 0; n < parts; n++)
             sum += (double)of->weights_of[n] * fa_get((const char *)of->rows_of[n] + d * size, a->dtype);
-        if (isfinite(sum)) sum = fmax(-largest, fmin(sum, largest));
-        fa_put(out + d * size, (float)sum, a->dtype);
+        fa_put(out + d * size, fa_narrowed(sum, largest), a->dtype);
     }
 }
 

@@ -23,8 +23,7 @@ void fastattn_replace_means(const fa_call *call, const fa_panel *panel, const fa
         for (int64_t d = 0; d < a->v_head_dim; d++) {
             char *at = (char *)panel->outputs[r] + d * size;
             if (isfinite(fa_get(at, a->q_dtype))) continue;
-            double mean = (double)state->o[r * state->of_row + d * state->of_number] * factor[r] / FA_SHRINK;
-            if (isfinite(mean)) mean = fmax(-largest, fmin(mean, largest));
-            fa_put(at, (float)mean, a->q_dtype);
+            const double mean = (double)state->o[r * state->of_row + d * state->of_number] * factor[r] / FA_SHRINK;
+            fa_put(at, fa_narrowed(mean, largest), a->q_dtype);
         }
 }

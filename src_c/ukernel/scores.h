@@ -54,7 +54,7 @@ FA_INLINE void scores_of(float *s, ptrdiff_t ld, int rows, int64_t first, int64_
         if (kind.bounded) of.begin = simd_load(rules->begin + row), of.end = simd_load(rules->end + row);
         simd_f visible = simd_load(seen + row), shown;
         for (int64_t j = 0; j < keys; j++) {
-            const ptrdiff_t at = j * ld + row;
+            const int64_t at = j * ld + row;
             simd_store(s + at, ruled(kind, &of, simd_load(s + at), simd_set1((float)(first + j)), rules->bias + at, &shown));
             visible = simd_max(visible, shown);
         }
@@ -74,7 +74,7 @@ FA_INLINE void rows_scores_of(float *s, ptrdiff_t ld, int rows, int64_t first, i
         if (kind.bounded) of.begin = simd_set1(rules->begin[row]), of.end = simd_set1(rules->end[row]);
         simd_f visible = zero, shown, key = simd_load(ascending);
         for (int64_t j = 0; j < keys; j += SIMD_LANES) {
-            const ptrdiff_t at = row * ld + j;
+            const int64_t at = row * ld + j;
             simd_store(s + at, ruled(kind, &of, simd_load(s + at), key, rules->bias + at, &shown));
             visible = simd_max(visible, simd_select(simd_lt(key, last), shown, zero));
             key = simd_add(key, simd_set1((float)SIMD_LANES));

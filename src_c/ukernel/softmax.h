@@ -39,7 +39,7 @@ FA_INLINE void softmax_strip(int vectors, const float *s, float *p, ptrdiff_t ld
         FA_UNROLL for (int v = 0; v < vectors; v++) run[v] = simd_set1(0.0f);
         for (; j < end; j++)
             FA_UNROLL for (int v = 0; v < vectors; v++) {
-                const ptrdiff_t at = j * ld + v * SIMD_LANES;
+                const int64_t at = j * ld + v * SIMD_LANES;
                 const simd_f x = exp2_of(simd_sub(simd_load(s + at), top[v]), scale);
                 simd_store(p + at, x);
                 run[v] = simd_add(run[v], x);

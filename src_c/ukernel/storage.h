@@ -47,15 +47,16 @@ static inline float fa_get(const void *at, fastattn_dtype dtype) {
     }
 }
 
+/* Rounded; what is finite stays so, and within what is the largest of the type that it is for. */
+static inline float fa_narrowed(double x, double largest) {
+    return (float)(x < -largest && x >= -DBL_MAX ? -largest : x > largest && x <= DBL_MAX ? largest : x);
+}
+
 /* One element of a mask as a bias. A finite one beyond float32 stays finite: only exact -inf hides. */
 static inline float fa_mask_element(const void *at, fastattn_dtype dtype) {
     switch (dtype) {
     case FASTATTN_BOOL: return *(const uint8_t *)at ? 0.0f : -INFINITY;
-    case FASTATTN_FLOAT64: {
-        const double x = *(const double *)at;
-        const double low = x < -FLT_MAX && x >= -DBL_MAX ? -FLT_MAX : x;
-        return (float)(low > FLT_MAX && low <= DBL_MAX ? FLT_MAX : low);
-    }
+    case FASTATTN_FLOAT64: return fa_narrowed(*(const double *)at, FLT_MAX);
     default: return fa_get(at, dtype);
     }
 }

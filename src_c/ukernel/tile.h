@@ -69,11 +69,11 @@ FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
  * error grows with their length. Of integers there is one run, and the sum is times units[w * across] * lane_units[lane]. */
 typedef struct tile_operands {
     float *c;
-    ptrdiff_t c_ld;
+    int64_t c_ld;
     const float *alpha;
     int adds;
     const float *a;
-    ptrdiff_t across, along;
+    int64_t across, along;
     const char *panel;
     int64_t stride;      /* bytes from one step of the panel to the next */
     tile_rows rows;      /* by rows, in place of these two */

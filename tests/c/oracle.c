@@ -158,13 +158,19 @@ static double largest_nearby(const fastattn_attention_args *a, int64_t b, int64_
     return largest;
 }
 
+/* x - y, or the end of what there is. */
+static int64_t less(int64_t x, int64_t y) {
+    if (y < 0 && x > INT64_MAX + y) return INT64_MAX;
+    if (y > 0 && x < INT64_MIN + y) return INT64_MIN;
+    return x - y;
+}
+
 void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t i, struct rounding rounding,
                 struct oracle_row *result) {
     const int64_t h_kv = h / (a->num_heads / a->num_kv_heads);
     const int64_t length = a->kv_lengths ? a->kv_lengths[b] : a->kv_len;
     const int64_t start = a->kv_starts ? a->kv_starts[b] : 0, queries = a->q_lengths ? a->q_lengths[b] : a->q_len;
     const int64_t offset = a->query_offset ? a->query_offset[b] : length - queries;
-    const __int128 p = (__int128)i + offset;
     double *s = malloc((size_t)(length + 1) * sizeof *s);         /* scores; the last is the sink */
     double *terms = malloc((size_t)(length + 1) * sizeof *terms); /* the sum of the magnitudes a score is made of */
     char *visible = calloc((size_t)length + 1, 1);
@@ -182,8 +188,9 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
             if (a->mask_dtype == FASTATTN_BOOL)
                 bias = 0;
         }
-        if ((a->causal && j > p) || (a->window_left >= 0 && j < p - a->window_left) ||
-            (a->window_right >= 0 && j > p + a->window_right) || (a->block_mask && !block_visible(a, b, h, i, j)))
+        const int64_t behind = less(offset, j - i); /* its query */
+        if ((a->causal && behind < 0) || (a->window_left >= 0 && behind > a->window_left) ||
+            (a->window_right >= 0 && behind < -a->window_right) || (a->block_mask && !block_visible(a, b, h, i, j)))
             continue;
 
         double dot = 0, magnitude = 0;
@@ -214,7 +221,7 @@ void oracle_row(const fastattn_attention_args *a, int64_t b, int64_t h, int64_t 
         score += bias;
         magnitude += fabs(bias);
         if (a->alibi_slopes) {
-            double distance = p > j ? (double)(p - j) : (double)(j - p);
+            double distance = fabs((double)behind);
             double slope =
                 *(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] + h * a->alibi_strides[1]);
             score -= slope * distance;

@@ -330,7 +330,7 @@ static int ask(void *context) {
 }
 
 TEST_EACH_ISA(threads_are_interrupted) {
-    enum { ROWS = 1 << 16, DIM = 64 };
+    enum { ROWS = 1 << 16, DIM = 8 };
     float row[DIM] = {0}, *out = malloc(sizeof(float) * ROWS * DIM);
     CHECK(out, "malloc");
     fastattn_attention_args args = {.size = sizeof args, .batch = 1, .num_heads = 1, .num_kv_heads = 1, .q_len = ROWS,
