@@ -173,7 +173,7 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
     const int64_t runs = panels > 1 && shape->rows.panels == 1 ? panels : 1; /* heads abreast have their own */
     fa_run run[FA_MOST_ABREAST];
     for (int64_t n = 0; n < runs; n++) {
-        run[n].keys = 0;
+        run[n].first = run[n].keys = 0;
         run[n].abreast_before = n;
         run[n].abreast_after = runs - 1 - n;
         run[n].k_rows = (const char **)(void *)(scratch + call->scratch.k_rows) + n * call->pointers;

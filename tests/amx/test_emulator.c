@@ -1,10 +1,12 @@
 /* The tile instructions against plain loops: on a processor with AMX this tests what emulator.c takes AMX to be, elsewhere,
  * with the emulator preloaded, the emulator. */
-#include "../c/harness.h"
+#include "../c/problem.h"
 
+#include <errno.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -56,6 +58,23 @@ static void random_bytes(struct rng *rng, void *memory, size_t size) {
 __attribute__((constructor)) static void ask_for_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+
+/* A sandbox may refuse what the processor has: then other kernels serve. The emulator plays the system as well. */
+TEST(amx_refused) {
+    if (!getenv("AMX_REFUSED")) skip("granted");
+    static const struct spec spec = {.name = "refused", .heads = 2, .q_len = 70, .kv_len = 90, .head_dim = 64,
+                                     .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16};
+    struct problem problem;
+    CHECK(syscall(SYS_arch_prctl, 0x1023, 18) == -1 && errno == EPERM, "nothing refuses");
+    CHECK(!fastattn_isa_available(FASTATTN_ISA_AMX), "AMX, which the system refuses");
+    problem_build(&problem, &spec, 1, GUARD_BEHIND);
+    problem_seal(&problem, GUARD_BEHIND);
+    CHECK_STATUS(fastattn_attention(&problem.args, NULL, 0), FASTATTN_OK);
+    problem_verify(&problem, 1);
+    problem.args.isa = FASTATTN_ISA_AMX;
+    CHECK_STATUS(fastattn_attention(&problem.args, NULL, 0), FASTATTN_ERROR_ISA);
+    guard_release();
 }
 
 /* -------------------------------------------------------------------------------------------------------- configuration */
