@@ -147,7 +147,18 @@ static int run_one(const char *name) {
     return 0;
 }
 
-/* usage: program [effort in percent [part of a test's name [an instruction set, which then has to be available]]] */
+/* Whether the name holds one of the parts, which commas separate. */
+static int is_wanted(const char *name, const char *parts) {
+    for (const char *comma;; parts = comma + 1) {
+        char part[128];
+        comma = strchr(parts, ',');
+        snprintf(part, sizeof part, "%.*s", comma ? (int)(comma - parts) : (int)strlen(parts), parts);
+        if (strstr(name, part)) return 1;
+        if (!comma) return 0;
+    }
+}
+
+/* usage: program [effort in percent [parts of tests' names [an instruction set, which then has to be available]]] */
 int main(int argc, char **argv) {
     const char *wanted = argc > 2 ? argv[2] : "", *wanted_isa = argc > 3 ? argv[3] : "";
     if (argc > 1)
@@ -162,7 +173,7 @@ int main(int argc, char **argv) {
         return run_one(asked_for);
     }
     for (const struct test *test = tests; test; test = test->next) {
-        if (!strstr(test->name, wanted))
+        if (!is_wanted(test->name, wanted))
             continue;
         if (!test->each_isa) {
             test_isa = FASTATTN_ISA_BEST;

@@ -3,13 +3,13 @@
 #
 #   tests/c/run.sh [--cc COMPILER] [--sanitize address,undefined | thread] [--no-openmp]
 #                  [--emulate 'qemu-x86_64 -cpu Nehalem' | 'valgrind -q' | aarch64 | riscv64 | arm | musl | windows | wasm | amx]
-#                  [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME]
+#                  [--effort PERCENT] [--only PART-OF-A-TEST'S-NAME[,ANOTHER]]
 #
 # One line per test, and the line "N passed, N failed, N skipped" at the end; the exit status is 1 when a test failed.
 # With sanitizers the engine's assertions hold; with that of threads only the tests of threads run; without, also checks of the objects. With "amx" the
 # tests of that instruction set run, on any x86-64 with AVX-512: what the processor lacks of it tests/amx/emulator.c does.
 # The other names are what the library is cross-compiled for; words after the first are the emulator's ('aarch64 -cpu cortex-a53').
-# What an option needs and the system lacks is installed with apt-get where that is possible.
+# What an option needs and the system lacks is installed with apt-get where that is possible; else the exit status is 77.
 set -eu
 
 cc=cc openmp=-fopenmp sanitize='' emulate='' effort='' only=''
@@ -28,7 +28,8 @@ done
 need() { # a command, and the package that has it
     command -v "$1" >/dev/null && return
     echo "installing $2" >&2
-    $(command -v sudo) apt-get install -qq -y --no-install-recommends $2 >/dev/null
+    $(command -v sudo) apt-get -o DPkg::Lock::Timeout=300 install -qq -y --no-install-recommends $2 >/dev/null || true
+    command -v "$1" >/dev/null || { echo "SKIPPED: $1 cannot be installed (packages: $2)"; exit 77; }
 }
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -52,8 +53,8 @@ case $target in
     musl) need musl-gcc musl-tools; cc=musl-gcc static=-static run='' openmp='' ;; # its OpenMP would be glibc's
     windows)
         need x86_64-w64-mingw32-gcc gcc-mingw-w64-x86-64
-        [ -x /usr/lib/wine/wine64 ] || need wine64 wine64
         PATH=$PATH:/usr/lib/wine
+        need wine64 wine64
         tools=x86_64-w64-mingw32- cc=x86_64-w64-mingw32-gcc static=-static run=wine64 suffix=.exe pic='' extra=-D__USE_MINGW_ANSI_STDIO=1
         export WINEPREFIX=$build/wine WINEDEBUG=-all ;;
     wasm)
@@ -108,6 +109,7 @@ $cc $flags $static $wrap "$build"/tests/*.o "$build"/library/*.o -lm $threads -o
 export ASAN_OPTIONS="allocator_may_return_null=1:${ASAN_OPTIONS-}"
 case $run in qemu-*) export TEST_UNDER_QEMU=1 ;; esac
 $run "$build/test$suffix" "$effort" "$only" "$isa" | tee "$build/log" | sed '$d'
+[ -z "$isa" ] || AMX_REFUSED=1 $run "$build/test" 1 amx_refused | sed '$d' | tee -a "$build/log"
 
 # ---------------------------------------------------------------------------------------------- the objects themselves
 outcome() { # pass, FAIL or skip, the name, and what was found
@@ -135,12 +137,12 @@ check_objects() {
     expect_nothing data_is_cached_features_and_the_pool "$(echo "$data" | grep -v -e '^cpu-cpu' -e '^core-pool' || true)"
     echo "     mutable data: ${data:-none}"
 
-    if $cc $flags $static -shared "$@" -lm $threads -o "$build/libfastattn.so" 2>/dev/null; then
+    if $cc $flags -shared "$@" -lm $threads -o "$build/libfastattn.so" 2>/dev/null; then
         grep -o 'fastattn_[a-z_]*(' "$source/include/fastattn.h" | tr -d '(' | sort -u >"$build/declared"
         expect_nothing shared_library_exports_the_header "$("${tools}nm" -D --defined-only "$build/libfastattn.so" |
             awk '$3 !~ /^(_init|_fini)$/ { print $3 }' | sort -u | comm -3 - "$build/declared" | tr -d '\t')"
     else
-        outcome skip shared_library_exports_the_header "a static tool chain"
+        outcome skip shared_library_exports_the_header "no shared libraries"
     fi
 
     if "${tools}objdump" -f "$1" | grep -q x86-64; then

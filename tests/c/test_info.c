@@ -42,6 +42,9 @@ TEST_EACH_ISA(info_describes_the_call) {
         problem_seal(&problem, GUARD_BEHIND);
         const fastattn_plan *plan;
         CHECK_STATUS(fastattn_attention_plan(&problem.args, problem.workspace, problem.workspace_size, &plan), FASTATTN_OK);
+        allocation_fails = 1;
+        CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_ERROR_MEMORY);
+        allocation_fails = 0;
         CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_OK);
         CHECK(fastattn_isa_available(info.isa) && (info.isa == test_isa || info.isa < test_isa), "isa %d",
               (int)info.isa);

@@ -177,6 +177,8 @@ TEST(linear_errors) {
     REFUSED((a.kv_lengths = table, table[0] = 21), FASTATTN_ERROR_KV_LENGTHS);
     REFUSED((a.cu_seqlens = table, a.batch = 2, table[0] = 0), FASTATTN_ERROR_SEQLENS);
     REFUSED(a.isa = (fastattn_isa)99, FASTATTN_ERROR_ISA);
+    REFUSED(allocation_fails = 1, FASTATTN_ERROR_MEMORY);
+    allocation_fails = 0;
 #undef REFUSED
     fastattn_linear_args a;
     CHECK_STATUS(fastattn_linear_args_init(&a, sizeof a), FASTATTN_OK);

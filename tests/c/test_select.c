@@ -217,4 +217,6 @@ TEST(errors_selection) {
     SELECT(FASTATTN_ERROR_DTYPE, bad.q_dtype = FASTATTN_BFLOAT16);
     SELECT(FASTATTN_ERROR_ISA, bad.isa = (fastattn_isa)99);
     SELECT(FASTATTN_ERROR_THREADING, bad.threading = (fastattn_threading)9);
+    SELECT(FASTATTN_ERROR_MEMORY, allocation_fails = 1);
+    allocation_fails = 0;
 }
