@@ -93,3 +93,58 @@ TEST_EACH_ISA(scores_tanh) {
         }
     }
 }
+
+/* Luong's local attention around predicted positions, as the header says how. */
+struct around {
+    const double *position;
+    double reach;
+    int with_gaussian;
+};
+
+static double gaussian(const struct around *c, int64_t query, int64_t key) {
+    const double away = ((double)key - c->position[query]) / c->reach;
+    return fabs(away) > 1 ? -(double)INFINITY : -2 * away * away;
+}
+
+static void local(float *scores, int64_t keys, int64_t batch, int64_t head, int64_t query, int64_t first_key, void *context) {
+    const struct around *c = context;
+    (void)batch, (void)head;
+    for (int64_t n = 0; n < keys; n++) {
+        const double added = gaussian(c, query, first_key + n);
+        scores[n] += c->with_gaussian || added == -(double)INFINITY ? (float)added : 0.0f;
+    }
+}
+
+TEST_EACH_ISA(scores_of_luong) {
+    enum { ROWS = 19, KEYS = 50, DIM = 8 };
+    static float q[ROWS * DIM], k[KEYS * DIM], v[KEYS * DIM], out[ROWS * DIM], lse[2][ROWS];
+    double position[ROWS];
+    struct rng rng = {7};
+    for (int n = 0; n < ROWS * DIM; n++) q[n] = (float)random_signed(&rng);
+    for (int n = 0; n < KEYS * DIM; n++) k[n] = (float)random_signed(&rng), v[n] = (float)random_signed(&rng);
+    for (int i = 0; i < ROWS; i++) position[i] = KEYS * (0.5 + 0.5 * random_signed(&rng));
+    struct around context = {position, 4, 0};
+    fastattn_attention_args a = FASTATTN_ATTENTION_ARGS_INIT;
+    a.batch = a.num_heads = a.num_kv_heads = 1, a.q_len = ROWS, a.kv_len = KEYS, a.head_dim = a.v_head_dim = DIM;
+    a.q = q, a.k = k, a.v = v, a.out = out, a.scale = 1, a.isa = test_isa;
+    a.q_strides[2] = a.k_strides[2] = a.v_strides[2] = a.out_strides[2] = DIM * 4, a.lse_strides[2] = 4;
+    a.score_function = local, a.score_context = &context;
+    for (context.with_gaussian = 0; context.with_gaussian < 2; context.with_gaussian++) {
+        a.lse = lse[context.with_gaussian];
+        CHECK_STATUS(fastattn_attention(&a, NULL, 0), FASTATTN_OK);
+    }
+    for (int i = 0; i < ROWS; i++) {
+        double weights = 0, sums[DIM] = {0};
+        for (int j = 0; j < KEYS; j++) {
+            const double added = gaussian(&context, i, j);
+            double s = 0;
+            for (int d = 0; d < DIM; d++) s += (double)q[i * DIM + d] * (double)k[j * DIM + d];
+            if (added > -(double)INFINITY) weights += exp(s);
+            for (int d = 0; d < DIM; d++) sums[d] += exp(s + added) * (double)v[j * DIM + d];
+        }
+        for (int d = 0; d < DIM; d++) {
+            const double found = (double)out[i * DIM + d] * exp((double)lse[1][i] - (double)lse[0][i]);
+            CHECK(fabs(found - sums[d] / weights) < 1e-5, "row %d is %.9g, should be %.9g", i, found, sums[d] / weights);
+        }
+    }
+}
