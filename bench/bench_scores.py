@@ -6,8 +6,13 @@ The sides of a comparison alternate in one process; medians, and minima behind t
 """
 
 import argparse
+import ctypes
 import importlib
+import shutil
 import statistics
+import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import peers
@@ -65,6 +70,46 @@ def tanh_alone(count):
     return lambda: fastattn.additive_attention(q, k, k[..., :0], one, one, one[0], activation="relu")
 
 
+def luong(torch, rounds):
+    """General scores, over all keys and over a window around a predicted position."""
+    rng = np.random.default_rng(0)
+    n, dim, reach = 1024, 64, 32
+    q, k, v = rng.standard_normal((3, 1, 8, n, dim), np.float32)
+    w, w_p = rng.standard_normal((2, dim, dim), np.float32) / np.float32(dim)
+    v_p = rng.standard_normal(dim, np.float32)
+    tensors = [torch.from_numpy(x) for x in (q, k, v, w, w_p, v_p)] if torch else []
+    keys = np.arange(n, dtype=np.float32)
+
+    def weights_of(s):
+        p = np.exp(s - s.max(axis=-1, keepdims=True))
+        return p / p.sum(axis=-1, keepdims=True)
+
+    def numpy_around():
+        away = keys - n / (1 + np.exp(-np.tanh(q @ w_p) @ v_p[:, None]))
+        s = np.where(np.abs(away) <= reach, q @ w @ k.swapaxes(2, 3), -np.inf)
+        return (weights_of(s) * np.exp(-2 * (away / reach) ** 2)) @ v
+
+    def torch_around():
+        q, k, v, w, w_p, v_p = tensors
+        away = torch.arange(n) - n * torch.sigmoid(torch.tanh(q @ w_p) @ v_p[:, None])
+        s = (q @ w @ k.transpose(2, 3)).masked_fill(away.abs() > reach, -torch.inf)
+        return (torch.softmax(s, dim=-1) * torch.exp(-2 * (away / reach) ** 2)) @ v
+
+    general = {"score": "general", "w": w}
+    sides = {
+        "ours": lambda: fastattn.luong_attention(q, k, v, **general),
+        "numpy": lambda: weights_of(q @ w @ k.swapaxes(2, 3)) @ v,
+    }
+    if torch:
+        sides["torch"] = lambda: torch.softmax(tensors[0] @ tensors[3] @ tensors[1].transpose(2, 3), dim=-1) @ tensors[2]
+    report("Luong, general, 1, 8/8, 1024, 1024, 64", measure(sides, rounds))
+    around = {"local": "predictive", "window": reach, "w_p": w_p, "v_p": v_p}
+    sides = {"ours": lambda: fastattn.luong_attention(q, k, v, **general, **around), "numpy": numpy_around}
+    if torch:
+        sides["torch"] = torch_around
+    report(f"..., within {reach} of predicted positions", measure(sides, rounds))
+
+
 def activations(torch, rounds):
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 8, 2048, 64), np.float32)
@@ -82,6 +127,27 @@ def activations(torch, rounds):
         report(f"{name}, 1, 8/8, 2048, 2048, 64", measure(sides, rounds))
 
 
+ALIBI = """
+#include <stdint.h>
+void alibi(float *scores, int64_t keys, int64_t batch, int64_t head, int64_t query, int64_t first_key, void *context) {
+    const float slope = ((const float *)context)[head];
+    const int32_t away = (int32_t)(query - first_key);
+    (void)batch;
+    for (int32_t n = 0; n < keys; n++) scores[n] -= slope * (float)(away < n ? n - away : away - n);
+}
+"""
+
+
+def compiled():
+    """ALiBi in C, whose context are the slopes."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "alibi.so"
+        subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-xc", "-", "-o", library], input=ALIBI, text=True, check=True)
+        function = ctypes.CDLL(str(library)).alibi
+    function.argtypes, function.restype = [ctypes.POINTER(ctypes.c_float), *[ctypes.c_int64] * 5, ctypes.c_void_p], None
+    return function
+
+
 def functions(torch, rounds):
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 8, 2048, 64), np.float32)
@@ -91,8 +157,11 @@ def functions(torch, rounds):
     def alibi(s, b, h, i, j):
         return s - slopes[h] * abs(i - j)
 
-    sides = {
-        "ours": lambda: fastattn.attention(q, k, v, score_function=alibi),
+    sides = {"ours": lambda: fastattn.attention(q, k, v, score_function=alibi)}
+    if shutil.which("cc"):
+        in_c = compiled(), slopes
+        sides["in C"] = lambda: fastattn.attention(q, k, v, score_function=in_c)
+    sides |= {
         "alibi_slopes": lambda: fastattn.attention(q, k, v, alibi_slopes=slopes),
         "none": lambda: fastattn.attention(q, k, v),
     }
@@ -107,7 +176,7 @@ def main():
     args = parser.parse_args()
     torch = importlib.import_module("torch") if "torch" in peers.installed() else None
     with peers.same_threads(args.threads):
-        for part in (additive, activations, functions):
+        for part in (additive, luong, activations, functions):
             if args.only in part.__name__:
                 part(torch, args.rounds)
 
