@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from . import plot
-from .inspect import attention_mass
 from .kvcache import KVCache
 from .models.weights import ModelError, add_options, fetch
 
@@ -46,8 +45,7 @@ class WatchedCache(KVCache):
     def attend(self, q, **keywords):
         """Attention of the latest tokens' queries."""
         if hasattr(self, "mass"):
-            length = len(self._segments)
-            self.mass.append(attention_mass(q[:, :, -1:], self._k[:, :, :length], self._segments)[0, :, 0])
+            self.mass.append(self.attention_mass(q[:, :, -1:], self._segments)[0, :, 0])
         return super().attend(q, **keywords)
 
 

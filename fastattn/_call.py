@@ -361,8 +361,9 @@ class Call:
     invariant : bool
         The bits of a row depend on its query, the keys it sees, their distance from `kv_starts` and the rules alone.
     segments : ndarray or None
-        ``(B, Lk)`` int32, the last axis contiguous, from -1 to ``num_segments - 1``: `out` is float32, ``(B, Hq, Lq, num_segments)``,
-        and holds the weights of each segment's keys in place of values times weights. Values then have no numbers.
+        ``(B, Lk)`` int32, with `cu_seqlens_k` ``(1, total_k)``, the last axis contiguous, from -1 to ``num_segments - 1``: `out` is
+        float32, ``(B, Hq, Lq, num_segments)``, and holds the weights of each segment's keys in place of values times weights. Values are
+        not read then.
     num_segments : int
     """
 

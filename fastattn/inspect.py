@@ -13,6 +13,7 @@ import numpy as np
 from . import runtime
 from ._call import Call, known_keywords
 from ._check import as_array, integer
+from ._quantized import kind_of
 from .backends import numpy as _oracle
 
 if TYPE_CHECKING:
@@ -152,9 +153,18 @@ def attention_span(q: Array, k: Array, **keywords: Unpack[Rules]) -> NDArray[np.
 
 
 def attention_mass(
-    q: Array, k: Array, segments: Array, *, num_segments: int | None = None, **keywords: Unpack[Rules]
+    q: Array,
+    k: Array,
+    segments: Array,
+    *,
+    num_segments: int | None = None,
+    cu_seqlens_q: Ints | None = None,
+    cu_seqlens_k: Ints | None = None,
+    **keywords: Unpack[Rules],
 ) -> NDArray[np.float32]:
     """How much of each query's attention falls on each segment of the keys, without materialising the probabilities.
+
+    Caches have a method of this name.
 
     Parameters
     ----------
@@ -164,10 +174,13 @@ def attention_mass(
         The segment of each key, from 0; a key at -1 is in none.
     num_segments : int, optional
         Default: the largest segment and one.
+    cu_seqlens_q, cu_seqlens_k : array_like of int, (N + 1,), optional
+        Where packed sequences begin and end: arrays are as for :func:`attention_varlen`, ``(total, H, D)``, and so are the keywords;
+        `segments` is ``(total_k,)``.
 
     Returns
     -------
-    ndarray, (B, Hq, Lq, num_segments)
+    ndarray, (B, Hq, Lq, num_segments) or (total_q, Hq, num_segments)
         float32 sums of probabilities. Those of a row sum to what the keys that are in a segment have of it.
 
     Notes
@@ -182,12 +195,29 @@ def attention_mass(
     >>> fastattn.attention_mass(q[:, :, -1:], k, np.arange(k.shape[2]) >= 100)
     """
     known_keywords("attention_mass", keywords, without=("return_lse", "out"))
-    q, k, segments = as_array("q", q), as_array("k", k), as_array("segments", segments)
+    q, k = as_array("q", q), as_array("k", k)
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
+    if cu_seqlens_q is not None:
+        for name in ("mask", "kv_lengths"):
+            if keywords.get(name) is not None:
+                raise ValueError(f"{name} must be None with cu_seqlens_q and cu_seqlens_k; got some")
+        if k.ndim != 3:
+            raise ValueError(f"k must have shape (total_k, Hkv, D) with cu_seqlens_k; got {k.shape}")
+        segments, count = segments_of(segments, num_segments, k.shape[:1])
+        return mass(q, k, segments[None], count, packed=(cu_seqlens_q, cu_seqlens_k), **keywords)
     if k.ndim not in (2, 3, 4):
         raise ValueError(f"k must have shape (B, Hkv, Lk, D), (Hkv, Lk, D) or (Lk, D); got {k.shape}")
+    batch, length = k.shape[0] if k.ndim == 4 else 1, k.shape[-2]
+    segments, count = segments_of(segments, num_segments, (length,), *([(batch, length)] if k.ndim == 4 else []))
+    return mass(q, k, np.broadcast_to(segments, (batch, length)), count, **keywords)
+
+
+def segments_of(segments, num_segments, *shapes):
+    """The segments of keys, which have one of these shapes, as int32, and how many there are."""
+    segments = as_array("segments", segments)
     if segments.dtype.kind not in "biu":
         raise TypeError(f"segments must hold ints; got {segments.dtype}")
-    shapes = [k.shape[-2:-1]] + ([(k.shape[0], k.shape[2])] if k.ndim == 4 else [])
     if segments.shape not in shapes:
         raise ValueError(f"segments must have shape {' or '.join(map(str, shapes))}; got {segments.shape}")
     smallest, largest = (int(segments.min()), int(segments.max())) if segments.size else (-1, -1)
@@ -196,8 +226,12 @@ def attention_mass(
         raise ValueError(f"num_segments must be less than {2**31}; got {num_segments}")
     if smallest < -1 or largest >= num_segments:
         raise ValueError(f"segments must lie between -1 and {num_segments - 1}; got {smallest} to {largest}")
-    of_entries = np.broadcast_to(segments.astype(np.int32), (k.shape[0] if k.ndim == 4 else 1, k.shape[-2]))
-    call = _call(q, k, keywords, segments=of_entries, num_segments=num_segments)
+    return segments.astype(np.int32), num_segments
+
+
+def mass(q, k, segments, num_segments, **keywords):
+    """:func:`attention_mass` of segments that are checked, (B, Lk) or of packed keys (1, total_k), with all arguments of a `Call`."""
+    call = Call(runtime.backend(), q, k, k, segments=segments, num_segments=num_segments, **keywords)
     runtime.backend().attention(call)
     return call.result()
 
@@ -244,11 +278,10 @@ def rollout(weights: Iterable[Array], *, residual: float = 0.5) -> NDArray[Any]:
     return flow.astype(np.float32)
 
 
-def _call(q, k, keywords, **of_segments):
-    """The validated call, with values that have no numbers: for NumPy, or for the backend in use where there are segments."""
+def _call(q, k, keywords):
+    """The validated call, for NumPy, with values that have no numbers."""
     k = as_array("k", k)
-    backend = runtime.backend() if of_segments else _oracle
-    return Call(backend, q, k, np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **of_segments, **keywords)
+    return Call(_oracle, q, k, k if kind_of(k.dtype) else np.broadcast_to(np.zeros((), k.dtype), (*k.shape[:-1], 0)), **keywords)
 
 
 def _like(result, q):

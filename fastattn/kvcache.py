@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._call import known_keywords
 from ._check import as_array, check_out, dtype_name, flag, integers, kernel_ready, spread_tail, take_tail_mask, window_sides
 from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
 from .indexed import attention_indexed
-from .quantized import attend_turned, check_dim, store, store_plain
+from .inspect import mass, segments_of
+from .quantized import attend_turned, check_dim, store, store_plain, turned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -287,14 +289,8 @@ class KVCache:
         lse : ndarray, (B, Hq, Lq)
             float32, only with ``return_lse=True``.
         """
-        for name in ("query_offset", "kv_lengths", *(("mask", "kv_starts") if self._window is not None else ())):
-            if name in keywords:
-                raise TypeError(f"attend() has no argument {name}: the cache knows where its tokens are")
-        q = as_array("q", q)
-        if q.ndim != 4 or q.shape[0] != self._lengths.size:
-            raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {dim_of(self._k)}); got {q.shape}")
+        q = self._queries("attend", q, keywords)
         if self._rotate:
-            check_queries(q, dim_of(self._k))
             return attend_turned(self._attend, q, {"causal": causal, "tail_mask": tail_mask, "indices": indices, **keywords})
         return self._attend(q, causal, tail_mask, indices, **keywords)
 
@@ -316,6 +312,49 @@ class KVCache:
         if indices is not None:
             return attention_indexed(q, k, v, indices, causal=causal, **keywords)
         return attention(q, k, v, causal=causal, **keywords)
+
+    def attention_mass(
+        self, q: Array, segments: Array, *, num_segments: int | None = None, causal: bool = True, **keywords: Any
+    ) -> NDArray[np.float32]:
+        """How much of the attention of the latest tokens' queries falls on each segment of what the cache holds.
+
+        Parameters
+        ----------
+        q : array_like, (B, Hq, Lq, D)
+            As for :meth:`attend`.
+        segments : array_like of int, (longest,) or (B, longest)
+            The segment of each token, from the first on, up to the length of the longest entry; a token at -1 is in none.
+        num_segments : int, optional
+            Default: the largest segment and one.
+        causal : bool
+        **keywords
+            As for :func:`fastattn.attention_mass`, but query_offset and kv_lengths. Not on a ring.
+
+        Returns
+        -------
+        ndarray, (B, Hq, Lq, num_segments)
+            float32.
+        """
+        if self._window is not None:
+            raise ValueError("attention_mass() is not for a ring, whose places are not the tokens' positions")
+        known_keywords("attention_mass", keywords, without=("return_lse", "out"))
+        q, longest = self._queries("attention_mass", q, keywords), int(self._lengths.max(initial=0))
+        shape = self._lengths.size, longest
+        segments, count = segments_of(segments, num_segments, shape[1:], shape)
+        rules = {"causal": causal, "kv_lengths": self._lengths, **keywords}
+        return mass(turned(q) if self._rotate else q, self._k[:, :, :longest], np.broadcast_to(segments, shape), count, **rules)
+
+    def _queries(self, method, q, keywords):
+        """The queries of a call, checked, and that its keywords say nothing that the cache knows better."""
+        for name in ("query_offset", "kv_lengths", *(("mask", "kv_starts") if self._window is not None else ())):
+            if name in keywords:
+                raise TypeError(f"{method}() has no argument {name}: the cache knows where its tokens are")
+        q = as_array("q", q)
+        if q.ndim != 4 or q.shape[0] != self._lengths.size:
+            raise ValueError(f"q must have shape ({self._lengths.size}, Hq, Lq, {dim_of(self._k)}); got {q.shape}")
+        if self._rotate:
+            check_queries(q, dim_of(self._k))
+        return q
 
     def truncate(self, lengths: Ints) -> None:
         """Forget all but the first tokens of each entry: drafts that were rejected.

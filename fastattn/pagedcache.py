@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import pagebounds
+from ._call import known_keywords
 from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, most_kept, shares
 from ._quantized import dim_of
 from .attention import merge_states
+from .inspect import mass, segments_of
 from .kvcache import MOST_PLAIN, CacheFullError, cache_rows, check_queries, new_rows, size
-from .quantized import attend_turned, store, store_plain
+from .quantized import attend_turned, store, store_plain, turned
 from .varlen import paged_attention
 
 if TYPE_CHECKING:
@@ -343,26 +345,72 @@ class PagedKVCache:
         mass : ndarray, (Hq, total_q)
             float32, only with ``return_mass=True``.
         """
-        for name in ("query_offset", "kv_lengths", "block_table"):
-            if name in keywords:
-                raise TypeError(f"attend() has no argument {name}: the pool knows where its tokens are")
+        q = self._queries("attend", q, keywords)
         sequences = self._own(sequences)
         choice = None
         if top_pages is not None:
             choice = *self._page_choice(top_pages, keep_first, keep_recent, keywords), flag("return_mass", return_mass)
         elif flag("return_mass", return_mass):
             raise ValueError("return_mass must be False without top_pages, for then all of it is covered; got True")
-        q = as_array("q", q)
-        if q.ndim != 3:
-            raise ValueError(f"q must have shape (total_q, Hq, D); got {q.shape}")
         if self._rotate:
-            check_queries(q, dim_of(self._k))
 
             def attend(wide, **rest):
                 return self._attend(sequences, wide, cu_seqlens_q, **rest)
 
             return attend_turned(attend, q, {"causal": causal, "cascade": cascade, "choice": choice, **keywords})
         return self._attend(sequences, q, cu_seqlens_q, causal, cascade, choice, **keywords)
+
+    def attention_mass(
+        self,
+        sequences: Iterable[Sequence],
+        q: Array,
+        segments: Array,
+        cu_seqlens_q: Ints | None = None,
+        *,
+        num_segments: int | None = None,
+        causal: bool = True,
+        **keywords: Any,
+    ) -> NDArray[np.float32]:
+        """How much of the attention of the latest tokens' queries falls on each segment of the sequences that they belong to.
+
+        Parameters
+        ----------
+        sequences : iterable of Sequence
+        q, cu_seqlens_q
+            As for :meth:`attend`.
+        segments : array_like of int, (total_k,)
+            The segment of each token of the sequences, sequence after sequence; a token at -1 is in none.
+        num_segments : int, optional
+            Default: the largest segment and one.
+        causal : bool
+        **keywords
+            As for :func:`fastattn.attention_mass`, but mask, query_offset and kv_lengths.
+
+        Returns
+        -------
+        ndarray, (total_q, Hq, num_segments)
+            float32.
+        """
+        known_keywords("attention_mass", keywords, without=("return_lse", "out", "mask"))
+        q, sequences = self._queries("attention_mass", q, keywords), self._own(sequences)
+        table, lengths = self.block_table(sequences), self.lengths(sequences)
+        segments, count = segments_of(segments, num_segments, (int(lengths.sum()),))
+        of_pages = np.full((len(sequences), table.shape[1] * self.page_size), -1, np.int32)
+        of_pages[np.arange(of_pages.shape[1]) < lengths[:, None]] = segments
+        rules = {"causal": causal, "kv_lengths": lengths, **keywords}
+        return mass(turned(q) if self._rotate else q, self._k.swapaxes(1, 2), of_pages, count, paged=(table, cu_seqlens_q), **rules)
+
+    def _queries(self, method, q, keywords):
+        """The queries of a call, checked, and that its keywords say nothing that the pool knows better."""
+        for name in ("query_offset", "kv_lengths", "block_table"):
+            if name in keywords:
+                raise TypeError(f"{method}() has no argument {name}: the pool knows where its tokens are")
+        q = as_array("q", q)
+        if q.ndim != 3:
+            raise ValueError(f"q must have shape (total_q, Hq, D); got {q.shape}")
+        if self._rotate:
+            check_queries(q, dim_of(self._k))
+        return q
 
     def _attend(self, sequences, q, cu_seqlens_q, causal, cascade, choice, **keywords):
         starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")

@@ -109,17 +109,23 @@ def store_plain(k, v, caches, axes, slots):
     return short is not None and short(k, v, *caches, axes, slots)
 
 
+def _turn(x, to):
+    """Fill `to` with the turned rows of `x`, (B, H, L, D) or packed, (L, H, D)."""
+    rows, target = (x.swapaxes(1, 2), to.swapaxes(1, 2)) if x.ndim == 4 else (x[None], to[None])
+    store([("q", rows, target)], every_slot(*rows.shape[:2]), rotate=True)
+
+
+def turned(q):
+    """Queries, turned as keys are."""
+    wide = np.empty(q.shape, np.float64 if q.dtype == np.float64 else np.float32)
+    _turn(kernel_ready(q), wide)
+    return wide
+
+
 def attend_turned(attend, q, keywords):
     """What ``attend(q, **keywords)`` gives where keys and values are turned and its queries are not."""
     given_out = keywords.pop("out", None)
-    wide = np.empty(q.shape, np.float64 if q.dtype == np.float64 else np.float32)
-    heads_second = q.ndim == 4  # (B, H, L, D), else packed: (L, H, D)
-
-    def turn(x, to):
-        rows, target = (x.swapaxes(1, 2), to.swapaxes(1, 2)) if heads_second else (x[None], to[None])
-        store([("q", rows, target)], every_slot(*rows.shape[:2]), rotate=True)
-
-    turn(kernel_ready(q), wide)
+    wide = turned(q)
     if dtype_name(q.dtype) == "bfloat16":  # the products that its own dtype would have
         keywords = {**keywords, "precision": "medium"}
     result = attend(wide, **keywords)
@@ -130,7 +136,7 @@ def attend_turned(attend, q, keywords):
     else:
         target, out = check_out(given_out, turned_out.shape, dtype, (("q", q),)), given_out
     ready = target if is_kernel_ready(target) else np.empty(target.shape, target.dtype)
-    turn(turned_out, ready)
+    _turn(turned_out, ready)
     if ready is not target:
         target[...] = ready
     return (out, *rest) if rest else out

@@ -30,12 +30,12 @@ MAY_IMPORT = {  # a part of the package, and the parts that it may know
     "attention": {"_call", "_check", "runtime", "backends", "sparse"},
     "quantized": {"_check", "_quantized", "runtime"},
     "indexed": {"_call", "_check", "runtime"},
-    "kvcache": {"_check", "_quantized", "attention", "indexed", "quantized"},
+    "kvcache": {"_call", "_check", "_quantized", "attention", "indexed", "inspect", "quantized"},
     "varlen": {"_call", "runtime"},
     "pagebounds": {"_quantized", "indexed", "runtime"},
-    "pagedcache": {"_check", "_quantized", "attention", "kvcache", "pagebounds", "quantized", "varlen"},
+    "pagedcache": {"_call", "_check", "_quantized", "attention", "inspect", "kvcache", "pagebounds", "quantized", "varlen"},
     "positions": {"_check"},  # data, made with NumPy; its errors speak as all others do
-    "inspect": {"_call", "_check", "backends", "runtime"},  # weights are made by the oracle, whichever backend is in use
+    "inspect": {"_call", "_check", "_quantized", "backends", "runtime"},  # weights are made by the oracle, whichever backend is in use
     "plot": set(),  # draws numbers, whosever they are
     "rope": {"_check", "runtime"},  # beside attention: what is done to rows goes through the backends
     "scores": {"_arrays", "_call", "_check", "runtime"},

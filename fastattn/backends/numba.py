@@ -254,7 +254,7 @@ class _Work:
     def __init__(self, call, entries, kind):
         self.call = call
         num_heads, _, head_dim = call.q.shape[1:]
-        num_kv_heads, v_head_dim = call.v.shape[1], call.out.shape[3]
+        num_kv_heads, v_head_dim = call.v.shape[1], _v_head_dim(call)
 
         self.kv_group = num_heads // max(num_kv_heads, 1)
         self.group = _group(call)
@@ -337,7 +337,7 @@ class _Work:
             **_place("entries", self.entries),
             "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[_storage(call.k)],
             "mask_code": 0 if sees.mask is None else _CODES[sees.mask.dtype.name],
-            "head_dim": call.q.shape[3], "v_head_dim": call.out.shape[3],
+            "head_dim": call.q.shape[3], "v_head_dim": _v_head_dim(call),
             "causal": sees.causal, "window_left": sees.window[0], "window_right": sees.window[1],
             "scale": scores.scale, "softcap": scores.softcap, "activation": ACTIVATIONS.index(scores.activation), "power": scores.power,
             **_place("activation_bias", scores.activation_bias), **_place("additive", self.additive, "additive_head"),
@@ -351,7 +351,7 @@ class _Work:
             fields |= _place("lists", sees.indices, "list_batch", "list_head", "list_row")
             fields |= {"index_size": sees.indices.itemsize} | ({} if entries.cu_seqlens_q is None else {"list_batch": 0})
         if entries.cu_seqlens_k is not None:
-            fields |= {"k_batch": 0, "v_batch": 0}
+            fields |= {"k_batch": 0, "v_batch": 0, "segments_row": 0}
         if entries.block_table is not None:
             fields |= _place("block_table", entries.block_table, "table_row") | {"page_size": call.k.shape[2]}
         for name in _OWN_FIELDS:
@@ -393,6 +393,11 @@ class _Work:
                 listed = np.minimum(high[band], key + mask.block_size) - np.maximum(low[band], key)
                 computed += (n_rows[band] * np.maximum(listed, 0)).sum()
         return computed
+
+
+def _v_head_dim(call):
+    """The numbers of a value; there are none where weights are summed by segments."""
+    return call.out.shape[3] if call.segments is None else 0
 
 
 def _storage(rows):

@@ -540,7 +540,8 @@ def _shift(m):
 def _values_of(call, entry, b, h, keys, dtype, v_scale=1):
     """What the weights of some keys go to: their values times `v_scale`, or their segments."""
     if call.segments is not None:
-        return call.segments[b, keys]
+        table = call.entries.cu_seqlens_k
+        return call.segments[b, keys] if table is None else call.segments[0, table[b] + keys]
     v = entry.v[h // (call.q.shape[1] // call.v.shape[1])]
     return v[keys].astype(dtype) * dtype.type(v_scale)
 
