@@ -271,11 +271,7 @@ typedef struct fastattn_attention_args {
 
     const float *additive;           /* (num_heads, head_dim), or null. In place of the product, before the scale:
                                         s[i,j] = sum over d of additive[h,d] * tanh(q[b,h,i,d] + k[b,h/g,j,d]), so that q and k are
-                                        what the caller has projected queries and keys to (Bahdanau et al. 2014). Of Luong et al.
-                                        (2015), concat is this, dot the product with scale 1, and general that of projected queries;
-                                        local-m is a window, and local-p a score function: -INFINITY beyond the window around the
-                                        predicted position, else s plus the logarithm of the Gaussian, and out times exp of what lse
-                                        then is less what it is without the Gaussian */
+                                        what the caller has projected queries and keys to (Bahdanau et al. 2014) */
     int64_t additive_stride;         /* from one head to the next */
 
     fastattn_score_function score_function; /* or null. After the softcap, before mask, ALiBi and visibility */

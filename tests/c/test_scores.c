@@ -94,7 +94,7 @@ TEST_EACH_ISA(scores_tanh) {
     }
 }
 
-/* Luong's local attention around predicted positions, as the header says how. */
+/* Luong's local attention around predicted positions, as docs/scores.md says how. */
 struct around {
     const double *position;
     double reach;
