@@ -64,12 +64,16 @@ static const float *queries_at(const fa_work *w, const fa_operands *x, int row) 
     return x->q + row * fa_row_of_numbers(x->products, w->call->panel_dim);
 }
 
+/* Those of so many rows that are there, if the products ask: where o is by rows they are for few. */
+static int rows_there(const fa_work *w, const fa_operands *x, int row, int rows) {
+    return x->products->o_by_rows ? (int)fa_min(rows, w->panel.rows - row) : rows;
+}
+
 /* o = o alpha + v p, for `rows` rows from `row` on and `keys` keys from `from` of the block on, whose first power p is. */
 static void add_values(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
                        int64_t keys) {
     fa_state *t = &w->state;
-    if (x->products->o_by_rows) rows = (int)fa_min(rows, w->panel.rows - row);
-    x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows, x->v, x->skip + from, keys, t->v_head_dim);
+    x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows_there(w, x, row, rows), x->v, x->skip + from, keys, t->v_head_dim);
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */
@@ -158,7 +162,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         n = fa_min(products->score_keys, end - j);
         const int64_t after = fa_min(products->score_keys, end - j - n);
         float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
-        if (!there) products->qk(s, queries_at(w, x, row), ld, rows, x->k, x->skip + j, n, dim);
+        if (!there) products->qk(s, queries_at(w, x, row), ld, rows_there(w, x, row, rows), x->k, x->skip + j, n, dim);
         finish_scores(w, x, s, row, rows, j, n);
         if (w->activation.kind != FASTATTN_SOFTMAX) {
             activate(w, x, s, rows, n);

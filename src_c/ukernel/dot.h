@@ -4,6 +4,7 @@
 
 enum {
     DOT_KEYS = 64,    /* of a block */
+    MOST_TURNED = 32, /* pairs of a run: those of tile_run() */
     FEWEST_ALONE = 8, /* rows of a panel that is alone */
     MOST_ALONE = 32
 };
@@ -21,6 +22,52 @@ static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int6
                              TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2,
                              .ahead = keys};
     tile_product(TILE_BFLOAT16, rows, keys, x);
+}
+
+/* turned[pair][key], `pairs` pairs from `first` on of the keys, the last of which fills up the vectors. */
+static FA_NOINLINE void turn_pairs(float *turned, const tile_rows *rows, int64_t keys, int64_t first, int64_t pairs, int64_t head_dim) {
+    for (int64_t j = 0; j < keys; j += SIMD_LANES)
+        for (int64_t d = 0; d < pairs; d += SIMD_LANES) {
+            const int64_t number = 2 * (first + d);
+            simd_f square[SIMD_LANES];
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+                const int64_t key = j + i < keys ? j + i : keys - 1;
+                __m512i halves[2];
+                simd_fetch((const char *)(tile_later(rows, key) + (uintptr_t)(number * 2)));
+                halves_of(1, halves, tile_row(rows, key) + number * 2, head_dim - number, FASTATTN_BFLOAT16, 1.0f);
+                square[i] = _mm512_castsi512_ps(halves[0]);
+            }
+            simd_transpose(square);
+            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * DOT_KEYS + j, square[i]);
+        }
+}
+
+/* A few rows leave most lanes empty. Keys are the lanes then, their pairs turned a run at a time, and scores turn back: each is the same
+ * sum. */
+static void dot_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    const int64_t pairs = (head_dim + 1) / 2, run = (tile_run(head_dim) + 1) / 2;
+    float turned[MOST_TURNED * DOT_KEYS], scores[FA_TILE_NARROW * DOT_KEYS];
+    const char *first_row;
+    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
+    if (rows > FA_TILE_NARROW) {
+        dot_qk(s, q, ld, (int)fa_round_up(rows, FA_ROW_STEP), k, from, keys, head_dim);
+        return;
+    }
+    int64_t d = 0;
+    do { /* once if there are no numbers, too */
+        const int64_t steps = pairs - d < run ? pairs - d : run;
+        turn_pairs(turned, &places, keys, d, steps, head_dim);
+        const tile_operands x = {.c = scores, .c_ld = DOT_KEYS, .adds = d > 0, .a = q + d * ld, .across = 1, .along = ld,
+                                 TILE_PANEL(turned, DOT_KEYS), .steps = steps, .run = run};
+        tile_product(TILE_BFLOAT16, (int)fa_round_up(keys, SIMD_LANES), rows, x);
+        d += run;
+    } while (d < pairs);
+    for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+        simd_f square[SIMD_LANES];
+        FA_UNROLL for (int r = 0; r < SIMD_LANES; r++) square[r] = simd_load(scores + (r < rows ? r : rows - 1) * DOT_KEYS + j);
+        simd_transpose(square);
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(s + (j + i) * ld, square[i]);
+    }
 }
 
 /* Values of two keys side by side, 0 where there is none, and then the 1 whose product is the sum of the powers. */
@@ -105,12 +152,12 @@ static int dot_rows_unpack(void *const *outputs, int count, const float *o, int 
 }
 
 #define DOT_SLOTS                                                                                                             \
-    .pack = pairs_pack_1, .keys = dot_keys, .qk = dot_qk, .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
+    .pack = pairs_pack_1, .keys = dot_keys, .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
     .name = "bfloat16_rows_avx512", .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE,
     .fewest_rows_over_many = FEWEST_ALONE, .panel_rows = MOST_ALONE, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1,
-    .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
+    .sums = 1, .values = as_stored, .qk = dot_rows_qk, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
 
 static const fa_products dot_few_quantised = {
     .name = "bfloat16_quantised_rows_avx512", .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
@@ -119,7 +166,7 @@ static const fa_products dot_few_quantised = {
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
     .alone = &fastattn_products_bfloat16_rows_avx512, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
-    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
 
 #undef DOT_SLOTS
 #endif

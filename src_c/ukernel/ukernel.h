@@ -165,7 +165,8 @@ typedef struct fa_products {
      * up. The float32 products take the block where they are not, so sums has to be 0. Null: always. */
     int (*fits)(const float *q, int ld, fa_matrix k, int64_t keys, fa_matrix v, float scale);
 
-    /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; s of keys up to a multiple of FA_SUM_RUN may be written. */
+    /* s[key][row] = sum over d of k[from + key][d] * q[d][row]; s of keys up to a multiple of FA_SUM_RUN may be written. Where o alone is by
+     * rows, any number of them, the last of which fills up the vector. */
     void (*qk)(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
 
     /* The online softmax, in units of 2**c:  m' >= m,  alpha = 2**(c*(m - m')),  p = 2**(c*(s - m')),  l = l * alpha + sum p.

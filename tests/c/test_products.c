@@ -70,12 +70,30 @@ static void check_same(const char *what, const struct columns c, int64_t count, 
               "%s, row %lld: not the same bits", what, (long long)n);
 }
 
+/* Any number of rows, which have the bits that they have among more; in what is beyond them is the last one, or what a panel has there. */
+static void check_few_scores(struct trial *t) {
+    struct chain *few = &t->twin;
+    const struct columns c = few->c;
+    for (int rows = 1; rows < FA_ROW_STEP; rows += 1 + rows / 4) {
+        few->c.rows = rows;
+        chain_run_after(few, CHAIN_QK, OTHER_GARBAGE);
+        for (int64_t j = 0; j < few->keys; j++)
+            for (int r = c.first; r < c.first + FA_ROW_STEP; r++) {
+                const float *found = &few->s[j * c.ld + r], *wanted = &t->x.s[j * c.ld + r], *last = &t->x.s[j * c.ld + c.first + rows - 1];
+                CHECK(memcmp(found, wanted, sizeof *found) == 0 || (r >= c.first + rows && memcmp(found, last, sizeof *found) == 0),
+                      "s[%lld][%d] of %d rows: other bits", (long long)j, r, rows);
+            }
+    }
+    few->c = c;
+}
+
 static void check_scores(struct trial *t) {
     const struct chain *x = &t->x;
     const struct columns c = x->c;
     chain_run_after(&t->x, CHAIN_QK, GARBAGE);
     chain_run_after(&t->twin, CHAIN_QK, OTHER_GARBAGE);
     check_same("s", c, x->keys, x->s, t->twin.s);
+    if (x->by->o_by_rows) check_few_scores(t);
     for (int64_t j = 0; j < x->keys; j++)
         for (int r = c.first; r < c.first + c.rows; r++) {
             struct sum sum = {0, 0};
