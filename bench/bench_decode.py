@@ -2,7 +2,8 @@
 
     python bench/bench_decode.py [--torch] [--rounds N]
 
-Sides alternate round by round, and figures are medians. The read bandwidth is that of a sum over as many bytes by as many threads.
+Sides alternate round by round, and figures are medians. The read bandwidth is that of a sum over as many bytes by as many threads; what
+stands behind the share is the time of others over that of the call.
 With --torch every shape of the first table also runs through torch's scaled_dot_product_attention.
 """
 
@@ -57,7 +58,7 @@ def torch_side(q, k, v):
 def decoding(arguments, rng):
     threads = fastattn.get_num_threads()
     columns = f"{'shape':28} {'dtype':9} {'ms':>8} {'GB/s':>7} {'read':>7} {'share':>6}"
-    print(f"{columns}  pages of 16, of 1 (in order) {'torch' if arguments.torch else ''}")
+    print(f"{columns}  pages of 16, of 1 (in order), invariant {'torch' if arguments.torch else ''}")
     with ThreadPoolExecutor(threads) as pool:
         for shape in SHAPES:
             batch, heads, kv_heads, rows, keys, dim = shape
@@ -71,6 +72,7 @@ def decoding(arguments, rng):
                 for size in (16, 1):
                     tables = paged(k, v, size, None)
                     sides.append(lambda x=tables: fastattn.paged_attention(packed, *x, keys, causal=True))  # noqa: B023
+                sides.append(lambda: fastattn.attention(q, k, v, causal=True, invariant=True))  # noqa: B023
                 if arguments.torch:
                     sides.append(torch_side(q, k, v))
                 own, read, *others = _bench.medians(*sides, rounds=arguments.rounds)
