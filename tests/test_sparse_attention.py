@@ -173,17 +173,18 @@ def test_decoding_through_a_mask(engine):
         assert_attends(q, k, v, BlockMask.from_dense(np.random.default_rng(0).random((1, 142)).repeat(64, axis=1)[:, :9000] < listed, 64))
 
 
-def test_the_example_runs(tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_example_runs(tmp_path, dtype):
     picture = tmp_path / "picture.png"
     plots = importlib.util.find_spec("matplotlib") is not None
     result = subprocess.run(
-        [sys.executable, EXAMPLES / "long_context.py", "--length", "3000", "--dtype", "float32", "--picture", picture],
+        [sys.executable, EXAMPLES / "long_context.py", "--length", "3000", "--dtype", dtype, "--picture", picture],
         stdout=subprocess.PIPE,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0
-    for name in ("window 1024", "strided 1024", "bigbird", "top-k 48", "top-k 90 %", "dense"):
+    for name in ("window 1024", "strided 1024", "bigbird", "top-k 48", "top-k 90 %", "dense", "int8", "2048 of an index", "32 top pages"):
         assert name in result.stdout
     assert picture.exists() == plots
 
