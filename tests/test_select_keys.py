@@ -164,6 +164,13 @@ def test_ranks_and_weights(engine):
     np.testing.assert_array_equal(fastattn.select_keys(q[:, ::-1][:, ::-1], swapped, 16, weights=w), expected)
 
 
+def test_scores_of_nothing_are_equal(engine):
+    k = np.ones((2, 3, 20, 8), np.float32)
+    for heads, dim in ((0, 8), (3, 0), (0, 0)):
+        found = fastattn.select_keys(np.ones((2, heads, 2, dim), np.float32), k[..., :dim], 5, causal=True, query_offset=3)
+        np.testing.assert_array_equal(found, np.broadcast_to([[0, 1, 2, 3, -1], [0, 1, 2, 3, 4]], (2, 3, 2, 5)))
+
+
 def test_chosen_keys_go_into_attention(engine):
     q, k = arrays(1, 8, 2, 3, 400, 16)
     lists = fastattn.select_keys(q, k, 400, causal=True)

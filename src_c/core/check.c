@@ -54,8 +54,10 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
     const int64_t kv_parts = a->block_table ? a->num_pages : kv_batch, kv_rows = a->block_table ? a->page_size : keys;
     const fa_table q = {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0};
-    const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->head_dim, kv_size, 1, 0};
-    const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * a->v_head_dim, kv_size, 1, 0};
+    /* A quantised row without numbers still has a scale. */
+    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = a->segments ? 0 : fa_row_bytes(a->kv_dtype, a->v_head_dim);
+    const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * k_bytes, kv_size, 1, 0};
+    const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * v_bytes, kv_size, 1, 0};
     const int64_t out_dim = a->segments ? a->num_segments : a->v_head_dim, out_size = a->segments ? (int64_t)sizeof(float) : q_size;
     const fa_table out = {a->out, a->out_strides, 3, {q_batch, heads, rows}, out_dim, out_size, 1, 1};
     if (fastattn_check_table(&q) != FASTATTN_OK || fastattn_check_table(&k) != FASTATTN_OK ||

@@ -434,7 +434,12 @@ fastattn_status fastattn_select_keys(const fastattn_select_args *given) {
     if (status != FASTATTN_OK) return status;
     x.uk = fastattn_ukernel_select(a->isa);
     if (!x.uk) return FASTATTN_ERROR_ISA;
-    if (a->batch == 0 || a->num_heads == 0 || a->q_len == 0 || a->num_keys == 0) return FASTATTN_OK;
+    if (a->batch == 0 || a->num_kv_heads == 0 || a->q_len == 0 || a->num_keys == 0) return FASTATTN_OK;
+    if (a->num_heads == 0) { /* a sum over no heads is what one of no numbers comes to */
+        a->num_heads = a->num_kv_heads;
+        a->head_dim = 0;
+        a->weights = NULL;
+    }
     plan(&x);
     const double work = (double)a->batch * (double)a->num_heads * (double)a->q_len * (double)a->kv_len * (double)(a->head_dim + 16);
     const double threads = work / WORK_OF_A_THREAD;

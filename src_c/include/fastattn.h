@@ -408,8 +408,10 @@ FASTATTN_API fastattn_status fastattn_merge_states(int64_t num_parts, const void
  * sequence has one page for each. Rounding is to nearest, even; what is too large for float16 becomes an infinity.
  *
  * The scale of integers is the largest magnitude among their numbers divided by the largest integer, 127 or 7, as float32 or rounded to
- * float16, and 0 where that is below 2**-126 or rounds to 0: then all are 0. A number x becomes x * (1 / scale), rounded. So it is stored
- * to half a scale, but for the rounding of a float16 scale (2**-11 of the number, or 2**-25). */
+ * float16, and 0 where that is below 2**-126 or rounds to 0: then all are 0. A number x becomes x * (1 / scale), rounded, at most the
+ * largest integer. So it is stored to half a scale, and to what the rounding of a float16 scale adds: 2**-11 of the number, or, where the
+ * largest of a group of int4 is below 7 * 2**-14 and its scale a multiple of 2**-24, up to 7 * 2**-25. A group whose numbers are all that
+ * small, 7 * 2**-25 at most, becomes zeros. */
 typedef struct fastattn_store_args {
     size_t size;                     /* sizeof(fastattn_store_args) */
     int64_t batch, new_len, num_heads, head_dim; /* head_dim at most 8192, if it is turned or quantised */

@@ -147,4 +147,6 @@ TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
     args.additive = NULL, args.q_dtype = FASTATTN_INT8, args.kv_dtype = FASTATTN_INT8;
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+    args.q_dtype = FASTATTN_FLOAT32, args.head_dim = 0, args.k = NULL; /* a row of no numbers has a scale */
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_ARGUMENT);
 }
