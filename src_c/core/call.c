@@ -173,10 +173,10 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->quantised)) call->most_bundle = 1;
 }
 
-/* Whether the rows of a key, one of each head, lie side by side. */
+/* Whether the rows of a key, one of each head, lie side by side, as those of a single key do in any memory. */
 static int heads_beside(const fa_call *call) {
     const fastattn_attention_args *a = call->args;
-    return call->apart && a->k_strides[1] == fa_row_bytes(a->kv_dtype, a->head_dim) && a->v_strides[1] == fa_row_bytes(a->kv_dtype, a->v_head_dim);
+    return a->k_strides[1] == fa_row_bytes(a->kv_dtype, a->head_dim) && a->v_strides[1] == fa_row_bytes(a->kv_dtype, a->v_head_dim);
 }
 
 /* The same, or that at least, in pages, they lie in the same page. */
@@ -194,7 +194,7 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     if (!heads_together(call)) return;
-    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), FA_MOST_ABREAST);
+    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->sequences));
     const double items = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     const int64_t together = fa_max(1, items < (double)most ? (int64_t)items : most);
     const int64_t one_row = totals->queries == 1 && call->group == 1 && !a->block_mask && heads_beside(call);
