@@ -67,6 +67,11 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     __m256 hidden = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
     return _mm256_and_ps(hidden, _mm256_set1_ps(-INFINITY));
 }
+static inline simd_f simd_load_every_second_bool(const uint8_t *p) {
+    const __m128i first = _mm_slli_epi16(_mm_loadl_epi64((const __m128i *)p), 8), last = _mm_srli_epi16(_mm_loadl_epi64((const __m128i *)(p + 7)), 8);
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_unpacklo_epi64(first, last));
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())), _mm256_set1_ps(-INFINITY));
+}
 static inline __m128 simd_narrowed(const double *p) {
     const __m256d x = _mm256_loadu_pd(p), largest = _mm256_set1_pd(0x1.fffffep127), zero = _mm256_setzero_pd();
     const __m256d finite = _mm256_cmp_pd(_mm256_sub_pd(x, x), zero, _CMP_EQ_OQ);

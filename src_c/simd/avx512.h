@@ -68,6 +68,11 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     __mmask16 shown = _cvtu32_mask16(_mm_test_epi8_mask(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(-1)));
     return _mm512_mask_blend_ps(shown, _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
 }
+static inline simd_f simd_load_every_second_bool(const uint8_t *p) {
+    const __m128i first = _mm_loadu_si128((const __m128i *)p), last = _mm_loadu_si128((const __m128i *)(p + 15));
+    const __m256i words = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_slli_epi16(first, 8)), _mm_srli_epi16(last, 8), 1);
+    return _mm512_mask_blend_ps(_mm256_test_epi16_mask(words, words), _mm512_set1_ps(-INFINITY), _mm512_setzero_ps());
+}
 static inline __m256 simd_narrowed(const double *p) {
     const __m512d x = _mm512_loadu_pd(p), largest = _mm512_set1_pd(0x1.fffffep127);
     const __mmask8 finite = _mm512_cmp_pd_mask(_mm512_sub_pd(x, x), _mm512_setzero_pd(), _CMP_EQ_OQ);

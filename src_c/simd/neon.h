@@ -73,6 +73,10 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     uint32x4_t hidden = vceqq_u32(vmovl_u16(wide), vdupq_n_u32(0));
     return vreinterpretq_f32_u32(vandq_u32(hidden, vreinterpretq_u32_f32(vdupq_n_f32(-INFINITY))));
 }
+static inline simd_f simd_load_every_second_bool(const uint8_t *p) {
+    const uint8_t four[4] = {p[0], p[2], p[4], p[6]};
+    return simd_load_bool(four);
+}
 static inline float32x2_t simd_narrowed(const double *p) {
     const float64x2_t x = vld1q_f64(p), largest = vdupq_n_f64(0x1.fffffep127);
     const uint64x2_t finite = vceqzq_f64(vsubq_f64(x, x));

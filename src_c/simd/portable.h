@@ -47,6 +47,7 @@ static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_fr
 static inline simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
 static inline simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
 static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }
+static inline simd_f simd_load_every_second_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[2 * i] ? 0.0f : -INFINITY; return r; }
 /* Doubles, rounded; what is finite stays so. */
 static inline simd_f simd_load_double(const double *p) {
     simd_f r;

@@ -82,6 +82,10 @@ static inline simd_f simd_load_bool(const uint8_t *p) {
     const v128_t wide = wasm_u32x4_extend_low_u16x8(wasm_u16x8_extend_low_u8x16(wasm_v128_load32_zero(p)));
     return wasm_v128_and(wasm_i32x4_eq(wide, wasm_i32x4_splat(0)), wasm_f32x4_splat(-INFINITY));
 }
+static inline simd_f simd_load_every_second_bool(const uint8_t *p) {
+    const uint8_t four[4] = {p[0], p[2], p[4], p[6]};
+    return simd_load_bool(four);
+}
 static inline v128_t simd_narrowed(const double *p) {
     const v128_t x = wasm_v128_load(p), largest = wasm_f64x2_splat(0x1.fffffep127);
     const v128_t difference = wasm_f64x2_sub(x, x), finite = wasm_f64x2_eq(difference, difference);

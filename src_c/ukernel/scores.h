@@ -170,7 +170,7 @@ FA_INLINE void mask_fetch(uintptr_t later, int64_t bytes) {
 FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
                            fastattn_dtype dtype) {
     const int64_t itemsize = fa_size_of(dtype);
-    const int ahead = key_stride == itemsize;
+    const int dense = key_stride == itemsize, every_second = dtype == FASTATTN_BOOL && key_stride == 2;
     const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
     mask_census seen = {none, none};
     for (int row = 0; row < rows; row += SIMD_LANES) {
@@ -190,8 +190,10 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
             const int64_t n = keys - j < SIMD_LANES ? keys - j : SIMD_LANES;
             simd_f square[SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) mask_fetch((uintptr_t)from[i] + (uintptr_t)((j + keys) * key_stride), SIMD_LANES * key_stride);
-            if (ahead && n == SIMD_LANES)
+            if (dense && n == SIMD_LANES)
                 FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
+            else if (every_second && n == SIMD_LANES)
+                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = simd_load_every_second_bool((const uint8_t *)from[i] + 2 * j);
             else {
                 mask_line lines[SIMD_LANES];
                 for (int i = 0; i < SIMD_LANES; i++)
@@ -221,6 +223,8 @@ FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of,
         int64_t j = 0;
         if (key_stride == itemsize)
             for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
+        else if (dtype == FASTATTN_BOOL && key_stride == 2)
+            for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, simd_load_every_second_bool((const uint8_t *)from + 2 * j), &seen);
         for (; j < keys; j += SIMD_LANES) {
             mask_line line;
             mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, itemsize);

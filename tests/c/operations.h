@@ -211,10 +211,13 @@ static float narrowed(double x) {
 static void check_types(enum guard_side side, struct rng *rng) {
     float x[SIMD_LANES];
     uint8_t *bytes = guard_input("bytes", SIMD_LANES, 1, side), *to = guard_output("bytes stored", SIMD_LANES, 1, side);
+    uint8_t *apart = guard_input("bytes apart", 2 * SIMD_LANES - 1, 1, side);
     double *doubles = guard_input("doubles", SIMD_LANES * sizeof *doubles, sizeof *doubles, side);
     for (int n = 0; n < 1024; n++) {
         EACH_LANE(i) {
             bytes[i] = (uint8_t)(n < 256 ? n + i : random_between(rng, 0, 1) * (int64_t)(random_bits(rng) & 255));
+            apart[2 * i] = bytes[i];
+            if (i > 0) apart[2 * i - 1] = (uint8_t)random_bits(rng);
             doubles[i] = n % 2 ? (double)any_number(rng) : random_signed(rng) * ldexp(1, (int)random_between(rng, -160, 160));
             if (n % 8 == 0) doubles[i] = i % 2 ? (double)FLT_MAX * 1.5 : -(double)FLT_MAX * (1 + 0x1p-26);
         }
@@ -223,6 +226,7 @@ static void check_types(enum guard_side side, struct rng *rng) {
         EXPECT_FLOATS(simd_load_i4(bytes, 0), (float)((bytes[i] & 15) - 8));
         EXPECT_FLOATS(simd_load_i4(bytes, 1), (float)((bytes[i] >> 4) - 8));
         EXPECT_FLOATS(simd_load_bool(bytes), bytes[i] ? 0.0f : -INFINITY);
+        EXPECT_FLOATS(simd_load_every_second_bool(apart), bytes[i] ? 0.0f : -INFINITY);
         EXPECT_FLOATS(simd_load_double(doubles), narrowed(doubles[i]));
         EACH_LANE(i) x[i] = (float)random_between(rng, -254, 254) / 2 + (n % 2 ? (float)random_signed(rng) / 4 : 0.0f);
         simd_store_i8(to, simd_load(x));

@@ -275,12 +275,12 @@ static void check_mask(const fa_products *by) {
     static const fastattn_dtype kinds[] = {FASTATTN_BOOL, FASTATTN_FLOAT16, FASTATTN_BFLOAT16, FASTATTN_FLOAT32,
                                            FASTATTN_FLOAT64};
     for (size_t e = 0; e < COUNT(edges); e++)
-        for (size_t n = 0; n < COUNT(kinds) * 12; n++) {
-            const fastattn_dtype dtype = kinds[n / 12];
+        for (size_t n = 0; n < COUNT(kinds) * 16; n++) {
+            static const int steps[] = {1, 2, -2, 3}; /* elements between keys */
+            const fastattn_dtype dtype = kinds[n / 16];
             const int64_t item = (int64_t)dtype_size(dtype), keys = edges[e];
-            const int step = n % 3 == 0 ? 1 : n % 3 == 1 ? -2 : 3; /* elements between keys */
-            const int hidden = n / 3 % 4;                          /* none, some, all, all but one */
-            const int rows = by->by_rows ? 1 + (int)(e % 20) : 16 * (1 + (int)(e % 4)), distinct = n % 2 ? rows : 1;
+            const int step = steps[n % 4], hidden = n / 4 % 4; /* none, some, all, all but one */
+            const int rows = by->by_rows ? 1 + (int)(e % 20) : 16 * (1 + (int)(e % 4)), distinct = (n + n / 4) % 2 ? rows : 1;
             const int ld = by->by_rows ? (int)fa_round_up(keys, FA_ROW_STEP) : rows;
             const void *rows_of[FA_PANEL_ROWS];
             unsigned shows = 0, hides = 0;
