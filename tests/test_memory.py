@@ -201,6 +201,28 @@ k, v = (np.broadcast_to(rng.standard_normal((1, 1, 131072, 128), np.float32), (1
     assert extra < 64 << 20
 
 
+def test_pages_are_not_copied(backend):
+    """1, 2/2, 65536 keys in pages of 16, D = 128, for one query and for a panel. One head's keys are 16 MiB."""
+    extra = peak_extra(
+        backend,
+        setup="""
+pool = fastattn.PagedKVCache(4130, 16, 2, 128, dtype="float16")
+rows = np.ones((8192, 2, 128), np.float16)
+short, long = pool.new_sequence(), pool.new_sequence()
+pool.append([short], rows[:300], rows[:300])
+for _ in range(8):
+    pool.append([long], rows, rows)
+for n in (1, 64):  # warm up each kind of call: a backend may compile for it
+    pool.attend([short], rows[:n])
+""",
+        call="""
+for n in (1, 64):
+    pool.attend([long], rows[:n])
+""",
+    )
+    assert extra < 16 << 20
+
+
 def test_views_and_masks_are_not_copied(backend):
     """(B, L, H, D) views, a boolean mask broadcast over heads, and a mask of floats, each far larger than the limit."""
     extra = peak_extra(
