@@ -5,6 +5,7 @@
 enum {
     DOT_KEYS = 64,    /* of a block */
     MOST_TURNED = 32, /* pairs of a run: those of tile_run() */
+    MOST_TURNED_ROWS = 11, /* with more, lanes of rows are full enough */
     FEWEST_ALONE = 8, /* rows of a panel that is alone */
     MOST_ALONE = 32
 };
@@ -46,10 +47,10 @@ static FA_NOINLINE void turn_pairs(float *turned, const tile_rows *rows, int64_t
  * sum. */
 static void dot_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const int64_t pairs = (head_dim + 1) / 2, run = (tile_run(head_dim) + 1) / 2;
-    float turned[MOST_TURNED * DOT_KEYS], scores[FA_TILE_NARROW * DOT_KEYS];
+    float turned[MOST_TURNED * DOT_KEYS], scores[MOST_TURNED_ROWS * DOT_KEYS];
     const char *first_row;
     const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
-    if (rows > FA_TILE_NARROW) {
+    if (rows > MOST_TURNED_ROWS) {
         dot_qk(s, q, ld, (int)fa_round_up(rows, FA_ROW_STEP), k, from, keys, head_dim);
         return;
     }
