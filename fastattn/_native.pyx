@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """The door to the C library: pointers in, a call without the GIL, a status out.
 
-Arrays arrive checked (see ``fastattn._call``), except in :func:`attention_plain`, :func:`linear_plain`, :func:`rope_plain` and
-:func:`store_plain`, which check for themselves. 16-bit storage is handled as memory: nothing here computes with an element.
+Arrays arrive checked (see ``fastattn._call``), except in :func:`attention_plain`, :func:`linear_plain`, :func:`paged_plain`,
+:func:`rope_plain` and :func:`store_plain`, which check for themselves. 16-bit storage is handled as memory: nothing here computes with an
+element.
 
 Nothing here needs the GIL: what threads share are the settings of the process, each a number that is read once, and numbers that all
 of them would find alike.
@@ -950,6 +951,57 @@ def attention_plain(
     if status != FASTATTN_OK:
         return None
     return (out_array, lse) if return_lse is True else out_array
+
+
+def paged_plain(q, np.ndarray k, np.ndarray v, np.ndarray block_table, np.ndarray kv_lengths, causal):
+    """What a pool with pages ``(n, H, rows, D)`` gives for an equal share of ordinary queries ``(L, H, D)`` to each sequence, or None.
+
+    The pages, and the tables, int32 ``(B, most)`` and int64 ``(B,)``, are those of the pool, and nobody else has the latter."""
+    cdef fastattn_attention_args args
+    cdef fastattn_status status
+    cdef engine_settings found
+    cdef np.ndarray queries, out
+    cdef np.npy_intp shape[3]
+    cdef int64_t starts[MOST_ENTRIES + 1]
+    cdef int64_t b, batch = block_table.shape[0]
+    cdef int type_num, kv_type_num = np.PyArray_TYPE(k)
+    if not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or kv_type_num == np.NPY_VOID or (causal is not True and causal is not False):
+        return None
+    queries, type_num = q, np.PyArray_TYPE(<np.ndarray>q)
+    if (type_num != kv_type_num and type_num != np.NPY_FLOAT32) or queries.shape[2] != k.shape[3] or queries.shape[2] == 0:
+        return None
+    if queries.strides[2] != np.PyArray_ITEMSIZE(queries) and queries.shape[2] > 1:
+        return None
+    if k.shape[1] == 0 or queries.shape[1] % k.shape[1] or batch == 0 or batch > MOST_ENTRIES or queries.shape[0] % batch:
+        return None
+    if find_settings(&found):
+        return None
+    for b in range(batch + 1):
+        starts[b] = b * (queries.shape[0] // batch)
+    shape[0], shape[1], shape[2] = queries.shape[0], queries.shape[1], v.shape[3]
+    out = np.PyArray_EMPTY(3, shape, type_num, 0)
+    fastattn_attention_args_init(&args, sizeof(args))
+    args.batch, args.num_heads, args.num_kv_heads, args.q_len = batch, shape[1], k.shape[1], shape[0]
+    args.head_dim, args.v_head_dim = k.shape[3], v.shape[3]
+    args.q_dtype, args.kv_dtype = dtype_code(queries), dtype_code(k)
+    args.q, args.k, args.v, args.out = np.PyArray_DATA(queries), np.PyArray_DATA(k), np.PyArray_DATA(v), np.PyArray_DATA(out)
+    args.q_strides[1], args.q_strides[2] = queries.strides[1], queries.strides[0]
+    args.out_strides[1], args.out_strides[2] = out.strides[1], out.strides[0]
+    copy_strides(args.k_strides, k, 3)
+    copy_strides(args.v_strides, v, 3)
+    args.scale, args.causal = <float>(1.0 / sqrt(<double>k.shape[3])), causal is True
+    args.cu_seqlens_q, args.kv_lengths = starts, <const int64_t *>np.PyArray_DATA(kv_lengths)
+    args.block_table, args.block_table_stride = <const int32_t *>np.PyArray_DATA(block_table), block_table.strides[0]
+    args.num_pages, args.page_size = k.shape[0], k.shape[2]
+    args.kv_len = k.shape[2] * block_table.shape[1]
+    args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
+    if PyThread_get_thread_ident() == main_thread:
+        args.interrupted = interrupted
+    with nogil:
+        status = fastattn_attention(&args, NULL, 0)
+    if status == FASTATTN_ERROR_INTERRUPTED:
+        raise_pending()
+    return out if status == FASTATTN_OK else None
 
 
 def merge_states(outs, lses, np.ndarray out, np.ndarray lse):

@@ -14,7 +14,7 @@ from .attention import merge_states
 from .inspect import mass, segments_of
 from .kvcache import MOST_PLAIN, CacheFullError, cache_rows, check_queries, new_rows, size
 from .quantized import attend_turned, store, store_plain, turned
-from .varlen import paged_attention
+from .varlen import paged_attention, paged_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -413,8 +413,12 @@ class PagedKVCache:
         return q
 
     def _attend(self, sequences, q, cu_seqlens_q, causal, cascade, choice, **keywords):
-        starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         table, lengths = self.block_table(sequences), self.lengths(sequences)
+        if choice is None and cu_seqlens_q is None and cascade is False and not keywords:
+            out = paged_plain(q, self._k, self._v, table, lengths, causal)
+            if out is not None:
+                return out
+        starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         if choice is not None:
             return self._attend_top(choice, q, starts, table, lengths, flag("causal", causal), keywords)
         plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"

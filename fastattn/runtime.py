@@ -37,7 +37,7 @@ class BackendWarning(RuntimeWarning):
     """The fastest backend cannot be used, and another one stands in for it."""
 
 
-_SHORT_WAYS = ("attention_plain", "linear_plain", "rope_plain", "store_plain")
+_SHORT_WAYS = ("attention_plain", "linear_plain", "paged_plain", "rope_plain", "store_plain")
 
 
 class _State:

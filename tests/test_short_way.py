@@ -427,3 +427,64 @@ def test_store_leaves_another_backend_its_calls():
     cache = caches("float32", 2)[0]
     with fastattn.use_backend("numpy"):
         assert not native.store_plain(new[0, :, :, :1], new_v[:, :, :1], cache._k, cache._v, 4, [0, 20])
+
+
+def in_pool(dtype, v_head_dim=6):
+    """Sequences in pages of 4, one of which is empty, and one of which shares pages."""
+    pool = fastattn.PagedKVCache(12, 4, 2, 8, v_head_dim, dtype)
+    sequences = [pool.new_sequence() for _ in range(3)]
+    rows = [rng.standard_normal((16, 2, d)).astype(np.float32) for d in (8, v_head_dim)]
+    pool.append(sequences, *rows, [0, 13, 16, 16])
+    return pool, [*sequences, pool.fork(sequences[0])]
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 2, ("float32", "float16")], ids=str)
+@pytest.mark.parametrize("share", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_pages_take_what_is_ordinary(monkeypatch, dtypes, share, causal):
+    pool, sequences = in_pool(dtypes[1])
+    packed = rng.standard_normal((4 * share, 4, 8)).astype(dtype_of(dtypes[0]))
+    taken = []
+    monkeypatch.setattr(runtime._state, "paged_plain", lambda *call: taken.append(native.paged_plain(*call)) or taken[-1])
+    short = pool.attend(sequences, packed, causal=causal)
+    assert taken[-1] is short
+    monkeypatch.setattr(runtime._state, "paged_plain", None)
+    long = pool.attend(sequences, packed, causal=causal)
+    assert short.dtype == long.dtype and short.flags.c_contiguous == long.flags.c_contiguous
+    np.testing.assert_array_equal(short, long)
+    turned = native.paged_plain(packed[:, ::-1], pool._k, pool._v, pool.block_table(sequences), pool.lengths(sequences), causal)
+    np.testing.assert_array_equal(turned, pool.attend(sequences, packed[:, ::-1], causal=causal))
+
+
+packed = np.zeros((4, 4, 8), np.float32)
+UNUSUAL_PACKED = {
+    "list": packed.tolist(),
+    "rank": packed[0],
+    "dtype": packed.astype(np.float64),
+    "narrower": packed.astype(np.float16),
+    "stride": np.zeros((4, 4, 16), np.float32)[..., ::2],
+    "unaligned": unaligned(packed),
+    "byte order": packed.astype(">f4"),
+    "head_dim": packed[..., :7],
+    "heads": packed[:, :3],
+    "shares": packed[:3],
+}
+
+
+@pytest.mark.parametrize("queries", UNUSUAL_PACKED.values(), ids=UNUSUAL_PACKED)
+def test_pages_leave_what_is_unusual(queries):
+    pool, sequences = in_pool("float32")
+    arrays = pool._k, pool._v, pool.block_table(sequences), pool.lengths(sequences)
+    assert native.paged_plain(packed, *arrays, True) is not None
+    assert native.paged_plain(queries, *arrays, True) is None
+    assert native.paged_plain(packed, *arrays, 1) is None
+    with fastattn.use_backend("numpy"):
+        assert native.paged_plain(packed, *arrays, True) is None
+
+
+def test_pages_refuse_tables_that_do_not_fit():
+    """The library checks what guards memory, whoever calls."""
+    pool, sequences = in_pool("float32")
+    table, lengths = pool.block_table(sequences), pool.lengths(sequences)
+    for bad_table, bad_lengths in ((table + 12, lengths), (table, lengths + 100), (table, -lengths), (np.full_like(table, -1), lengths)):
+        assert native.paged_plain(packed, pool._k, pool._v, bad_table, bad_lengths, True) is None

@@ -29,6 +29,7 @@ Every backend is a module with these names and no others:
 ``set_num_threads(n)``
     Use at most `n` threads in later calls, where the calling context (`fastattn._settings`) has set no number.
 
-``native`` also has ``attention_plain``, ``linear_plain``, ``rope_plain`` and ``store_plain``, shorter ways into the same engine.
+``native`` also has ``attention_plain``, ``linear_plain``, ``paged_plain``, ``rope_plain`` and ``store_plain``, shorter ways into the same
+engine.
 A backend imports nothing from the layers above it.
 """

@@ -7,6 +7,7 @@ from .._native import (  # first, for its error names a missing extension
     has_openmp,
     linear_plain,
     note_fork,
+    paged_plain,
     rope_plain,
     set_isa,
     set_num_threads,
