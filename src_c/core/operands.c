@@ -8,7 +8,7 @@
 /* Next are the same keys of the head beside, or after the last one those that follow of the first. Heads that are rows of one panel are
  * read in the order of memory, of which little is asked ahead: rows a power of two apart share a few places of a cache. */
 static void look_ahead(fa_matrix *rows, const fa_run *run, int64_t block_keys, int64_t head_stride) {
-    enum { NEXT_KEYS = 4 };
+    enum { NEXT_KEYS = 16 };
     const int last = run->abreast_after == 0;
     rows->ahead = last ? -run->abreast_before * head_stride : head_stride;
     rows->rows_ahead = rows->beside ? NEXT_KEYS : last ? block_keys : 0;
