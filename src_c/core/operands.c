@@ -11,9 +11,9 @@ static void look_ahead(fa_matrix *rows, const fa_run *run, int64_t block_keys, i
     enum { NEXT_KEYS = 16 };
     const int last = run->abreast_after == 0;
     rows->ahead = last ? -run->abreast_before * head_stride : head_stride;
-    rows->rows_ahead = rows->beside ? NEXT_KEYS : last ? block_keys : 0;
-    const uint64_t keys = (uint64_t)(rows->beside ? NEXT_KEYS : run->keys);
-    if (last && !rows->rows) rows->ahead = (int64_t)(keys * (uint64_t)rows->stride + (uint64_t)rows->ahead);
+    const int64_t keys = rows->beside ? fa_min(NEXT_KEYS, block_keys) : rows->rows ? block_keys : run->keys;
+    rows->rows_ahead = last ? keys : 0;
+    if (last && !rows->rows) rows->ahead = (int64_t)((uint64_t)keys * (uint64_t)rows->stride + (uint64_t)rows->ahead);
 }
 
 /* The rows of the head beside, whose pointers are all as far from those of this one. */
