@@ -188,7 +188,8 @@ static int heads_together(const fa_call *call) {
 
 /* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
  * caller's, is a piece that nothing foresees, and shares its first line and its last with the rows of other heads. They take a run of
- * keys by turns; but side by side, heads of one row are one panel, for which memory is read in its own order. No bit depends on it. */
+ * keys by turns; but side by side, heads of one row are one panel, for which memory is read in its own order, unless pointers lead to it, as
+ * in pages: turns are quicker then. No bit depends on it. */
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
@@ -197,7 +198,7 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->sequences));
     const double items = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     const int64_t together = fa_max(1, items < (double)most ? (int64_t)items : most);
-    const int64_t one_row = totals->queries == 1 && call->group == 1 && !a->block_mask && heads_beside(call);
+    const int64_t one_row = totals->queries == 1 && call->group == 1 && !a->block_mask && !a->block_table && heads_beside(call);
     int64_t beside = fa_max(1, fa_min(together, one_row * call->few->most_beside));
     while (call->sequences % beside != 0) beside--;
     if (beside == 1) {
