@@ -1,4 +1,5 @@
-/* fastattn_attention, its workspace, its plan and what explains it: dense, with lengths, packed, and block-sparse. */
+/* fastattn_attention, its workspace, its plan and what explains it: dense, with lengths, packed, block-sparse, in pages, quantised, and of
+ * chosen keys. */
 #include "fuzz.h"
 
 #include <string.h>
@@ -14,7 +15,10 @@ static int64_t size_of(int dtype) { return dtype == FASTATTN_BOOL ? 1 : dtype ==
 
 static fuzz_array array(fuzz_input *in, call *x, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int dtype, int64_t *strides) {
     const int64_t shape[3] = {batch, heads, rows};
-    const fuzz_array made = fuzz_array_make(in, shape, strides, 3, dim, size_of(dtype), dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
+    const int of_bytes = dtype == FASTATTN_INT8 || dtype == FASTATTN_INT4; /* scales included; of sizes that are refused, whatever */
+    if (of_bytes && dim >= 0 && dim < 1 << 20) dim = dtype == FASTATTN_INT8 ? dim + 4 : dim / 32 * 18;
+    const fuzz_array made =
+        fuzz_array_make(in, shape, strides, 3, dim, of_bytes ? 1 : size_of(dtype), dtype == FASTATTN_FLOAT32 || of_bytes ? FUZZ_FLOATS : 0);
     x->exists &= made.exists;
     return made;
 }
@@ -109,6 +113,51 @@ static void kinds(fuzz_input *in, fastattn_attention_args *a) {
     if (options & 16) a->score_function = bend, a->score_context = &slope;
 }
 
+/* Lists that name keys which follow each other, either way, and so each once if there are as many. */
+static void lists(fuzz_input *in, call *x) {
+    fastattn_attention_args *a = &x->args;
+    a->num_indices = fuzz_size(in, 20);
+    a->indices_size = fuzz_chance(in, 250) ? (fuzz_chance(in, 128) ? 8 : 4) : fuzz_size(in, 8);
+    const int64_t shape[3] = {a->cu_seqlens_q ? 1 : a->batch, a->num_kv_heads, a->q_len};
+    const int wide = a->indices_size == 8;
+    const fuzz_array made = fuzz_array_make(in, shape, a->indices_strides, 3, a->num_indices, wide ? 8 : 4, 0);
+    a->indices = made.exists ? made.at : NULL;
+    const int64_t keys = a->kv_len > 0 && a->kv_len < 1 << 20 ? a->kv_len : 1, step = fuzz_chance(in, 128) ? 1 : keys - 1;
+    const int none = (int)fuzz_up_to(in, 9);
+    for (int64_t n = 0, key = fuzz_up_to(in, keys - 1); made.memory && (n + 1) * (wide ? 8 : 4) <= (int64_t)made.bytes; n++) {
+        key = (key + step) % keys;
+        const int64_t wild = fuzz_chance(in, 2) ? fuzz_size(in, 100) : n % 10 < none ? -1 : key;
+        const int32_t narrow = (int32_t)wild;
+        if (wide) memcpy(made.memory + n * 8, &wild, 8);
+        else memcpy(made.memory + n * 4, &narrow, 4);
+    }
+}
+
+/* Where keys and values lie, how they are stored, and which of them there are to choose. */
+static void keys(fuzz_input *in, call *x) {
+    fastattn_attention_args *a = &x->args;
+    const unsigned options = (unsigned)fuzz_bytes(in, 1);
+    int64_t batch = a->cu_seqlens_k ? 1 : a->batch, rows = a->kv_len;
+    if (options & 1) a->kv_dtype = fuzz_chance(in, 128) ? FASTATTN_INT4 : FASTATTN_INT8;
+    if (options & 2) {
+        a->num_pages = batch = fuzz_size(in, 6);
+        a->page_size = rows = fuzz_size(in, 40);
+        const int64_t columns = rows > 0 ? a->kv_len / rows + (a->kv_len % rows > 0) : 0;
+        const fuzz_array made = fuzz_array_make(in, &a->batch, &a->block_table_stride, 1, columns, 4, 0);
+        a->block_table = made.exists ? made.at : NULL;
+        x->exists &= a->block_table != NULL; /* keys would not lie in pages */
+        for (size_t n = 0; n + 4 <= made.bytes; n += 4) {
+            const int32_t page = (int32_t)(fuzz_chance(in, 250) ? fuzz_up_to(in, a->num_pages > 0 ? a->num_pages - 1 : 0) : fuzz_size(in, 20));
+            memcpy(made.memory + n, &page, 4);
+        }
+    }
+    if (options & 3) {
+        a->k = array(in, x, batch, a->num_kv_heads, rows, a->head_dim, (int)a->kv_dtype, a->k_strides).at;
+        a->v = array(in, x, batch, a->num_kv_heads, rows, a->v_head_dim, (int)a->kv_dtype, a->v_strides).at;
+    }
+    if (options & 4) lists(in, x);
+}
+
 static void decode(fuzz_input *in, call *x) {
     static const fastattn_attention_args none = FASTATTN_ATTENTION_ARGS_INIT;
     fastattn_attention_args *a = &x->args;
@@ -168,7 +217,7 @@ static void decode(fuzz_input *in, call *x) {
         a->sinks = made.exists ? made.at : NULL;
     }
     if (options & 4096 && (!(a->cu_seqlens_q || a->cu_seqlens_k) || fuzz_chance(in, 8))) block_mask(in, x);
-    if (tail) kinds(in, a);
+    if (tail) kinds(in, a), keys(in, x);
 }
 
 static int affordable(const fastattn_attention_args *a) {

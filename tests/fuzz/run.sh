@@ -3,7 +3,7 @@
 #
 #   tests/fuzz/run.sh [--seconds N] [--all-kernels] [--keep FOLDER] [TARGET...]
 #
-# Each target (attention, store, merge, rope, linear) starts from its inputs in corpus/, one a line in hexadecimal, runs for its share
+# Each target (attention, select, store, merge, rope, linear) starts from its inputs in corpus/, one a line in hexadecimal, runs for its share
 # of the seconds (60 for all of them), and has to end without a report. The AVX-512 kernels, which take a compiler with sanitizers
 # minutes, are left out but with --all-kernels. With --keep what is found stays in FOLDER: TARGET/ holds inputs, crash-* those that
 # failed; `FOLDER/fuzz_TARGET FILE` runs one. To take inputs into corpus/:
@@ -21,7 +21,7 @@ while [ $# -gt 0 ]; do
         *) targets+=("$1"); shift ;;
     esac
 done
-[ ${#targets[@]} -gt 0 ] || targets=(attention store merge rope linear)
+[ ${#targets[@]} -gt 0 ] || targets=(attention select store merge rope linear)
 
 here=$(cd "$(dirname "$0")" && pwd)
 source=$here/../../src_c
