@@ -55,7 +55,7 @@ static int finish(const fa_call *call, fa_panel *p, const fa_state *state, float
         float *lse = a->lse ? lse_at(a, p->entry, head, p->query[r]) : NULL;
         factor[r] = a->activation != FASTATTN_SOFTMAX
                         ? state->seen[r]
-                        : fastattn_state_finish(state, r, call->unit, a->sinks ? a->sinks + head : NULL, lse);
+                        : fastattn_state_finish(state, r, call->scoring.unit, a->sinks ? a->sinks + head : NULL, lse);
     }
     if (a->segments) {
         fastattn_mass_finish(call, p, state, factor);
@@ -73,7 +73,7 @@ static int finish(const fa_call *call, fa_panel *p, const fa_state *state, float
 
 /* The workspace: the plan with its entries, scratch for each worker, and the states of the items where keys are split. */
 static char *scratch_of(const fa_call *call, int worker) {
-    return (char *)call + call->scratch_at + call->scratch.bytes * (size_t)worker;
+    return (char *)call + call->room.scratch + call->scratch.bytes * (size_t)worker;
 }
 
 static void state_at(fa_state *state, const fa_call *call, const fa_panel *p, void *memory) {
@@ -89,7 +89,7 @@ static void *partial_memory(const fa_call *call, const fa_entry *entry, int64_t 
 static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
     const fastattn_attention_args *a = call->args;
     const double keys = (double)fa_max(entry->keys, 1);
-    fa_activation activation = {a->activation, a->power, (float)call->unit, 0.0f, 1.0f};
+    fa_activation activation = {a->activation, a->power, (float)call->scoring.unit, 0.0f, 1.0f};
     if (a->activation == FASTATTN_SIGMOID) activation.bias = a->activation_bias ? a->activation_bias[entry->batch] : (float)-log(keys);
     if (a->activation == FASTATTN_RELU) activation.factor = (float)(1 / keys);
     if (a->activation == FASTATTN_POLYNOMIAL) activation.factor = (float)(1 / sqrt(keys));
@@ -110,7 +110,7 @@ static void begin_state(fa_work *w) {
 /* A block of the next part. */
 static void next_state(fa_work *w, int64_t key) {
     const int64_t keys = w->panel.entry->shape.state_keys;
-    fastattn_state_merge(&w->total, &w->state, w->call->exponent);
+    fastattn_state_merge(&w->total, &w->state, w->call->scoring.exponent);
     begin_state(w);
     w->state_end = (key / keys + 1) * keys;
 }
@@ -201,7 +201,7 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
     }
     for (int64_t n = 0; n < panels && shape->splits == 1; n++) {
         fa_work *w = works + n;
-        if (by_turns(shape)) fastattn_state_merge(&w->total, &w->state, call->exponent);
+        if (by_turns(shape)) fastattn_state_merge(&w->total, &w->state, call->scoring.exponent);
         if (finish(call, &w->panel, by_turns(shape) ? &w->total : &w->state, v_scale)) overflown |= (uint32_t)1 << n;
     }
     if (shape->products->leave) shape->products->leave();
@@ -217,7 +217,7 @@ static int merge_parts(const fa_call *call, const fa_entry *entry, int64_t panel
     state_at(&state, call, &p, partial_memory(call, entry, panel, 0));
     for (int64_t part = 1; part < entry->shape.splits; part++) {
         state_at(&other, call, &p, partial_memory(call, entry, panel, part));
-        fastattn_state_merge(&state, &other, call->exponent);
+        fastattn_state_merge(&state, &other, call->scoring.exponent);
     }
     return finish(call, &p, &state, v_scale);
 }
@@ -262,13 +262,13 @@ static int64_t phase_items(const fa_call *call, int phase) {
 fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size) {
     fa_call prepared;
     fastattn_status status = fastattn_call_prepare(&prepared, args);
-    if (status != FASTATTN_OK || prepared.entries_at == 0) return status;
+    if (status != FASTATTN_OK || prepared.room.entries == 0) return status;
     void *own = NULL;
     if (!workspace) {
-        own = FASTATTN_MALLOC(prepared.workspace + 63);
+        own = FASTATTN_MALLOC(prepared.room.bytes + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         workspace = (void *)(((uintptr_t)own + 63) / 64 * 64);
-    } else if (workspace_size < prepared.workspace || (uintptr_t)workspace % 64 != 0)
+    } else if (workspace_size < prepared.room.bytes || (uintptr_t)workspace % 64 != 0)
         return FASTATTN_ERROR_WORKSPACE;
     const fa_call *call = fastattn_call_enter(&prepared, workspace);
     status = fastattn_for_each(phase_items(call, FA_COMPUTE), &call->team, run_item, call);
@@ -279,7 +279,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
 
 size_t fastattn_workspace_size(const fastattn_attention_args *args) {
     fa_call call;
-    return fastattn_call_prepare(&call, args) == FASTATTN_OK ? call.workspace : 0;
+    return fastattn_call_prepare(&call, args) == FASTATTN_OK ? call.room.bytes : 0;
 }
 
 fastattn_status fastattn_attention_plan(const fastattn_attention_args *args, void *workspace, size_t workspace_size,
@@ -288,7 +288,7 @@ fastattn_status fastattn_attention_plan(const fastattn_attention_args *args, voi
     if (!plan || !workspace) return FASTATTN_ERROR_ARGUMENT;
     const fastattn_status status = fastattn_call_prepare(&prepared, args);
     if (status != FASTATTN_OK) return status;
-    if (workspace_size < prepared.workspace || (uintptr_t)workspace % 64 != 0) return FASTATTN_ERROR_WORKSPACE;
+    if (workspace_size < prepared.room.bytes || (uintptr_t)workspace % 64 != 0) return FASTATTN_ERROR_WORKSPACE;
     fa_call *call = fastattn_call_enter(&prepared, workspace);
     call->own = prepared.own;
     call->args = &call->own.attention;

@@ -31,7 +31,7 @@ static float relative(int64_t key, int64_t first, int64_t keys) {
 static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_block *block, int biased) {
     const fastattn_attention_args *a = w->call->args;
     const fa_panel *p = &w->panel;
-    rules->scale = w->call->natural && !a->score_function ? a->scale : 1.0f; /* a function has been given finished scores */
+    rules->scale = w->call->scoring.natural && !a->score_function ? a->scale : 1.0f; /* a function has been given finished scores */
     rules->softcap = a->score_function ? 0.0f : a->softcap;
     const int sloped = a->alibi_slopes && !a->indices;
     rules->slopes = sloped ? p->slopes : NULL;
@@ -173,9 +173,9 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         if (there) {
             const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, x->k,
                                     x->skip + j + n, after, dim};
-            products->softmax_beside(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha, &next);
+            products->softmax_beside(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha, &next);
         } else
-            products->softmax(s, p, ld, rows, n, call->exponent, t->m + row, l, alpha);
+            products->softmax(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha);
         if (call->args->segments) {
             fastattn_mass_add(w, x, alpha, p, row, rows, j, n);
             continue;
@@ -236,11 +236,12 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     x.first = block->first;
     block_rules(&x.rules, w, block, biased);
     fastattn_fetch_ahead(w, &x, block);
-    x.ruled = call->ruled || biased;
-    x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim * call->beside));
+    x.ruled = call->scoring.ruled || biased;
+    const int64_t beside = call->heads.beside;
+    x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim * beside));
     x.careful = w->v_scale != 1.0f ||
                 ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
-                 !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim * call->beside));
+                 !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim * beside));
     fastattn_choose_operands(w, &x, block);
     x.p = x.products->in_place ? w->s : w->p;
     attend_visible(w, &x, block);

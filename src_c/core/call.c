@@ -14,9 +14,9 @@
 static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
     fa_rows r;
     const fastattn_block_mask *blocks = call->args->block_mask;
-    r.count = q_len * call->group;
+    r.count = q_len * call->heads.group;
     const int64_t queries = blocks ? blocks->block_size : call->args->indices ? 1 : q_len; /* that see the same blocks, or keys */
-    r.segment = fa_min(queries, q_len) * call->group;
+    r.segment = fa_min(queries, q_len) * call->heads.group;
     r.panels_a_segment = fa_ceil_div(r.segment, most);
     /* Panels of a long sequence are full; those of a segment share it evenly, or a ragged one would come with each. */
     const int64_t even = blocks || call->args->indices ? fa_ceil_div(r.segment, r.panels_a_segment) : fa_min(r.segment, most);
@@ -33,7 +33,8 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
  * their own. */
 static void plan_splits(const fa_call *call, fa_shape *shape) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024, MOST_PARTIALS = 1 << 26 };
-    const int64_t of_entry = call->sequences * call->beside * shape->rows.panels, keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
+    const int64_t of_entry = call->heads.sequences * call->heads.beside * shape->rows.panels;
+    const int64_t keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
     const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
     const double partials = (double)parts * (double)of_entry * (double)fastattn_state_bytes(shape->rows.ld, call->args->v_head_dim);
     shape->split_keys = keys;
@@ -50,9 +51,9 @@ static int apart(int64_t stride, int64_t bytes) { return stride > bytes || strid
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
  * often such that all rows want the same few lines of a cache; and those in pages, or chosen, have no stride. (Products by rows need none.) */
 static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
-    if (call->quantised) return products->in_place;
+    if (call->stored.quantised) return products->in_place;
     if (call->args->block_table || call->args->indices) return 0;
-    return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->apart && shape->rows.panels > 1);
+    return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->stored.apart && shape->rows.panels > 1);
 }
 
 /* Rows for which it pays to make float32 of quantised keys, and of that what their products want. */
@@ -66,9 +67,9 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     }
     const fa_products *alone = call->args->kv_dtype == FASTATTN_BFLOAT16 ? products->alone : NULL;
     /* Lanes give a row the same bits however few there are, and none other do but float32 where keys are turned. */
-    const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->quantised;
+    const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->stored.quantised;
     const int any_rows = call->args->invariant && (products != call->exact || decodes);
-    const int64_t together = (call->args->indices ? 1 : q_len) * call->group; /* rows that could be in one panel */
+    const int64_t together = (call->args->indices ? 1 : q_len) * call->heads.group; /* rows that could be in one panel */
     if (alone && (many || any_rows) && together <= alone->panel_rows) products = alone;
     shape->rows = plan_rows(call, q_len, products->panel_rows);
     if (shape->rows.panel_rows < products->fewest_rows && !any_rows) {
@@ -79,7 +80,7 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
-    const int fewest = call->quantised ? SHARE_WHAT_IS_DECODED : many ? products->fewest_rows_over_many : products->fewest_rows;
+    const int fewest = call->stored.quantised ? SHARE_WHAT_IS_DECODED : many ? products->fewest_rows_over_many : products->fewest_rows;
     shape->few_below = any_rows ? 1 : fewest;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
@@ -126,7 +127,7 @@ static const double work_of_panel = 5e4;
 static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
     const fastattn_attention_args *a = call->args;
     if (shape->q_len == 0) return;
-    const double parts = (double)entries * (double)(call->sequences * shape->rows.panels * shape->splits);
+    const double parts = (double)entries * (double)(call->heads.sequences * shape->rows.panels * shape->splits);
     const double dims = (double)(a->head_dim + a->v_head_dim);
     t->parts += parts;
     t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
@@ -170,7 +171,7 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     const double enough = (double)fa_max(call->args->num_threads, 1) * ITEMS_A_THREAD;
     const int64_t most = fa_min(MOST_ROWS / fa_max(totals->ld, 1), totals->panels);
     call->most_bundle = totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most;
-    if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->quantised)) call->most_bundle = 1;
+    if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->stored.quantised)) call->most_bundle = 1;
 }
 
 /* Whether the rows of a key, one of each head, lie side by side, as those of a single key do in any memory. */
@@ -182,7 +183,7 @@ static int heads_beside(const fa_call *call) {
 /* The same, or that at least, in pages, they lie in the same page. */
 static int heads_together(const fa_call *call) {
     const fastattn_attention_args *a = call->args;
-    if (a->indices || call->sequences != a->num_kv_heads) return 0;
+    if (a->indices || call->heads.sequences != a->num_kv_heads) return 0;
     return a->block_table ? a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0] : heads_beside(call);
 }
 
@@ -195,18 +196,18 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     if (!heads_together(call)) return;
-    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->sequences));
+    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->heads.sequences));
     const double items = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
     const int64_t together = fa_max(1, items < (double)most ? (int64_t)items : most);
-    const int64_t one_row = totals->queries == 1 && call->group == 1 && !a->block_mask && !a->block_table && heads_beside(call);
+    const int64_t one_row = totals->queries == 1 && call->heads.group == 1 && !a->block_mask && !a->block_table && heads_beside(call);
     int64_t beside = fa_max(1, fa_min(together, one_row * call->few->most_beside));
-    while (call->sequences % beside != 0) beside--;
+    while (call->heads.sequences % beside != 0) beside--;
     if (beside == 1) {
         call->abreast = together;
         return;
     }
-    call->beside = call->group = beside;
-    call->sequences /= beside;
+    call->heads.beside = call->heads.group = beside;
+    call->heads.sequences /= beside;
 }
 
 /* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` multiplications to do, some 20
@@ -255,10 +256,10 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     call->pointers = a->block_table || a->indices ? fastattn_row_pointers(keys) : 0;
     m->k_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->v_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
-    m->wide_k = take(&bytes, call->quantised * keys * a->head_dim, sizeof(float));
-    m->wide_v = take(&bytes, call->quantised * keys * a->v_head_dim, sizeof(float));
-    const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->quantised * a->v_head_dim * (int64_t)sizeof(float);
-    m->finite_v = take(&bytes, keys * fa_max(as_read * call->beside, wide), 1);
+    m->wide_k = take(&bytes, call->stored.quantised * keys * a->head_dim, sizeof(float));
+    m->wide_v = take(&bytes, call->stored.quantised * keys * a->v_head_dim, sizeof(float));
+    const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->stored.quantised * a->v_head_dim * (int64_t)sizeof(float);
+    m->finite_v = take(&bytes, keys * fa_max(as_read * call->heads.beside, wide), 1);
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.total = take(&panel, totals->by_turns, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
@@ -266,10 +267,10 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), panel);
     m->bytes = bytes;
     if (totals->partials > (double)most_bytes) return FASTATTN_ERROR_MEMORY;
-    call->entries_at = take(&call->workspace, a->batch, sizeof(fa_entry));
-    call->scratch_at = take(&call->workspace, call->workers, m->bytes);
-    call->partials_at = take(&call->workspace, 1, (size_t)totals->partials);
-    return call->workspace < most_bytes ? FASTATTN_OK : FASTATTN_ERROR_MEMORY;
+    call->room.entries = take(&call->room.bytes, a->batch, sizeof(fa_entry));
+    call->room.scratch = take(&call->room.bytes, call->workers, m->bytes);
+    call->room.partials = take(&call->room.bytes, 1, (size_t)totals->partials);
+    return call->room.bytes < most_bytes ? FASTATTN_OK : FASTATTN_ERROR_MEMORY;
 }
 
 static fastattn_status plan(fa_call *call, const fastattn_attention_args *given) {
@@ -277,44 +278,44 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     fastattn_status status = fastattn_check_args(&call->own, given);
     if (status != FASTATTN_OK) return status;
     call->args = args;
-    call->entries_at = call->workspace = 0;
+    call->room.entries = call->room.bytes = 0;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
-    call->quantised = fa_is_quantised(args->kv_dtype);
+    call->stored.quantised = fa_is_quantised(args->kv_dtype);
     call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
     call->products = args->additive || args->activation != FASTATTN_SOFTMAX || args->segments
                          ? call->exact
                          : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
     call->few = args->additive ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
-    if (call->quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
+    if (call->stored.quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     plan_team(call, 0);
-    take(&call->workspace, 1, sizeof *call);
+    take(&call->room.bytes, 1, sizeof *call);
     if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) return FASTATTN_OK;
 
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
      * of 0. Other rules need the finished score. */
-    call->ruled = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
-    call->natural = call->ruled || args->score_function;
+    call->scoring.ruled = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
+    call->scoring.natural = call->scoring.ruled || args->score_function;
     const double log2_e = 1.44269504088896341;
-    call->sign = call->natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
-    call->unit = call->natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
-    call->exponent = (float)fmin(call->unit * log2_e, FLT_MAX);
+    call->scoring.sign = call->scoring.natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
+    call->scoring.unit = call->scoring.natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
+    call->scoring.exponent = (float)fmin(call->scoring.unit * log2_e, FLT_MAX);
 
-    call->heads_a_kv_head = call->group = args->num_heads / args->num_kv_heads;
-    if (args->block_mask && args->block_mask->head_stride != 0) call->group = 1;
-    call->sequences = args->num_heads / call->group;
-    call->beside = call->abreast = 1;
-    call->v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
-                   args->v_head_dim <= args->head_dim && !call->quantised;
-    call->apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
-                  (!call->v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
+    call->heads.a_kv_head = call->heads.group = args->num_heads / args->num_kv_heads;
+    if (args->block_mask && args->block_mask->head_stride != 0) call->heads.group = 1;
+    call->heads.sequences = args->num_heads / call->heads.group;
+    call->heads.beside = call->abreast = 1;
+    call->stored.v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
+                   args->v_head_dim <= args->head_dim && !call->stored.quantised;
+    call->stored.apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
+                  (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
     fa_totals totals = survey(call);
     plan_team(call, totals.work);
     plan_abreast(call, &totals);
-    if (call->beside > 1) totals = survey(call);
+    if (call->heads.beside > 1) totals = survey(call);
     plan_bundles(call, &totals);
     return plan_memory(call, &totals);
 }
@@ -364,8 +365,9 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
         shape = &entry->shape;
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
-        entry->line = abreast ? call->sequences : a->indices ? shape->rows.panels_a_segment : shape->rows.panels;
-        entry->bundle = abreast ? call->abreast : shape->prepared[FA_PREFERRED] || call->quantised ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
+        entry->line = abreast ? call->heads.sequences : a->indices ? shape->rows.panels_a_segment : shape->rows.panels;
+        const int shared = shape->prepared[FA_PREFERRED] || call->stored.quantised;
+        entry->bundle = abreast ? call->abreast : shared ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
         entry->bundles = entry->bundle > 1 ? fa_ceil_div(entry->line, entry->bundle) : entry->line;
         entry->partial_bytes = shape->splits > 1 ? fastattn_state_bytes(shape->rows.ld, a->v_head_dim) : 0;
     }
@@ -378,13 +380,13 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     call->paddings = 0;
     memset(call->items, 0, sizeof call->items);
     memset(call->alike, 0, sizeof call->alike);
-    if (call->entries_at == 0) return call;
+    if (call->room.entries == 0) return call;
     const fastattn_attention_args *a = call->args;
-    call->entries = (fa_entry *)((char *)workspace + call->entries_at);
+    call->entries = (fa_entry *)((char *)workspace + call->room.entries);
     enter_all(call, call->entries);
-    size_t partials = call->partials_at;
+    size_t partials = call->room.partials;
     for (fa_entry *entry = call->entries; entry < call->entries + a->batch; entry++) {
-        const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
+        const int64_t panels = call->heads.sequences * entry->shape.rows.panels, splits = entry->shape.splits;
         memcpy(entry->first, call->items, sizeof entry->first);
         entry->partials = partials;
         if (panels > 0) call->items[FA_COMPUTE] += fa_divide(panels, entry->line) * entry->bundles * splits;
@@ -392,7 +394,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         partials += entry->partial_bytes * (size_t)(panels * splits);
         if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
     }
-    FA_ASSERT(partials <= call->workspace);
+    FA_ASSERT(partials <= call->room.bytes);
     for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = call->items[phase] / a->batch;
     call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
     return call;

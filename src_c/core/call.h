@@ -74,31 +74,52 @@ typedef struct fa_scratch {
     struct { size_t q[FA_WAYS], o, total, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
+/* Query heads as rows. */
+typedef struct fa_heads {
+    int64_t a_kv_head; /* that read the same key/value head */
+    int64_t beside;    /* key/value heads of a packed sequence: more than one where their rows lie beside each other */
+    int64_t group;     /* in a packed sequence */
+    int64_t sequences; /* packed ones, per batch entry */
+} fa_heads;
+
+/* How keys and values lie. */
+typedef struct fa_stored {
+    int quantised; /* the products by rows read them, others what they become in float32, run by run */
+    int apart;     /* there are gaps between the rows of keys or values, as between pages */
+    int v_in_k;    /* values are the first numbers of their keys, as those of latents are */
+} fa_stored;
+
+/* What becomes of products of queries and keys. */
+typedef struct fa_scoring {
+    int natural;    /* scores are finished by the rules; else the softmax scales them itself */
+    int ruled;      /* the rules change every score */
+    float sign;     /* multiplies q while packing */
+    float exponent; /* of the softmax: powers are 2**(exponent * (score - maximum)) */
+    double unit;    /* scores times unit are logits */
+} fa_scoring;
+
+/* What lies in the workspace, from its beginning in bytes. */
+typedef struct fa_room {
+    size_t entries, scratch, partials;
+    size_t bytes; /* in all */
+} fa_room;
+
 /* A call in its workspace, to which it belongs: the public plan. */
 typedef struct fastattn_plan {
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
     const fa_products *products, *exact, *few; /* those that are preferred, those in float32, and those for few rows */
     int64_t panel_dim;     /* numbers of a row in the panel of queries */
-    int64_t heads_a_kv_head;
-    int64_t beside;        /* key/value heads of a packed sequence: more than one where their rows lie beside each other */
-    int64_t group;         /* query heads in a packed sequence */
-    int64_t sequences;     /* packed sequences per batch entry */
-    int quantised;         /* keys and values are: the products by rows read them, others what they become in float32, run by run */
-    int apart;             /* there are gaps between the rows of keys or values, as between pages */
-    int v_in_k;            /* values are the first numbers of their keys, as those of latents are */
-    int natural;           /* scores are finished by the rules; else the softmax scales them itself */
-    int ruled;             /* the rules change every score */
-    float sign;            /* multiplies q while packing */
-    float exponent;        /* of the softmax: powers are 2**(exponent * (score - maximum)) */
-    double unit;           /* scores times unit are logits */
+    fa_heads heads;
+    fa_stored stored;
+    fa_scoring scoring;
     fa_team team;          /* as many threads as pay off, at most args->num_threads */
     int workers;           /* for which there is scratch */
     int64_t most_bundle, abreast;
     int64_t pointers;      /* to rows, that a run has for keys and for values each */
     fa_shape shape;        /* that of the last entry */
     fa_scratch scratch;
-    size_t entries_at, scratch_at, partials_at, workspace; /* offsets in the workspace, and its bytes in all */
+    fa_room room;
 
     /* From here on set by fastattn_call_enter. */
     fa_entry *entries;        /* [batch], the longest first */
@@ -122,7 +143,7 @@ static inline int fastattn_way_of(const fa_shape *shape, int rows) {
  * to clear, entries and items stay 0. */
 fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args);
 
-/* The call as it lies in a workspace of call->workspace bytes from now on, with its entries: the tables of lengths have been read for
+/* The call as it lies in a workspace of call->room.bytes bytes from now on, with its entries: the tables of lengths have been read for
  * the last time. */
 fa_call *fastattn_call_enter(const fa_call *call, void *workspace);
 

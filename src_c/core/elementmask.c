@@ -52,8 +52,8 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
     int64_t entry = block->entry;
     for (int g = 0; g < groups; g++) keys_of[g].from = block->keys, keys_of[g].to = 0;
     for (int64_t j = 0; j < block->keys; j++) {
-        lanes[j] = real & (block->listed ? lanes_of_list(p, block, j, &entry, call->group)
-                                         : lanes_of_bits(p, block->bits + j * block->bits_stride, block->bits_query, call->group));
+        lanes[j] = real & (block->listed ? lanes_of_list(p, block, j, &entry, call->heads.group)
+                                         : lanes_of_bits(p, block->bits + j * block->bits_stride, block->bits_query, call->heads.group));
         found |= (lanes[j] ? FA_MASK_SHOWS : 0u) | (lanes[j] != real ? FA_MASK_HIDES : 0u);
         for (int g = 0; g < groups; g++)
             if (lanes[j] >> (g * FA_ROW_STEP) & 0xffff) {

@@ -55,7 +55,7 @@ int fastattn_isa_available(fastattn_isa isa) { return fastattn_ukernel_select(is
 
 /* (row, key) pairs of the blocks that the loop would visit in an entry, as told by its own iterator. */
 static double visited_pairs(const fa_call *call, const fa_entry *entry, char *memory) {
-    const int64_t panels = call->sequences * entry->shape.rows.panels, splits = entry->shape.splits;
+    const int64_t panels = call->heads.sequences * entry->shape.rows.panels, splits = entry->shape.splits;
     double pairs = 0;
     for (int64_t n = 0; n < panels * splits; n++) {
         fa_panel panel;
@@ -78,7 +78,7 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     const fastattn_status status = fastattn_call_prepare(&prepared, args);
     if (status != FASTATTN_OK) return status;
     /* The plan, and the vectors of a panel. */
-    char *memory = FASTATTN_MALLOC(prepared.entries_at ? prepared.scratch_at + prepared.scratch.panel.bytes : prepared.workspace);
+    char *memory = FASTATTN_MALLOC(prepared.room.entries ? prepared.room.scratch + prepared.scratch.panel.bytes : prepared.room.bytes);
     if (!memory) return FASTATTN_ERROR_MEMORY;
     const fa_call *call = fastattn_call_enter(&prepared, memory);
     const fastattn_attention_args *a = call->args;
@@ -88,7 +88,7 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     for (int64_t n = 0; call->entries && n < a->batch; n++) {
         const fa_entry *entry = call->entries + n;
         pairs += (double)a->num_heads * (double)entry->q_room * (double)fastattn_kv_room(a, entry->batch);
-        visited += visited_pairs(call, entry, memory + call->scratch_at);
+        visited += visited_pairs(call, entry, memory + call->room.scratch);
         if (entry->shape.rows.panel_rows > found.tile_rows) {
             found.tile_rows = entry->shape.rows.panel_rows;
             products = entry->shape.products;
@@ -101,7 +101,7 @@ fastattn_status fastattn_explain(const fastattn_attention_args *args, fastattn_p
     found.work_items = call->items[FA_COMPUTE];
     found.num_threads = call->team.threads;
     found.threading = call->team.threading;
-    found.workspace = call->workspace;
+    found.workspace = call->room.bytes;
     found.visible_fraction = pairs > 0 ? visited / pairs : 0;
     memcpy(info, &found, info->size);
     FASTATTN_FREE(memory);

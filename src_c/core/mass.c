@@ -28,12 +28,12 @@ static void clear_up_to(fa_panel *p, int64_t end) {
 
 static void follow_maximum(const fa_call *call, fa_panel *p, int r, float m) {
     if (m == -INFINITY) return;
-    double rise = call->exponent * ((double)m - p->base[r]);
+    double rise = call->scoring.exponent * ((double)m - p->base[r]);
     if (!(rise <= most_rise)) {
         if (p->base[r] != -INFINITY)
             call->uk->narrow(p->outputs[r], p->outputs[r], (float)exp2(-rise), p->cleared, FASTATTN_FLOAT32);
         p->base[r] = m;
-        rise = call->exponent * ((double)m - m);
+        rise = call->scoring.exponent * ((double)m - m);
     }
     p->rise[r] = (float)exp2(rise);
 }
@@ -82,7 +82,7 @@ void fastattn_mass_finish(const fa_call *call, fa_panel *p, const fa_state *stat
     const int64_t segments = call->args->num_segments, added = p->cleared;
     clear_up_to(p, segments);
     for (int r = 0; r < p->rows; r++) {
-        const double fall = p->base[r] == -INFINITY ? 0 : call->exponent * (p->base[r] - (double)state->m[r]);
+        const double fall = p->base[r] == -INFINITY ? 0 : call->scoring.exponent * (p->base[r] - (double)state->m[r]);
         const float by = (float)(factor[r] * exp2(fall)); /* a NaN is for all */
         call->uk->narrow(p->outputs[r], p->outputs[r], by, isfinite(by) ? added : segments, FASTATTN_FLOAT32);
     }

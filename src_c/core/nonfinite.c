@@ -25,14 +25,14 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
             const char *q = w->panel.rows_of[r];
             float sum = 0.0f;
             for (int64_t d = 0; d < a->head_dim; d++)
-                sum += call->sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, x->stored_k.dtype);
+                sum += call->scoring.sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, x->stored_k.dtype);
             s[j * of_key + (r - row) * of_row] = sum;
         }
     }
 }
 
 fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
-    const int64_t dim = w->state.v_head_dim * w->call->beside, size = fa_size_of(v.dtype);
+    const int64_t dim = w->state.v_head_dim * w->call->heads.beside, size = fa_size_of(v.dtype);
     fa_matrix finite = fa_matrix_at(w->finite_v, fa_row_bytes(v.dtype, dim), v.dtype);
     const int quantised = fa_is_quantised(v.dtype);
     finite.beside = v.beside;
@@ -65,7 +65,7 @@ void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows
         for (int r = 0; r < rows; r++) w->shown[j * of_key + r * of_row] = 0.0f;
     x->products->scores(w->shown, ld, rows, from, keys, &rules, unused);
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t n = 0; n < dim * w->call->beside; n++) {
+        for (int64_t n = 0; n < dim * w->call->heads.beside; n++) {
             const float value = fa_get_of_row(fa_row_at(v, from + j), n, dim, v.dtype);
             if (isfinite(value)) continue;
             const int64_t head = n / dim, d = n - head * dim;

@@ -55,7 +55,7 @@ void fastattn_source_of(fa_work *w, fa_matrix *k, fa_matrix *v) {
     fa_run *run = w->run;
     *k = run->stored_k;
     *v = run->stored_v;
-    if (!w->call->quantised || w->way == FA_FEW) return;
+    if (!w->call->stored.quantised || w->way == FA_FEW) return;
     if (!run->widened) {
         w->call->uk->quantised->widen(run->wide_k, *k, run->keys, a->head_dim);
         w->call->uk->quantised->widen(run->wide_v, *v, run->keys, a->v_head_dim);
@@ -77,7 +77,7 @@ static void pack_queries(fa_work *w, const fa_products *products, float *q) {
     fastattn_panel_queries(call, &w->panel);
     const void *const *rows_of = w->panel.rows_of;
     if (!a->additive) {
-        products->pack(q, w->ld, rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->sign);
+        products->pack(q, w->ld, rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->scoring.sign);
         return;
     }
     const void *weights_of[FA_PANEL_ROWS];
@@ -86,7 +86,7 @@ static void pack_queries(fa_work *w, const fa_products *products, float *q) {
     const int64_t behind = fa_sums_row(a->head_dim) * fa_number_of_numbers(products, w->ld);
     for (int r = 0, step = products->by_rows ? 1 : w->panel.padded; r < w->panel.padded; r += step) {
         products->pack(q + r * of_row, w->ld, rows_of + r, step, a->head_dim, a->q_dtype, 1.0f);
-        products->pack(q + r * of_row + behind, w->ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->sign);
+        products->pack(q + r * of_row + behind, w->ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->scoring.sign);
     }
 }
 
@@ -112,7 +112,7 @@ static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *blo
     }
     if (!by->made) {
         by->k = by->products->keys(by->k_room, x->source_k, run->keys, a->head_dim);
-        const int for_both = call->v_in_k && by->products->values == by->products->keys;
+        const int for_both = call->stored.v_in_k && by->products->values == by->products->keys;
         by->v = for_both ? by->k : by->products->values(by->v_room, x->source_v, run->keys, a->v_head_dim);
         by->made = 1;
     }
@@ -139,7 +139,7 @@ void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *bl
  * order anyway, and products by rows look ahead themselves.) */
 void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
-    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->apart && w->panel.entry->shape.rows.panels == 1);
+    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->stored.apart && w->panel.entry->shape.rows.panels == 1);
     if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
     if (a->v_head_dim > 0) w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size); /* else it may be null */

@@ -39,8 +39,8 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     if (a->causal) panel = rows->panels - 1 - panel; /* the longest first: the last to finish is then short */
     p->entry = entry;
     p->ld = ld;
-    p->head = sequence * call->group;
-    p->kv_head = fa_divide(p->head, call->heads_a_kv_head);
+    p->head = sequence * call->heads.group;
+    p->kv_head = fa_divide(p->head, call->heads.a_kv_head);
 
     const int64_t segment = fa_divide(panel, rows->panels_a_segment);
     const int64_t segment_end = fa_min(rows->count, (segment + 1) * rows->segment);
@@ -67,7 +67,7 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     p->rise = take(&memory, ld, sizeof(float));
 
     char *out = (char *)a->out + entry->batch * a->out_strides[0] + entry->query * a->out_strides[2];
-    int64_t i = fa_divide(p->first_row, call->group), h = p->head + p->first_row - i * call->group;
+    int64_t i = fa_divide(p->first_row, call->heads.group), h = p->head + p->first_row - i * call->heads.group;
     for (int r = 0; r < p->rows; r++) {
         p->query[r] = i;
         p->head_of[r] = h;
@@ -76,7 +76,7 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
         if (a->alibi_slopes)
             p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
-        if (++h == p->head + call->group) h = p->head, i++;
+        if (++h == p->head + call->heads.group) h = p->head, i++;
     }
     p->list = (fa_key_list){.at = NULL};
     if (a->indices) {
@@ -162,7 +162,7 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
     rows->stride = strides[2];
     rows->dtype = call->args->kv_dtype;
     rows->ahead = rows->rows_ahead = 0;
-    rows->beside = call->beside > 1 ? strides[1] : 0;
+    rows->beside = call->heads.beside > 1 ? strides[1] : 0;
     rows->rows = pointers;
 }
 
