@@ -68,7 +68,7 @@ def in_browser(path, fragment, *options):
     if browser is None:
         pytest.skip("no Chromium is installed")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path.parent / 'profile'}", *options]
-    run = subprocess.run([*command, f"file://{path}#{fragment}"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([*command, f"file://{path}#{fragment}"], capture_output=True, text=True, timeout=600)
     if run.returncode:
         pytest.skip(f"Chromium does not run here: {run.stderr[-200:]}")
     return run.stdout
