@@ -115,7 +115,7 @@ TEST_EACH_ISA(pages_of_heads_abreast) {
                             .q_dtype = dtypes[kv_heads % 3], .kv_dtype = dtypes[kv_heads % 3], .lengths = LENGTHS_RAGGED,
                             .causal = kv_heads & 1, .num_threads = kv_heads == 8 ? 3 : 1};
         for (size_t n = 0; n < COUNT(sizes); n++)
-            check_paged(&spec, sizes[n], kv_heads * 7 + n, kv_heads % 2 ? GUARD_BEHIND : GUARD_BEFORE);
+            check_paged(&spec, sizes[n], (uint64_t)kv_heads * 7 + n, kv_heads % 2 ? GUARD_BEHIND : GUARD_BEFORE);
     }
 }
 
