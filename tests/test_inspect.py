@@ -88,6 +88,14 @@ def test_entropy_and_span(options):
     np.testing.assert_allclose(fastattn.attention_span(q, k, **options), (p * distance).sum(axis=-1), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_quantised_keys_are_those_of_their_numbers():
+    q, k, _ = random_qkv(1, 2, 5, 40, 32)
+    for dtype in ("int8", "int4"):
+        quantised = fastattn.quantize(k, dtype)
+        for f in (fastattn.attention_weights, fastattn.attention_scores, fastattn.attention_entropy, fastattn.attention_span):
+            np.testing.assert_allclose(f(q, quantised, causal=True), f(q, fastattn.dequantize(quantised), causal=True), atol=1e-6)
+
+
 def test_entropy_of_even_weights_and_of_one_key():
     q, k = np.zeros((1, 2, 5, 8), np.float32), np.ones((1, 2, 7, 8), np.float32)
     np.testing.assert_allclose(fastattn.attention_entropy(q, k), np.log(7), rtol=1e-6)
