@@ -137,3 +137,21 @@ def test_an_entry_alone_and_in_company(engine, kv_heads, q_len):
     out = fastattn.attention(q, k, v, causal=True)
     for b in range(5):
         np.testing.assert_array_equal(fastattn.attention(*(x[b : b + 1] for x in (q, k, v)), causal=True), out[b : b + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "scale": -2}, {"window": (0, 0)}, {"sinks": np.float32([0.5])}, {"kv_lengths": [0, 1] * 6}]
+)
+def test_entries_of_one_token(engine, dtype, options):
+    """They are as heads beside each other to the native engine, if nothing tells them apart."""
+    q, k, v = random_qkv(batch=24, heads=1, q_len=1, kv_len=1, head_dim=24, v_head_dim=40, dtype=dtype)
+    for arrays in ((q[:12], k[:12], v[:12]), (q[::2], k[::-2], v[:1].repeat(12, axis=0)), (q[12:, :, :, ::-1], k[12:], v[::-1][:12])):
+        out, lse = fastattn.attention(*arrays, return_lse=True, **options)
+        check(out, lse, *arrays, **options)
+        lengths = options.get("kv_lengths", [1] * 12)
+        for b in range(12):
+            own = options | ({"kv_lengths": lengths[b : b + 1]} if "kv_lengths" in options else {})
+            alone = fastattn.attention(*(x[b : b + 1] for x in arrays), return_lse=True, **own)
+            np.testing.assert_array_equal(alone[0], out[b : b + 1])
+            np.testing.assert_array_equal(alone[1], lse[b : b + 1])

@@ -273,10 +273,26 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     return call->room.bytes < most_bytes ? FASTATTN_OK : FASTATTN_ERROR_MEMORY;
 }
 
+/* Entries of one head, one query and one key are heads of one entry, where nothing is said of an entry or a head by itself: there may be
+ * thousands of them, and heads have less of their own. */
+static void join_entries(fastattn_attention_args *a) {
+    const int told_apart = fastattn_ragged(a) || a->query_offset || a->mask || a->alibi_slopes || a->sinks || a->block_mask ||
+                           a->block_table || a->indices || a->segments || a->activation_bias || a->additive || a->score_function;
+    if (told_apart || a->batch < 2 || a->num_heads != 1 || a->q_len != 1 || a->kv_len != 1) return;
+    a->num_heads = a->num_kv_heads = a->batch;
+    a->batch = 1;
+    a->q_strides[1] = a->q_strides[0];
+    a->k_strides[1] = a->k_strides[0];
+    a->v_strides[1] = a->v_strides[0];
+    a->out_strides[1] = a->out_strides[0];
+    a->lse_strides[1] = a->lse_strides[0];
+}
+
 static fastattn_status plan(fa_call *call, const fastattn_attention_args *given) {
     const fastattn_attention_args *args = &call->own.attention;
     fastattn_status status = fastattn_check_args(&call->own, given);
     if (status != FASTATTN_OK) return status;
+    join_entries(&call->own.attention);
     call->args = args;
     call->room.entries = call->room.bytes = 0;
     call->uk = fastattn_ukernel_select(args->isa);
