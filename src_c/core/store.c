@@ -24,15 +24,23 @@ typedef struct fa_store {
     int64_t *refused; /* there: becomes 1 where a number cannot be quantised */
 } fa_store;
 
+/* Numbers of up to this become numbers below FA_MOST_QUANTISED**0.5 times as large when they are turned, whose scales are finite, and need
+ * not be turned to find that out. */
+static const float surely_fit = 4096.0f;
+
 /* A row in float32, turned, and what it is quantised to. Returns 0 if that cannot be; where `to` is null nothing is written. */
 static int make_row(const fa_store *x, char *to, const char *from) {
     const fastattn_store_args *a = &x->args;
     const int64_t n = a->head_dim;
     float wide[FA_MOST_QUANTISED];
-    const float *row = wide;
-    if (a->from_dtype == FASTATTN_FLOAT32 && !a->rotate) row = (const float *)(const void *)from;
-    else x->uk->widen(wide, fa_matrix_at(from, 0, a->from_dtype), 1, n);
-    if (a->rotate) x->uk->quantised->hadamard(wide, n);
+    const float *row = a->from_dtype == FASTATTN_FLOAT32 ? (const float *)(const void *)from : wide;
+    if (row == wide) x->uk->widen(wide, fa_matrix_at(from, 0, a->from_dtype), 1, n);
+    if (!to && x->uk->quantised->largest(row, n) <= surely_fit) return 1;
+    if (a->rotate) {
+        if (row != wide) memcpy(wide, row, (size_t)n * sizeof *wide);
+        x->uk->quantised->hadamard(wide, n);
+        row = wide;
+    }
     if (fa_is_quantised(a->to_dtype)) return x->uk->quantised->quantise(to, row, n, a->to_dtype);
     x->uk->narrow(to, row, 1.0f, n, a->to_dtype);
     return 1;

@@ -12,6 +12,9 @@ typedef struct fa_quantised {
     /* 1 when all numbers are finite, whatever the integers are. */
     int (*finite)(fa_matrix rows, int64_t keys, int64_t dim);
 
+    /* The largest magnitude of n numbers, or NaN where one is not finite. */
+    float (*largest)(const float *row, int64_t n);
+
     /* A row of dim numbers, quantised; where `to` is null nothing is written. Returns 0 when that cannot be. */
     int (*quantise)(char *to, const float *row, int64_t dim, fastattn_dtype dtype);
 

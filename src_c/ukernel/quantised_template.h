@@ -174,6 +174,8 @@ FA_INLINE float magnitude_of(const float *x, int64_t n) {
     return were_finite(sum) ? simd_largest(largest) : NAN;
 }
 
+static float largest_of(const float *row, int64_t n) { return magnitude_of(row, n); }
+
 /* Numbers times factor up to `most`. */
 FA_INLINE simd_f bounded(const float *x, int64_t n, float factor, float most) {
     const simd_f number = simd_mul(load_as(x, n, FASTATTN_FLOAT32), simd_set1(factor));
@@ -260,7 +262,7 @@ static void hadamard(float *row, int64_t dim) {
 }
 
 #define FA_QUANTISED_TABLE(suffix)                                                                                                  \
-    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, quantise, hadamard};                          \
+    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, largest_of, quantise, hadamard};              \
     void fastattn_quantised_qk_##suffix(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,         \
                                         int64_t head_dim) {                                                                         \
         quantised_qk(s, q, ld, rows, k, from, keys, head_dim);                                                                      \

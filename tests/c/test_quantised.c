@@ -125,6 +125,10 @@ TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
     from[1][63] = 1e6f;
     k.to_dtype = FASTATTN_INT4;
     CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_NOT_FINITE);
+    for (int n = 0; n < 64; n++) from[1][n] = 6e4f; /* eight times as large when turned */
+    k.rotate = 1;
+    CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_NOT_FINITE);
+    k.rotate = 0;
     k.head_dim = 48;
     CHECK_STATUS(fastattn_store(&k), FASTATTN_ERROR_SHAPE);
     k.head_dim = 1 << 14, k.to_dtype = FASTATTN_INT8;
