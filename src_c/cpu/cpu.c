@@ -74,6 +74,20 @@ static unsigned detect(void) {
     return features;
 }
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+#include <sys/auxv.h>
+static unsigned detect(void) {
+    const unsigned long bf16 = 1ul << 14; /* HWCAP2_BF16, which older headers do not name */
+    return getauxval(AT_HWCAP2) & bf16 ? FA_CPU_BFDOT : 0;
+}
+
+#else
+
+static unsigned detect(void) { return 0; }
+
+#endif
+
 /* One word, found once. Threads may race to store it, all with the same value; C99 has no _Atomic. */
 #if defined(__GNUC__)
 static unsigned cached;
@@ -91,9 +105,3 @@ int fastattn_cpu_has(unsigned features) {
     if (!now) keep(now = detect() | known);
     return (now & features) == features;
 }
-
-#else
-
-int fastattn_cpu_has(unsigned features) { return features == 0; }
-
-#endif

@@ -8,6 +8,7 @@ enum {
     FA_CPU_AMX = 4,    /* AMX tiles of bfloat16, and the system lets this process use them */
     FA_CPU_AVX512_BF16 = 8,
     FA_CPU_AVX512_VNNI = 32,
+    FA_CPU_BFDOT = 64, /* the extension bf16 of AArch64, which Linux tells of */
     FA_CPU_FAST_BF16 = 16 /* AVX512-BF16 that outruns float32: AMD's. On Sapphire and Emerald Rapids an instruction for two
                              multiplications takes the time of four float32 ones */
 };

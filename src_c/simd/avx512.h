@@ -89,6 +89,7 @@ static inline simd_f simd_div(simd_f a, simd_f b) { return _mm512_div_ps(a, b); 
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmadd_ps(a, b, c); }
 #if defined(__GNUC__)
 #define SIMD_PAIRS
+#define SIMD_INT16
 /* c plus the dot products of pairs: of bfloat16 by AVX512-BF16, of 16-bit integers by AVX512-VNNI, where c is an integer too.
  * The rest needs neither. */
 static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {

@@ -89,6 +89,32 @@ static inline simd_f simd_mul(simd_f a, simd_f b) { return vmulq_f32(a, b); }
 static inline simd_f simd_div(simd_f a, simd_f b) { return vdivq_f32(a, b); }
 static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(c, a, b); }
 static inline simd_f simd_fms(simd_f a, simd_f b, simd_f c) { return vfmaq_f32(vnegq_f32(c), a, b); }
+#if defined(__GNUC__)
+#define SIMD_PAIRS
+/* c plus the dot products of pairs of bfloat16, and eight numbers as such: by the extension bf16, which the rest does not need. (Clang
+ * takes the instructions where the function that they end up in is of target_bf16.h; the assembler of others has to be told.) */
+#ifdef __clang__
+#define SIMD_WITH_BF16 ""
+#else
+#define SIMD_WITH_BF16 ".arch_extension bf16\n\t"
+#endif
+static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {
+    __asm__(SIMD_WITH_BF16 "bfdot %0.4s, %1.8h, %2.8h" : "+w"(c) : "w"(a), "w"(b));
+    return c;
+}
+static inline simd_f simd_halves_bf16(simd_f a, simd_f b) {
+    __asm__(SIMD_WITH_BF16 "bfcvtn %0.4h, %0.4s\n\tbfcvtn2 %0.8h, %1.4s" : "+&w"(a) : "w"(b));
+    return a;
+}
+/* The last four halves before the first. */
+static inline simd_f simd_swap_halves(simd_f a) { return vextq_f32(a, a, 2); }
+/* The halves of both, in turn: the first 4 of each, and the last. */
+static inline void simd_zip_halves(simd_f *a, simd_f *b) {
+    const uint16x8_t x = vreinterpretq_u16_f32(*a), y = vreinterpretq_u16_f32(*b);
+    *a = vreinterpretq_f32_u16(vzip1q_u16(x, y));
+    *b = vreinterpretq_f32_u16(vzip2q_u16(x, y));
+}
+#endif
 static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline simd_f simd_min(simd_f a, simd_f b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline simd_f simd_abs(simd_f a) { return vabsq_f32(a); }

@@ -1,4 +1,5 @@
-/* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add. */
+/* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add, and beside them the products of the
+ * extension bf16. */
 #include "ukernel.h"
 
 #ifdef FA_HOLDS_NEON
@@ -7,5 +8,9 @@
 #include "template.h"
 
 FA_TABLE(neon, FASTATTN_ISA_NEON, 64)
+
+#include "target_bf16.h"
+#include "bfdot.h"
+#include "target_end.h"
 
 #endif

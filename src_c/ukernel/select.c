@@ -42,6 +42,10 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
         if ((exact || medium) && fastattn_cpu_has(FA_CPU_FAST_BF16)) return &fastattn_products_bfloat16_avx512;
         if (!exact && medium && fastattn_cpu_has(FA_CPU_AVX512_VNNI)) return &fastattn_products_int16_avx512;
     }
+#elif defined(FA_HOLDS_NEON) && defined(__GNUC__)
+    if (!invariant && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_NEON) && fastattn_cpu_has(FA_CPU_BFDOT) &&
+        (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
+        return &fastattn_products_bfloat16_neon;
 #else
     (void)q_dtype, (void)precision, (void)invariant;
 #endif

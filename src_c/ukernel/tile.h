@@ -29,16 +29,19 @@ typedef struct tile_kind {
     int beside;             /* by rows: each element across has a panel of its own, beside that of the one before */
 } tile_kind;
 
-#ifdef SIMD_PAIRS
 FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) {
-    return multiply == TILE_INT16      ? simd_dot_int16(a, b, c)
-           : multiply == TILE_BFLOAT16 ? simd_dot_bf16(a, b, c)
-                                       : simd_fma(a, b, c);
+#ifdef SIMD_PAIRS
+    if (multiply == TILE_BFLOAT16) return simd_dot_bf16(a, b, c);
+#endif
+#ifdef SIMD_INT16
+    if (multiply == TILE_INT16) return simd_dot_int16(a, b, c);
+#endif
+    return (void)multiply, simd_fma(a, b, c);
 }
 
+#ifdef SIMD_INT16
 FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return simd_mul(simd_of_integers(sum), unit); }
 #else
-FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) { return (void)multiply, simd_fma(a, b, c); }
 FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return (void)unit, sum; }
 #endif
 

@@ -3,6 +3,9 @@
 
 #include <stdio.h>
 #include <string.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 TEST(info_names) {
     static const char *const names[] = {"portable", "avx2", "avx512", "amx", "neon", "wasm"};
@@ -61,6 +64,20 @@ TEST_EACH_ISA(info_describes_the_call) {
         guard_release();
     }
 }
+
+#if defined(__aarch64__) && defined(__linux__)
+/* The products of bfloat16 where the system says that the processor has them, and there alone. */
+TEST(info_chooses_bfloat16_by_the_processor) {
+    static const struct spec spec = {.name = "bfloat16", .q_len = 100, .kv_len = 100, .head_dim = 16,
+                                     .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16};
+    struct problem problem;
+    fastattn_plan_info info = {.size = sizeof info};
+    problem_build(&problem, &spec, 1, GUARD_BEHIND);
+    CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_OK);
+    const char *wanted = getauxval(AT_HWCAP2) >> 14 & 1 ? "bfloat16_neon" : "float32_neon";
+    CHECK(!strcmp(info.kernel, wanted), "%s, not %s", info.kernel, wanted);
+}
+#endif
 
 /* The workspace is tiles, not keys: it does not grow with the square of the length. */
 TEST_EACH_ISA(info_workspace_is_small) {
