@@ -23,7 +23,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 ENGINE = Path("src_c")
-DECLARATIONS = "libfastattn.pxd"  # from fastattn.libfastattn cimport ...
 
 # No flag names a processor or relaxes IEEE arithmetic: the kernels choose instruction sets at run time, and hidden keys,
 # NaN and inf depend on exact comparisons. Contraction is off because compilers differ in where they fuse a multiply and
@@ -67,13 +66,6 @@ def engine_sources():
     return [str(ENGINE / line) for line in lines if line]
 
 
-def declarations():
-    """A .pxd of what fastattn/_native.pyx declares of the public header."""
-    source = Path("fastattn/_native.pyx").read_text(encoding="utf-8")
-    block = re.search(r'^cdef extern from "fastattn.h" nogil:\n(?:(?: .*)?\n)+', source, re.MULTILINE).group()
-    return f"from libc.stdint cimport int32_t, int64_t, uint8_t\n\n{block.rstrip()}\n"
-
-
 def version():
     text = Path("fastattn/__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
@@ -113,20 +105,18 @@ class BuildNative(build_ext):
             raise  # build_extensions() swallows it for an optional extension
 
     def add_c_library(self, package):
-        """What programs in C and Cython are built with: the header, the engine as a static library, and its declarations."""
+        """What programs in C and Cython are built with: the header, and the engine as a static library."""
         objects = self.compiler.object_filenames(engine_sources(), output_dir=self.build_temp)
         self.compiler.create_static_lib(objects, "fastattn", output_dir=str(package / "lib"))
         self.mkpath(str(package / "include"))
         self.copy_file(str(ENGINE / "include" / "fastattn.h"), str(package / "include"))
-        (package / DECLARATIONS).write_text(declarations())
 
     def copy_extensions_to_source(self):
         super().copy_extensions_to_source()
         built = Path(self.build_lib, "fastattn")
-        if (built / DECLARATIONS).exists():  # not where there is no compiler
+        if (built / "lib").exists():  # not where there is no compiler
             self.copy_tree(str(built / "lib"), "fastattn/lib")
             self.copy_tree(str(built / "include"), "fastattn/include")
-            self.copy_file(str(built / DECLARATIONS), "fastattn")
 
     def first_that_links(self, program, candidates):
         """The first (compiler flags, linker flags) with which a program compiles and links, or None."""
@@ -156,7 +146,10 @@ setup(
                 ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
             ],
             libraries=[] if sys.platform == "win32" else ["m"],
-            depends=["setup.py", str(ENGINE / "sources.txt"), *map(str, ENGINE.rglob("*.h")), *map(str, ENGINE.rglob("*.inc"))],
+            depends=[
+                "setup.py", "fastattn/_short_ways.pxi", "fastattn/libfastattn.pxd",
+                *map(str, [ENGINE / "sources.txt", *ENGINE.rglob("*.h"), *ENGINE.rglob("*.inc")]),
+            ],  # fmt: skip
             optional=not enabled("FASTATTN_REQUIRE_NATIVE"),
         )
     ],

@@ -53,7 +53,7 @@ FORBIDDEN = re.compile(
 
 
 def test_no_flag_names_a_processor_or_relaxes_arithmetic():
-    files = [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / "fastattn" / "_native.pyx"]
+    files = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "fastattn").glob("*.p[xy][xdi]")]
     files += [path for path in SRC.rglob("*") if path.is_file() and path.suffix not in {".o", ".a", ".so"}]
     found = [
         f"{path.relative_to(ROOT)}: {match.group()}"
