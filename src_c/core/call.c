@@ -190,20 +190,20 @@ static int heads_together(const fa_call *call) {
 /* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
  * caller's, is a piece that nothing foresees, and shares its first line and its last with the rows of other heads. They take a run of
  * keys by turns; but side by side, heads of one row are one panel, for which memory is read in its own order, unless pointers lead to it, as
- * in pages: turns are quicker then. No bit depends on it. */
+ * in pages: turns are quicker then. Such panels are all alike, so that one for each thread is enough. No bit depends on it. */
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
     if (!heads_together(call)) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->heads.sequences));
-    const double items = totals->parts / (double)(fa_max(a->num_threads, 1) * ITEMS_A_THREAD);
-    const int64_t together = fa_max(1, items < (double)most ? (int64_t)items : most);
+    const double of_thread = totals->parts / (double)fa_max(a->num_threads, 1);
+    const int64_t parts = of_thread < (double)FA_MOST_ABREAST * ITEMS_A_THREAD ? (int64_t)of_thread : FA_MOST_ABREAST * ITEMS_A_THREAD;
     const int64_t one_row = totals->queries == 1 && call->heads.group == 1 && !a->block_mask && !a->block_table && heads_beside(call);
-    int64_t beside = fa_max(1, fa_min(together, one_row * call->few->most_beside));
+    int64_t beside = fa_max(1, fa_min(fa_min(parts, most), one_row * call->few->most_beside));
     while (call->heads.sequences % beside != 0) beside--;
     if (beside == 1) {
-        call->abreast = together;
+        call->abreast = fa_max(1, fa_min(parts / ITEMS_A_THREAD, most));
         return;
     }
     call->heads.beside = call->heads.group = beside;

@@ -23,6 +23,8 @@
 #else
 #define FA_UNROLL
 #endif
+/* C99 has no _Static_assert: an array of a negative size does not compile. */
+#define FA_ASSERT_CONSTANT(condition, reason) typedef char reason[(condition) ? 1 : -1]
 
 #include "pack.h"
 #include "softmax.h"
@@ -42,7 +44,7 @@
 /* Where lanes of rows pay off: over keys that come from memory later, for by rows these are read front to back. */
 enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 61, MOST_ROWS = FA_PANEL_ROWS };
 
-_Static_assert(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, "any number of rows has products");
+FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, any_number_of_rows_has_products);
 
 /* The slots of float32 products whose lanes are rows, and by rows, but for the first product. */
 #define FA_FLOAT32_LANES(instructions, block_size)                                                                       \

@@ -9,10 +9,10 @@
 
 enum { TILE_MOST_BESIDE = 4 }; /* elements across that have panels of their own */
 
-_Static_assert(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, "strips of two vectors or four");
-_Static_assert(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
-                   SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) <= FA_TILE_MAX_WIDTH, "tile_of() knows widths up to this");
-_Static_assert(FA_ROW_STEP % SIMD_LANES == 0, "rows come in whole vectors");
+FA_ASSERT_CONSTANT(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, strips_are_of_two_vectors_or_four);
+FA_ASSERT_CONSTANT(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
+                       SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) <= FA_TILE_MAX_WIDTH, tile_of_knows_widths_up_to_this);
+FA_ASSERT_CONSTANT(FA_ROW_STEP % SIMD_LANES == 0, rows_come_in_whole_vectors);
 
 /* What is multiplied: numbers or, where the instruction set has a product for them, pairs of halves. Integers come with a unit
  * for every element across and one for every lane. */
