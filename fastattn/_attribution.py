@@ -77,9 +77,7 @@ def answer(model, tokens, segments, end, limit):
 
 def log_probabilities(model, prompt, written):
     """Of each token of an answer behind a prompt."""
-    logits = model.logits(model.forward([*prompt, *written[:-1]], model.new_cache())[-len(written) :]).astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits[np.arange(len(written)), written] - np.log(np.exp(logits).sum(axis=1))
+    return model.log_probabilities(model.forward([*prompt, *written[:-1]], model.new_cache())[-len(written) :], written)
 
 
 def losses(model, tokenizer, documents, question, written):

@@ -24,9 +24,7 @@ def measure(model, tokens, dtype, rotate):
     for start in range(0, len(tokens) - 1, PREFILL):
         part = tokens[start : start + PREFILL]
         following = tokens[start + 1 : start + PREFILL + 1]
-        logits = model.logits(model.forward(part, cache)[: len(following)]).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        surprise += (np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(following)), following]).sum()
+        surprise -= model.log_probabilities(model.forward(part, cache)[: len(following)], following).sum()
     return np.exp(surprise / (len(tokens) - 1)), perf_counter() - begin, sum(each.nbytes for each in cache) // len(tokens)
 
 

@@ -38,12 +38,8 @@ def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def attention(q, k, v, **rules):
-        plain = _state.attention_plain
-        if plain is not None:
-            result = plain(q, k, v, **rules) if rules else plain(q, k, v)
-            if result is not None:
-                return result
-        return function(q, k, v, **rules)
+        result = _state.attention_plain(q, k, v, **rules) if rules else _state.attention_plain(q, k, v)
+        return function(q, k, v, **rules) if result is None else result
 
     return attention
 
@@ -277,7 +273,7 @@ def scaled_dot_product_attention(
     offset = 0 if is_causal and shape[-2] != shape[-1] else None  # a square is aligned to both corners
     keywords = {"causal": is_causal, "query_offset": offset, "scale": scale}
     if len(lead) <= 2:
-        result = None if _state.attention_plain is None else _state.attention_plain(query, key, value, mask=attn_mask, **keywords)
+        result = _state.attention_plain(query, key, value, mask=attn_mask, **keywords)
         return _attend(_SDPA_NAMES, query, key, value, mask=attn_mask, **keywords) if result is None else result
 
     # Axes before (batch, heads) cannot be merged without copying broadcast arrays, so they are walked through.

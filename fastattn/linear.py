@@ -315,8 +315,7 @@ def causal_conv(
 
 
 def _compute(q, k, v, **keywords):
-    plain = runtime._state.linear_plain
-    result = None if plain is None else plain(q, k, v, **keywords)
+    result = runtime._state.linear_plain(q, k, v, **keywords)
     if result is not None:
         return result
     backend = runtime.backend()

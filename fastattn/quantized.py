@@ -104,9 +104,8 @@ def store(parts, slots, rotate=False):
 
 
 def store_plain(k, v, caches, axes, slots):
-    """The backend's short way for a few ordinary rows of `axes` axes; False, with nothing stored, where it has none or they are not."""
-    short = runtime._state.store_plain
-    return short is not None and short(k, v, *caches, axes, slots)
+    """The backend's short way for a few ordinary rows of `axes` axes; false, with nothing stored, where it has none or they are not."""
+    return runtime._state.store_plain(k, v, *caches, axes, slots)
 
 
 def _turn(x, to):

@@ -67,8 +67,7 @@ def apply_rope(
     >>> fastattn.apply_rope(q, cos, sin, out=q).shape
     (1, 8, 128, 64)
     """
-    plain = runtime._state.rope_plain
-    result = None if plain is None else plain(x, cos, sin, interleaved, rotary_dim, out)
+    result = runtime._state.rope_plain(x, cos, sin, interleaved, rotary_dim, out)
     if result is not None:
         return result
     backend = runtime.backend()

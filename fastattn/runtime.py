@@ -40,8 +40,13 @@ class BackendWarning(RuntimeWarning):
 _SHORT_WAYS = ("attention_plain", "linear_plain", "paged_plain", "rope_plain", "store_plain")
 
 
+def _no_short_way(*arguments, **keywords):
+    """What stands for each of them where another backend than the native one is in use: nothing is ordinary."""
+    return None
+
+
 class _State:
-    """The settings of the process, and the short ways into the native engine, None where another is in use."""
+    """The settings of the process, and the short ways into the engine in use, which give None for what is not ordinary to them."""
 
     __slots__ = ("choices", "modules", *_SHORT_WAYS, "threads", "threads_from", "forked", "missing", "lock")
 
@@ -50,7 +55,7 @@ _state = _State()
 _state.choices = []  # (backend name, a weak reference to the object that may withdraw it); the last one holds
 _state.modules = {}  # backend name: its module, once it has been needed
 for _way in _SHORT_WAYS:
-    setattr(_state, _way, None)
+    setattr(_state, _way, _no_short_way)
 _state.threads, _state.threads_from = 1, "default"
 _state.forked = False
 _state.missing = {}  # backend name: why it cannot be used
@@ -117,7 +122,7 @@ def _withdraw(owner):
 def _note_plain():
     module = _state.modules.get(_state.choices[-1][0])
     for way in _SHORT_WAYS:
-        setattr(_state, way, getattr(module, way, None))
+        setattr(_state, way, getattr(module, way, _no_short_way))
 
 
 class _Choice:

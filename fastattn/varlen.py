@@ -142,8 +142,7 @@ def attention_varlen(
 def paged_plain(q, k, v, block_table, kv_lengths, causal):
     """The backend's short way for an equal share of ordinary queries to sequences of a pool, whose heads come before rows; None where it
     has none, or they are not ordinary."""
-    short = runtime._state.paged_plain
-    return None if short is None else short(q, k, v, block_table, kv_lengths, causal)
+    return runtime._state.paged_plain(q, k, v, block_table, kv_lengths, causal)
 
 
 def paged_attention(

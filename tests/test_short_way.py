@@ -1,5 +1,7 @@
 """The native engine's short way through Python: it takes what is ordinary, leaves the rest, and changes nothing."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from inputs import dtype_of, random_qkv, unaligned
@@ -51,13 +53,21 @@ ORDINARY = [
 ]
 
 
+@contextmanager
+def without(way):
+    """Calls go through every check."""
+    former = getattr(runtime._state, way)
+    setattr(runtime._state, way, runtime._no_short_way)
+    try:
+        yield
+    finally:
+        setattr(runtime._state, way, former)
+
+
 def long_way(*arrays, **options):
     """The same call through every check."""
-    former, runtime._state.attention_plain = runtime._state.attention_plain, None
-    try:
+    with without("attention_plain"):
         return fastattn.attention(*arrays, **options)
-    finally:
-        runtime._state.attention_plain = former
 
 
 def copied(result):
@@ -177,11 +187,8 @@ ORDINARY_LINEAR = [
 
 
 def long_linear(*arrays, **options):
-    former, runtime._state.linear_plain = runtime._state.linear_plain, None
-    try:
+    with without("linear_plain"):
         return fastattn.linear._compute(*arrays, **options)
-    finally:
-        runtime._state.linear_plain = former
 
 
 @pytest.mark.parametrize("options", ORDINARY_LINEAR, ids=[str(n) + "-" + "-".join(o) for n, o in enumerate(ORDINARY_LINEAR)])
@@ -277,11 +284,8 @@ ORDINARY_ROPE = [
 
 
 def long_rope(x, **options):
-    former, runtime._state.rope_plain = runtime._state.rope_plain, None
-    try:
+    with without("rope_plain"):
         return fastattn.apply_rope(x, **{"cos": cos, "sin": sin, **options})
-    finally:
-        runtime._state.rope_plain = former
 
 
 def short_rope(x, **options):
@@ -371,7 +375,7 @@ def test_store_takes_what_is_ordinary(monkeypatch, dtype, of, count):
     cache.append(k, v)
     pool.append(sequences, *rows)
     assert taken[-2 if count else -1 :] == [True] * (2 if count else 1)
-    monkeypatch.setattr(runtime._state, "store_plain", None)
+    monkeypatch.setattr(runtime._state, "store_plain", runtime._no_short_way)
     long, long_pool, others = caches(dtype, 2)
     long.append(k, v)
     long_pool.append(others, *rows)
@@ -448,7 +452,7 @@ def test_pages_take_what_is_ordinary(monkeypatch, dtypes, share, causal):
     monkeypatch.setattr(runtime._state, "paged_plain", lambda *call: taken.append(native.paged_plain(*call)) or taken[-1])
     short = pool.attend(sequences, packed, causal=causal)
     assert taken[-1] is short
-    monkeypatch.setattr(runtime._state, "paged_plain", None)
+    monkeypatch.setattr(runtime._state, "paged_plain", runtime._no_short_way)
     long = pool.attend(sequences, packed, causal=causal)
     assert short.dtype == long.dtype and short.flags.c_contiguous == long.flags.c_contiguous
     np.testing.assert_array_equal(short, long)

@@ -280,3 +280,9 @@ class Model:
     def logits(self, hidden):
         """Scores (..., vocab) of the next token."""
         return self.decoder.logits(hidden)
+
+    def log_probabilities(self, hidden, tokens):
+        """Of the token that follows each row of `hidden`, (n,) in float64."""
+        logits = self.logits(hidden).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        return logits[np.arange(len(tokens)), tokens] - np.log(np.exp(logits).sum(axis=1))

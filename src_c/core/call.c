@@ -174,17 +174,13 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
     if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->stored.quantised)) call->most_bundle = 1;
 }
 
-/* Whether the rows of a key, one of each head, lie side by side, as those of a single key do in any memory. */
-static int heads_beside(const fa_call *call) {
-    const fastattn_attention_args *a = call->args;
-    return a->k_strides[1] == fa_row_bytes(a->kv_dtype, a->head_dim) && a->v_strides[1] == fa_row_bytes(a->kv_dtype, a->v_head_dim);
-}
-
-/* The same, or that at least, in pages, they lie in the same page. */
-static int heads_together(const fa_call *call) {
+/* Whether the rows of a key, one of each head, lie side by side, as those of a single key do in any memory, or in pages at least in the
+ * same page. */
+static int heads_together(const fa_call *call, int64_t k_bytes, int64_t v_bytes) {
     const fastattn_attention_args *a = call->args;
     if (a->indices || call->heads.sequences != a->num_kv_heads) return 0;
-    return a->block_table ? a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0] : heads_beside(call);
+    if (a->block_table) return a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0];
+    return a->k_strides[1] == k_bytes && a->v_strides[1] == v_bytes;
 }
 
 /* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
@@ -195,11 +191,11 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
-    if (!heads_together(call)) return;
+    if (!heads_together(call, k_bytes, v_bytes)) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->heads.sequences));
     const double of_thread = totals->parts / (double)fa_max(a->num_threads, 1);
     const int64_t parts = of_thread < (double)FA_MOST_ABREAST * ITEMS_A_THREAD ? (int64_t)of_thread : FA_MOST_ABREAST * ITEMS_A_THREAD;
-    const int64_t one_row = totals->queries == 1 && call->heads.group == 1 && !a->block_mask && !a->block_table && heads_beside(call);
+    const int64_t one_row = totals->queries == 1 && call->heads.group == 1 && !a->block_mask && !a->block_table;
     int64_t beside = fa_max(1, fa_min(fa_min(parts, most), one_row * call->few->most_beside));
     while (call->heads.sequences % beside != 0) beside--;
     if (beside == 1) {
@@ -325,9 +321,9 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->heads.sequences = args->num_heads / call->heads.group;
     call->heads.beside = call->abreast = 1;
     call->stored.v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
-                   args->v_head_dim <= args->head_dim && !call->stored.quantised;
+                          args->v_head_dim <= args->head_dim && !call->stored.quantised;
     call->stored.apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
-                  (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
+                         (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
     fa_totals totals = survey(call);
     plan_team(call, totals.work);
     plan_abreast(call, &totals);

@@ -59,18 +59,11 @@ static size_t take(size_t *bytes, int64_t count, size_t size) {
 
 /* An integer that grows with the score, which is no NaN; and back. */
 static int32_t rank_of(float score) {
-    int32_t bits;
-    score += 0.0f; /* of a negative zero it makes the other one */
-    memcpy(&bits, &score, sizeof bits);
+    const int32_t bits = (int32_t)fa_to_bits(score + 0.0f); /* of a negative zero it makes the other one */
     return bits < 0 ? bits ^ INT32_MAX : bits;
 }
 
-static float score_of(int32_t rank) {
-    float score;
-    rank = rank < 0 ? rank ^ INT32_MAX : rank;
-    memcpy(&score, &rank, sizeof score);
-    return score;
-}
+static float score_of(int32_t rank) { return fa_from_bits((uint32_t)(rank < 0 ? rank ^ INT32_MAX : rank)); }
 
 /* The number of candidates above a score, in runs that compilers turn into vectors. */
 static int64_t count_above(const fa_candidates *c, float score) {

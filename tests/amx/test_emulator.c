@@ -1,6 +1,7 @@
 /* The tile instructions against plain loops: on a processor with AMX this tests what emulator.c takes AMX to be, elsewhere,
  * with the emulator preloaded, the emulator. */
 #include "../c/problem.h"
+#include "simd/half.h"
 
 #include <errno.h>
 #include <math.h>
@@ -224,18 +225,6 @@ TEST(emulator_zeroes) {
 
 /* ------------------------------------------------------------------------------------------------------------- products */
 
-static float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
 static float flushed(float value) { return fpclassify(value) == FP_SUBNORMAL ? copysignf(0, value) : value; }
 
 static float fma_flushed(float a, float b, float c) { return flushed(fmaf(flushed(a), flushed(b), flushed(c))); }
@@ -247,10 +236,10 @@ static void product(int rows, int pairs, int columns, uint32_t c[ROWS][LANES], u
         for (int n = 0; n < columns; n++) {
             float even = 0, odd = 0;
             for (int k = 0; k < pairs; k++) {
-                even = fma_flushed(float_of(a[m][k] << 16), float_of(b[k][n] << 16), even);
-                odd = fma_flushed(float_of(a[m][k] & 0xffff0000u), float_of(b[k][n] & 0xffff0000u), odd);
+                even = fma_flushed(fa_from_bits(a[m][k] << 16), fa_from_bits(b[k][n] << 16), even);
+                odd = fma_flushed(fa_from_bits(a[m][k] & 0xffff0000u), fa_from_bits(b[k][n] & 0xffff0000u), odd);
             }
-            c[m][n] = bits_of(flushed(flushed(float_of(c[m][n])) + flushed(even + odd)));
+            c[m][n] = fa_to_bits(flushed(flushed(fa_from_bits(c[m][n])) + flushed(even + odd)));
         }
 }
 
@@ -260,7 +249,7 @@ enum kind { ORDINARY, ANY_FINITE, ANY_BITS, NEAR_UNDERFLOW, KINDS };
 static uint32_t random_float(struct rng *rng, enum kind kind) {
     const uint32_t bits = (uint32_t)random_bits(rng), exponent = bits >> 23 & 0xff;
     switch (kind) {
-    case ORDINARY: return bits_of((float)random_signed(rng));
+    case ORDINARY: return fa_to_bits((float)random_signed(rng));
     case ANY_FINITE: return exponent == 0xff ? bits & ~(1u << 30) : exponent % 16 == 0 ? bits & 0x807fffff : bits;
     case ANY_BITS: return exponent % 32 == 0 ? bits | 0x7f800000 : exponent % 64 == 1 ? bits & 0x80000000 : bits;
     default: return (bits & 0x807fffff) | (uint32_t)random_between(rng, 60, 68) << 23; /* squares about 2**-126 */
@@ -321,11 +310,11 @@ TEST(emulator_products) {
         product(rows, pairs, columns, c, a, b);
         for (int m = 0; m < rows; m++)
             for (int n = 0; n < columns; n++) {
-                const int both_nan = isnan(float_of(out[m][n])) && isnan(float_of(c[m][n]));
+                const int both_nan = isnan(fa_from_bits(out[m][n])) && isnan(fa_from_bits(c[m][n]));
                 CHECK(out[m][n] == c[m][n] || both_nan, "row %d, column %d: %08x (%a), not %08x (%a)", m, n, out[m][n],
-                      float_of(out[m][n]), c[m][n], float_of(c[m][n]));
+                      fa_from_bits(out[m][n]), c[m][n], fa_from_bits(c[m][n]));
                 nans += both_nan;
-                flushed_to_zero += kind == NEAR_UNDERFLOW && float_of(c[m][n]) == 0;
+                flushed_to_zero += kind == NEAR_UNDERFLOW && fa_from_bits(c[m][n]) == 0;
             }
     }
     CHECK(nans > 100 && flushed_to_zero > 100, "%d NaN and %d flushed: the inputs are too tame", nans, flushed_to_zero);

@@ -8,24 +8,13 @@
 #include <string.h>
 
 #include "problem.h"
+#include "simd/half.h"
 
 #define EACH_LANE(i) for (int i = 0; i < SIMD_LANES; i++)
 
 enum { TRIPLES = 4096 };
 
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static float of_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static int same(float a, float b) { return bits_of(a) == bits_of(b) || (isnan(a) && isnan(b)); }
+static int same(float a, float b) { return fa_to_bits(a) == fa_to_bits(b) || (isnan(a) && isnan(b)); }
 
 /* Special values, numbers of ordinary size, integers, and any bits whatever. */
 static float any_number(struct rng *rng) {
@@ -34,7 +23,7 @@ static float any_number(struct rng *rng) {
     case 0: return special[random_between(rng, 0, COUNT(special) - 1)];
     case 1: return (float)random_signed(rng) * 8;
     case 2: return (float)random_between(rng, -9, 9);
-    default: return of_bits((uint32_t)random_bits(rng));
+    default: return fa_from_bits((uint32_t)random_bits(rng));
     }
 }
 
@@ -93,8 +82,8 @@ static void check_arithmetic(struct rng *rng) {
         EXPECT_FLOATS(simd_select(less, b, c), x[i] < y[i] ? y[i] : z[i]);
         EACH_LANE(i) y[i] = x[i] < 1 ? NAN : (float)random_between(rng, -126, 127);
         EXPECT_FLOATS(simd_scale2(simd_lt(a, simd_set1(1.0f)), c, simd_load(y)), x[i] < 1 ? 0.0f : ldexpf(z[i], (int)y[i]));
-        EXPECT_FLOATS(simd_first_bf16(a), of_bits(bits_of(x[i]) << 16));
-        EXPECT_FLOATS(simd_second_bf16(a), of_bits(bits_of(x[i]) & 0xffff0000u));
+        EXPECT_FLOATS(simd_first_bf16(a), fa_from_bits(fa_to_bits(x[i]) << 16));
+        EXPECT_FLOATS(simd_second_bf16(a), fa_from_bits(fa_to_bits(x[i]) & 0xffff0000u));
     }
 }
 

@@ -37,8 +37,8 @@ static void check_pairs(struct rng *rng) {
         for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[i / 2], "half %d of simd_zip_halves", i);
         memcpy(found, &b, sizeof found);
         for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[16 + i / 2], "half %d of simd_zip_halves", 32 + i);
-        EACH_LANE(i) integers[i] = of_bits((uint32_t)random_bits(rng));
-        EXPECT_FLOATS(simd_of_integers(simd_load(integers)), (float)(int32_t)bits_of(integers[i]));
+        EACH_LANE(i) integers[i] = fa_from_bits((uint32_t)random_bits(rng));
+        EXPECT_FLOATS(simd_of_integers(simd_load(integers)), (float)(int32_t)fa_to_bits(integers[i]));
     }
 }
 

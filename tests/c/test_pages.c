@@ -64,20 +64,29 @@ static void run(struct problem *p, enum guard_side side) {
     guard_check();
 }
 
-static void check_paged(const struct spec *spec, int64_t page_size, uint64_t seed, enum guard_side side) {
+typedef void change(struct problem *p);
+
+/* A problem that is changed before its keys move into pages, and after. */
+static void check_changed(const struct spec *spec, int64_t page_size, uint64_t seed, enum guard_side side, change *before, change *after) {
     struct problem problem;
-    struct rng rng = {seed};
+    uint8_t *bits = NULL;
     spec_context(spec, seed);
-    problem_build(&problem, spec, seed, side);
-    run(&problem, side);
-    uint8_t *bits = problem_snapshot(&problem);
-    guard_release();
-    problem_build(&problem, spec, seed, side);
-    page(&problem, page_size, &rng, side);
-    run(&problem, side);
-    CHECK(problem_equals(&problem, bits), "pages of %lld give other bits", (long long)page_size);
-    guard_release();
+    for (int paged = 0; paged < 2; paged++) {
+        struct rng rng = {seed};
+        problem_build(&problem, spec, seed, side);
+        if (before) before(&problem);
+        if (paged) page(&problem, page_size, &rng, side);
+        if (after) after(&problem);
+        run(&problem, side);
+        if (paged) CHECK(problem_equals(&problem, bits), "pages of %lld give other bits", (long long)page_size);
+        else bits = problem_snapshot(&problem);
+        guard_release();
+    }
     free(bits);
+}
+
+static void check_paged(const struct spec *spec, int64_t page_size, uint64_t seed, enum guard_side side) {
+    check_changed(spec, page_size, seed, side, NULL, NULL);
 }
 
 TEST_EACH_ISA(pages_of_any_size_give_the_bits_of_keys_side_by_side) {
@@ -129,58 +138,41 @@ TEST_EACH_ISA(pages_under_random_options) {
     }
 }
 
+static void spoil(struct problem *p) {
+    for (int64_t j = 3; j < 150; j += 41) {
+        store(FASTATTN_FLOAT32, element(p->v, p->args.v_strides, FASTATTN_FLOAT32, 0, 0, j, j % 24), (double)INFINITY);
+        store(FASTATTN_FLOAT32, element(p->k, p->args.k_strides, FASTATTN_FLOAT32, 0, 0, j + 20, j % 24), (double)NAN);
+    }
+}
+
 /* Values that are not finite, hidden and seen, on every way of looking for them. */
 TEST_EACH_ISA(pages_with_nan_and_infinity) {
     static const int64_t rows[] = {1, 14, 70};
     for (size_t r = 0; r < COUNT(rows); r++) {
-        struct spec spec = {.name = "not finite", .heads = 2, .q_len = rows[r], .kv_len = 150, .head_dim = 24, .causal = 1};
-        struct problem p;
-        uint8_t *bits = NULL;
-        for (int paged = 0; paged < 2; paged++) {
-            struct rng rng = {r};
-            spec_context(&spec, r);
-            problem_build(&p, &spec, r, GUARD_BEHIND);
-            for (int64_t j = 3; j < 150; j += 41) {
-                store(FASTATTN_FLOAT32, element(p.v, p.args.v_strides, FASTATTN_FLOAT32, 0, 0, j, j % 24), (double)INFINITY);
-                store(FASTATTN_FLOAT32, element(p.k, p.args.k_strides, FASTATTN_FLOAT32, 0, 0, j + 20, j % 24), (double)NAN);
-            }
-            if (paged) page(&p, 16, &rng, GUARD_BEHIND);
-            run(&p, GUARD_BEHIND);
-            if (paged) CHECK(problem_equals(&p, bits), "pages give other bits");
-            else bits = problem_snapshot(&p);
-            guard_release();
-        }
-        free(bits);
+        const struct spec spec = {.name = "not finite", .heads = 2, .q_len = rows[r], .kv_len = 150, .head_dim = 24, .causal = 1};
+        check_changed(&spec, 16, r, GUARD_BEHIND, spoil, NULL);
     }
+}
+
+enum { BATCH = 2, KEYS = 150, SEGMENTS = 70 };
+
+static void ask_for_mass(struct problem *p) {
+    int32_t *segments = guard_input("segments", BATCH * KEYS * sizeof *segments, sizeof *segments, GUARD_BEHIND);
+    for (int j = 0; j < BATCH * KEYS; j++) segments[j] = j % KEYS * SEGMENTS / KEYS - (j % 11 == 0);
+    p->args.segments = segments;
+    p->args.segments_stride = KEYS * (int64_t)sizeof *segments;
+    p->args.num_segments = SEGMENTS;
+    p->args.v_head_dim = 0;
+    p->args.v = NULL;
 }
 
 /* Weights summed by segments that no page divides. */
 TEST_EACH_ISA(mass_of_keys_in_pages) {
     static const int64_t rows[] = {1, 3, 14, 40, 130};
-    enum { BATCH = 2, KEYS = 150, SEGMENTS = 70 };
     for (size_t r = 0; r < COUNT(rows); r++) {
         const struct spec spec = {.name = "mass in pages", .batch = BATCH, .heads = 4, .kv_heads = 4, .q_len = rows[r], .kv_len = KEYS, .head_dim = 24,
                                   .v_head_dim = SEGMENTS, .causal = r % 2 == 0, .lengths = LENGTHS_RAGGED, .num_threads = 2};
-        struct problem p;
-        uint8_t *bits = NULL;
-        for (int paged = 0; paged < 2; paged++) {
-            struct rng rng = {r};
-            spec_context(&spec, r);
-            problem_build(&p, &spec, r, GUARD_BEHIND);
-            if (paged) page(&p, 16, &rng, GUARD_BEHIND);
-            int32_t *segments = guard_input("segments", BATCH * KEYS * sizeof *segments, sizeof *segments, GUARD_BEHIND);
-            for (int j = 0; j < BATCH * KEYS; j++) segments[j] = j % KEYS * SEGMENTS / KEYS - (j % 11 == 0);
-            p.args.segments = segments;
-            p.args.segments_stride = KEYS * (int64_t)sizeof *segments;
-            p.args.num_segments = SEGMENTS;
-            p.args.v_head_dim = 0;
-            p.args.v = NULL;
-            run(&p, GUARD_BEHIND);
-            if (paged) CHECK(problem_equals(&p, bits), "pages give other sums");
-            else bits = problem_snapshot(&p);
-            guard_release();
-        }
-        free(bits);
+        check_changed(&spec, 16, r, GUARD_BEHIND, NULL, ask_for_mass);
     }
 }
 
