@@ -422,7 +422,7 @@ class Call:
                 check_dtype(name, array, backend)
             elif array.shape[-1] != 1:
                 raise ValueError(f"{name} must have one record for each row, (..., 1), as quantize() makes it; got shape {array.shape}")
-        if dtype_name(v.dtype) != dtype_name(k.dtype):
+        if dtype_name(v.dtype) != dtype_name(k.dtype) and not (quantized and kind_of(v.dtype)):
             raise TypeError(f"{v_name} must have the dtype of {k_name}, {k.dtype}; got {v.dtype}")
         if dtype_name(q.dtype) != dtype_name(k.dtype) and q.itemsize <= k.itemsize and not quantized:
             raise TypeError(f"{q_name} must have the dtype of {k_name} and {v_name}, {k.dtype}, or a wider one; got {q.dtype}")

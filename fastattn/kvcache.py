@@ -13,7 +13,7 @@ from ._quantized import KINDS, dim_of, row_dtype
 from .attention import attention, merge_states
 from .indexed import attention_indexed
 from .inspect import mass, segments_of
-from .quantized import attend_turned, check_dim, store, store_plain, turned
+from .quantized import attend_turned, check_dim, check_kind, store, store_plain, turned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,14 +29,24 @@ class CacheFullError(RuntimeError):
     """A cache has no room for what was to be appended; nothing has been written."""
 
 
-def cache_rows(shape, dim, dtype, rotate):
-    """Memory for rows of `dim` numbers in a cache of this dtype, by its name or as it is."""
-    if isinstance(dtype, str) and dtype in KINDS:
-        check_dim("head_dim", dim, dtype, rotate)
-        return np.empty((*shape, 1), row_dtype(dtype, dim))
-    if rotate:
-        raise ValueError(f"rotate must be False in a cache that is not quantised; got True with dtype={dtype!r}")
-    return np.empty((*shape, dim), _cache_dtype(dtype))
+def cache_rows(shape, head_dim, v_head_dim, dtype, v_dtype, rotate):
+    """Memory for rows of keys and for those of values, in a cache of this dtype, by its name or as it is."""
+    if not (isinstance(dtype, str) and dtype in KINDS):
+        for name, value, wanted in (("rotate", rotate, False), ("v_dtype", v_dtype, None)):
+            if value is not wanted:
+                raise ValueError(f"{name} must be {wanted} in a cache that is not quantised; got {value!r} with dtype={dtype!r}")
+        return tuple(np.empty((*shape, dim), _cache_dtype(dtype)) for dim in (head_dim, v_head_dim))
+    v_dtype = dtype if v_dtype is None else v_dtype
+    check_kind("v_dtype", v_dtype)
+    check_dim("head_dim", head_dim, dtype, rotate)
+    check_dim("v_head_dim", v_head_dim, v_dtype, rotate)
+    return np.empty((*shape, 1), row_dtype(dtype, head_dim)), np.empty((*shape, 1), row_dtype(v_dtype, v_head_dim))
+
+
+def stored_as(cache):
+    """What the keys and values of a cache are, in words."""
+    of_keys, of_values = dtype_name(cache.dtype), dtype_name(cache.v_dtype)
+    return of_keys if of_keys == of_values else f"{of_keys} keys and {of_values} values"
 
 
 def _cache_dtype(dtype):
@@ -106,6 +116,9 @@ class KVCache:
         Head size of the values. Default: `head_dim`.
     dtype : {"bfloat16", "float16", "float32", "int8", "int4"} or dtype
         The last two quantise (:func:`quantize` says how); "int4" for head sizes that are a multiple of 32.
+    v_dtype : {"int8", "int4"}, optional
+        Of the values of a quantised cache. Default: `dtype`. Values of four bits beside keys of eight cost a model far less than keys of
+        four bits do (``fastattn quality``), for an error of a key is raised to a power.
     window : int, optional
         Needs a `capacity` of at least ``keep_first + window``.
     keep_first : int
@@ -140,6 +153,7 @@ class KVCache:
         v_head_dim: int | None = None,
         dtype: Any = "bfloat16",
         *,
+        v_dtype: str | None = None,
         window: int | None = None,
         keep_first: int = 0,
         rotate: bool = False,
@@ -157,14 +171,14 @@ class KVCache:
             least = self._keep_first + self._window
             raise ValueError(f"capacity must be at least keep_first + window, {least}; got {capacity!r}")
         self._rotate = flag("rotate", rotate)
-        self._k, self._v = (cache_rows((batch, heads, room), dim, dtype, self._rotate) for dim in (head_dim, v_head_dim))
+        self._k, self._v = cache_rows((batch, heads, room), head_dim, v_head_dim, dtype, v_dtype, self._rotate)
         self._lengths = np.zeros(batch, np.int64)
         self._held_from = np.full(batch, self._keep_first, np.int64)  # on a ring, the oldest token behind the first ones
 
     def __repr__(self):
         batch, heads, room, _ = self._k.shape
         return (
-            f"<KVCache of {batch} sequences with {heads} heads of {dim_of(self._k)}, {dtype_name(self._k.dtype)}, "
+            f"<KVCache of {batch} sequences with {heads} heads of {dim_of(self._k)}, {stored_as(self)}, "
             f"lengths {self._lengths.tolist()} in a capacity of {room}>"
         )
 
@@ -182,6 +196,11 @@ class KVCache:
     def dtype(self) -> np.dtype[Any]:
         """Of the stored keys and values; of quantised ones the record of a row of keys."""
         return self._k.dtype
+
+    @property
+    def v_dtype(self) -> np.dtype[Any]:
+        """Of the stored values; of quantised ones the record of a row."""
+        return self._v.dtype
 
     @property
     def nbytes(self) -> int:

@@ -99,6 +99,7 @@ cdef extern from "fastattn.h" nogil:
         int64_t num_indices
         const int32_t *segments
         int64_t segments_stride, num_segments
+        fastattn_dtype v_dtype
 
     ctypedef struct fastattn_plan_info:
         size_t size

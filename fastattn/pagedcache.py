@@ -8,11 +8,11 @@ import numpy as np
 
 from . import pagebounds
 from ._call import known_keywords
-from ._check import as_array, as_float32, check_out, dtype_name, flag, integers, most_kept, shares
+from ._check import as_array, as_float32, check_out, flag, integers, most_kept, shares
 from ._quantized import dim_of
 from .attention import merge_states
 from .inspect import mass, segments_of
-from .kvcache import MOST_PLAIN, CacheFullError, cache_rows, check_queries, new_rows, size
+from .kvcache import MOST_PLAIN, CacheFullError, cache_rows, check_queries, new_rows, size, stored_as
 from .quantized import attend_turned, store, store_plain, turned
 from .varlen import paged_attention, paged_plain
 
@@ -78,6 +78,8 @@ class PagedKVCache:
         Head size of the values. Default: `head_dim`.
     dtype : {"bfloat16", "float16", "float32", "int8", "int4"} or dtype
         As of a :class:`KVCache`, which says what quantising costs.
+    v_dtype : {"int8", "int4"}, optional
+        Of the values of a quantised pool, likewise.
     rotate : bool
         Of a quantised pool, likewise.
     bounds : bool
@@ -103,7 +105,7 @@ class PagedKVCache:
 
     def __init__(
         self, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None, dtype: Any = "bfloat16",
-        *, rotate: bool = False, bounds: bool = False,
+        *, v_dtype: str | None = None, rotate: bool = False, bounds: bool = False,
     ) -> None:  # fmt: skip
         pages, rows, heads = size("num_pages", num_pages), size("page_size", page_size, 1), size("num_kv_heads", num_kv_heads)
         if pages >= 2**31:
@@ -112,7 +114,7 @@ class PagedKVCache:
         v_head_dim = head_dim if v_head_dim is None else size("v_head_dim", v_head_dim)
         self._rotate = flag("rotate", rotate)
         # A head's keys of a page lie together, as they are read together.
-        self._k, self._v = (cache_rows((pages, heads, rows), dim, dtype, self._rotate) for dim in (head_dim, v_head_dim))
+        self._k, self._v = cache_rows((pages, heads, rows), head_dim, v_head_dim, dtype, v_dtype, self._rotate)
         of_bounds = self._k.dtype if dim_of(self._k) == self._k.shape[3] else np.float32
         self._bounds = np.zeros((pages, heads, 1, 2 * head_dim), of_bounds) if flag("bounds", bounds) else None
         self._references = np.zeros(pages, np.int64)
@@ -120,7 +122,7 @@ class PagedKVCache:
 
     def __repr__(self):
         pages, heads, rows, _ = self._k.shape
-        of = f"{heads} heads of {dim_of(self._k)}, {dtype_name(self.dtype)}"
+        of = f"{heads} heads of {dim_of(self._k)}, {stored_as(self)}"
         return f"<PagedKVCache of {pages} pages of {rows} tokens, {self.num_free_pages} free, {of}>"
 
     def __copy__(self):
@@ -130,6 +132,11 @@ class PagedKVCache:
     def dtype(self) -> np.dtype[Any]:
         """Of the stored keys and values; of quantised ones the record of a row of keys."""
         return self._k.dtype
+
+    @property
+    def v_dtype(self) -> np.dtype[Any]:
+        """Of the stored values; of quantised ones the record of a row."""
+        return self._v.dtype
 
     @property
     def page_size(self) -> int:

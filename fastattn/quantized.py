@@ -57,6 +57,7 @@ def quantize(x: Array, dtype: str = "int8", *, rotate: bool = False) -> NDArray[
     array = as_array("x", x)
     if dtype_name(array.dtype) not in ("float32", "float16", "bfloat16", "float64") or array.ndim not in (2, 3, 4):
         raise TypeError(f"x must hold floats, (..., D) of rank 2 to 4; got {array.dtype} of shape {array.shape}")
+    check_kind("dtype", dtype)
     check_dim("x", array.shape[-1], dtype, flag("rotate", rotate))
     rows = kernel_ready(array.astype(np.float32) if array.itemsize == 8 else array)[(None,) * (4 - array.ndim)]
     result = np.empty((*rows.shape[:-1], 1), row_dtype(dtype, rows.shape[-1]))
@@ -72,10 +73,14 @@ def dequantize(rows: Array) -> NDArray[np.float32]:
     return decoded(array)
 
 
+def check_kind(name, kind):
+    """Raise unless this is a way to quantise."""
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise TypeError(f"{name} must be one of {KINDS}; got {kind!r}")
+
+
 def check_dim(name, dim, dtype, rotate):
     """Raise unless rows of `dim` numbers can be quantised and turned so."""
-    if dtype not in KINDS and not rotate:
-        raise TypeError(f"dtype must be one of {KINDS}; got {dtype!r}")
     if dim > _MOST_DIM:
         raise ValueError(f"{name} must have rows of at most {_MOST_DIM} numbers; got {dim}")
     if dtype == "int4" and dim % GROUP:

@@ -21,8 +21,8 @@ def test_perplexity_is_that_of_one_pass_over_the_text(tiny, monkeypatch):
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = np.exp(-np.log(p[np.arange(len(tokens) - 1), tokens[1:]]).mean())
     monkeypatch.setattr(quality, "PREFILL", 7)
-    for dtype, rotate, tolerance in (("float32", False, 1e-5), ("int8", False, 0.02), ("int8", True, 0.02)):
-        perplexity, _, size = quality.measure(model, tokens, dtype, rotate)
+    for dtype, options, tolerance in (("float32", {}, 1e-5), ("int8", {}, 0.02), ("int8", {"rotate": True}, 0.02)):
+        perplexity, _, size = quality.measure(model, tokens, dtype, options)
         np.testing.assert_allclose(perplexity, expected, rtol=tolerance)
         assert size == 2 * 2 * 2 * (64 if dtype == "float32" else 20)  # blocks, keys and values, heads
 

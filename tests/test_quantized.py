@@ -82,6 +82,8 @@ def test_turning_is_orthonormal_and_undoes_itself():
 
 # Attention
 
+PAIRS = [("int8", "int8"), ("int4", "int4"), ("int8", "int4"), ("int4", "int8")]  # keys, values
+
 
 @pytest.mark.parametrize(
     ("kind", "dims"), [("int8", (19, 33)), ("int8", (64, 64)), ("int8", (128, 80)), ("int4", (32, 64)), ("int4", (128, 96))]
@@ -96,10 +98,21 @@ def test_attention_is_that_over_the_numbers(engine, kind, dims, q_len, kv_len, d
         check(out, lse, q, *seen_by(q, k, wide_k, wide_v), **options)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kinds", [("int8", "int4"), ("int4", "int8")])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 96)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 300), (1, 5000), (3, 65), (13, 100), (64, 190)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_of_different_bits(engine, kinds, dims, q_len, kv_len, dtype):
+    (k, wide_k), (v, wide_v) = (quantized(kind, (1, 2, kv_len, dim), seed=dim) for kind, dim in zip(kinds, dims))
+    q = numbers((1, 6, q_len, dims[0]), seed=9).astype(dtype_of(dtype))
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    check(out, lse, q, *seen_by(q, k, wide_k, wide_v), causal=True)
+
+
+@pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("q_len", [1, 4, 40])
-def test_rules_hold(engine, kind, q_len):
-    k, v, wide_k, wide_v = quantized(kind, (2, 2, 150, 64), (2, 2, 150, 32))
+def test_rules_hold(engine, kinds, q_len):
+    (k, wide_k), (v, wide_v) = quantized(kinds[0], (2, 2, 150, 64)), quantized(kinds[1], (2, 2, 150, 32), seed=1)
     q = numbers((2, 4, q_len, 64), seed=9)
     rng = np.random.default_rng(1)
     for options in (
@@ -116,25 +129,24 @@ def test_rules_hold(engine, kind, q_len):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("q_len", [1, 40])
-def test_what_is_hidden_is_not_touched_and_what_is_seen_comes_through(engine, kind, q_len):
-    k, v = quantized(kind, (1, 1, 90, 64), (1, 1, 90, 64))[:2]
+def test_what_is_hidden_is_not_touched_and_what_is_seen_comes_through(engine, kinds, q_len):
+    k, v = (quantized(kind, (1, 1, 90, 64), seed=n)[0] for n, kind in enumerate(kinds))
     q = numbers((1, 2, q_len, 64), seed=9)
     seen = np.ones(90, bool)
     seen[[3, 20, 89]] = False
     clean = fastattn.attention(q, k, v, mask=seen)
-    scale = "scale" if kind == "int8" else "scales"
     for rows in (k, v):
-        rows[scale][:, :, [3, 20, 89]] = np.nan
+        rows[rows.dtype.names[1]][:, :, [3, 20, 89]] = np.nan
     np.testing.assert_array_equal(fastattn.attention(q, k, v, mask=seen), clean)
-    v[scale][:, :, 5] = np.nan
+    v[v.dtype.names[1]][:, :, 5] = np.nan
     assert np.isnan(fastattn.attention(q, k, v, mask=seen)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bits_depend_on_neither_threads_nor_company_nor_pages(engine, kind):
-    k, v = quantized(kind, (3, 2, 2500, 64), (3, 2, 2500, 96))[:2]
+@pytest.mark.parametrize("kinds", PAIRS)
+def test_bits_depend_on_neither_threads_nor_company_nor_pages(engine, kinds):
+    k, v = (quantized(kind, (3, 2, 2500, dim), seed=dim)[0] for kind, dim in zip(kinds, (64, 96)))
     for q_len in (1, 20):
         q = numbers((3, 4, q_len, 64), seed=9)
         lengths = [2500, 1, 1100]
@@ -171,16 +183,16 @@ def test_values_of_any_size_have_a_mean(engine):
 # Caches
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cache_gives_attention_over_what_it_holds(engine, kind, rotate, dtype):
+def test_a_cache_gives_attention_over_what_it_holds(engine, kinds, rotate, dtype):
     k, v = numbers((2, 2, 70, 64)), numbers((2, 2, 70, 96), seed=1)
-    cache = fastattn.KVCache(2, 2, 80, 64, 96, kind, rotate=rotate)
+    cache = fastattn.KVCache(2, 2, 80, 64, 96, kinds[0], v_dtype=kinds[1], rotate=rotate)
     cache.append(k[:, :, :30], v[:, :, :30])
     cache.append(k[:, :, 30:], v[:, :, 30:], lengths=[40, 25])
     turn = _quantized.turned if rotate else np.asarray
-    held = [turn(fastattn.dequantize(fastattn.quantize(x, kind, rotate=rotate))) for x in (k, v)]
+    held = [turn(fastattn.dequantize(fastattn.quantize(x, kind, rotate=rotate))) for x, kind in zip((k, v), kinds)]
     for q_len in (1, 20, 32):
         q = numbers((2, 4, q_len, 64), seed=9).astype(dtype_of(dtype))
         out, lse = cache.attend(q, return_lse=True)
@@ -193,17 +205,20 @@ def test_a_cache_gives_attention_over_what_it_holds(engine, kind, rotate, dtype)
             np.testing.assert_array_equal(given, out)
         else:
             check(out, lse, q, *seen_by(q, cache._k, *held), causal=True, kv_lengths=[70, 55])
-    assert cache.nbytes == 2 * 2 * 80 * ((64 + 4 + 96 + 4) if kind == "int8" else (36 + 54))
-    assert kind in repr(cache)
+    assert cache.nbytes == 2 * 2 * 80 * ({"int8": 68, "int4": 36}[kinds[0]] + {"int8": 100, "int4": 54}[kinds[1]])
+    assert (cache.dtype, cache.v_dtype) == tuple(_quantized.row_dtype(kind, dim) for kind, dim in zip(kinds, (64, 96)))
+    assert all(kind in repr(cache) for kind in kinds)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("rotate", [False, True])
-def test_a_pool_gives_what_a_cache_gives(engine, kind, rotate):
+def test_a_pool_gives_what_a_cache_gives(engine, kinds, rotate):
     k, v = numbers((1, 2, 70, 64)), numbers((1, 2, 70, 64), seed=1)
-    cache = fastattn.KVCache(1, 2, 80, 64, dtype=kind, rotate=rotate)
+    cache = fastattn.KVCache(1, 2, 80, 64, dtype=kinds[0], v_dtype=kinds[1], rotate=rotate)
     cache.append(k, v)
-    pool = fastattn.PagedKVCache(12, 16, 2, 64, dtype=kind, rotate=rotate)
+    pool = fastattn.PagedKVCache(12, 16, 2, 64, dtype=kinds[0], v_dtype=kinds[1], rotate=rotate)
+    assert (pool.dtype, pool.v_dtype) == (cache.dtype, cache.v_dtype)
+    assert all(kind in repr(pool) for kind in kinds)
     first = pool.new_sequence()
     pool.append([first], k[0].swapaxes(0, 1)[:50], v[0].swapaxes(0, 1)[:50])
     second = pool.fork(first)
@@ -312,7 +327,8 @@ def test_errors_name_the_argument(backend):
         (lambda: fastattn.quantize(q, rotate=1), TypeError, "rotate must be True or False"),
         (lambda: fastattn.dequantize(q), TypeError, "rows must be quantised"),
         (lambda: fastattn.attention(q[..., :32], k, v), ValueError, "k must have the head size of q, 32; got rows of 64"),
-        (lambda: fastattn.attention(q, k, fastattn.quantize(q, "int4")), TypeError, "v must have the dtype of k"),
+        (lambda: fastattn.attention(q, k, q), TypeError, "v must have the dtype of k"),
+        (lambda: fastattn.attention(q, q, k), TypeError, "v must have the dtype of k"),
         (lambda: fastattn.attention(k, k, v), TypeError, "q must be"),
         (lambda: fastattn.attention(q, k[..., 0], v), ValueError, "k must have as many axes"),
         (lambda: fastattn.attention(q, k.repeat(2, axis=-1), v), ValueError, "k must have one record"),
@@ -320,6 +336,9 @@ def test_errors_name_the_argument(backend):
         (lambda: fastattn.KVCache(1, 1, 4, 64, 40, "int8", rotate=True), ValueError, "multiple of 16"),
         (lambda: fastattn.KVCache(1, 1, 4, 64, rotate=True), ValueError, "rotate must be False"),
         (lambda: fastattn.PagedKVCache(1, 1, 4, 64, dtype="int3"), TypeError, "dtype must be one of"),
+        (lambda: fastattn.KVCache(1, 1, 4, 64, v_dtype="int4"), ValueError, "v_dtype must be None in a cache that is not quantised"),
+        (lambda: fastattn.KVCache(1, 1, 4, 64, dtype="int8", v_dtype="float16"), TypeError, "v_dtype must be one of"),
+        (lambda: fastattn.KVCache(1, 1, 4, 64, 48, "int8", v_dtype="int4"), ValueError, "v_head_dim must have .* multiple of 32"),
     ):
         with pytest.raises(error, match=match):
             call()

@@ -42,7 +42,7 @@ PLAN = np.dtype(
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row",
         "out_batch", "out_head", "out_row", "lse_batch", "lse_head", "lse_row",
         "mask_batch", "mask_head", "mask_row", "mask_key", "alibi_batch", "alibi_head",
-        "q_code", "kv_code", "mask_code", "head_dim", "v_head_dim", "kv_group", "causal", "window_left", "window_right",
+        "q_code", "kv_code", "v_code", "mask_code", "head_dim", "v_head_dim", "kv_group", "causal", "window_left", "window_right",
         # Units of work. `groups` x `group` are the query heads of a batch entry. The query rows of a head form bands of
         # `band` rows, one but for a block mask; the rows of a band, of all heads of a group, are cut into panels.
         "block_table", "table_row", "page_size", "entries", "n_entries", "groups", "group", "band", "units", "parts",
@@ -450,7 +450,7 @@ def see_mask(plan, panel, j, n, bits, at, row):
     return any_visible
 
 
-Stored = namedtuple("Stored", "address batch head row n_columns")  # keys or values: where, the strides of the axes, numbers in a row
+Stored = namedtuple("Stored", "address batch head row n_columns code")  # keys or values: where, strides of the axes, numbers in a row
 
 
 @inline
@@ -466,7 +466,7 @@ def row_at(plan, entry, kv_head, i, stored, place):
 @jit
 def find_rows(plan, entry, kv_head, query, stored, j, n, target):
     """The rows of n keys from j on: where they lie, or, if that is in several pages or they have to be float32, as a copy."""
-    itemsize = 4 if plan.kv_code == FLOAT32 else 2
+    itemsize = 4 if stored.code == FLOAT32 else 2
     scattered = plan.lists != 0 or (plan.block_table != 0 and (entry.key + j) % plan.page_size + n > plan.page_size)
     if not (scattered or plan.widened):
         return Rows(row_at(plan, entry, kv_head, query, stored, j), stored.row, n, itemsize * stored.n_columns)
@@ -475,10 +475,10 @@ def find_rows(plan, entry, kv_head, query, stored, j, n, target):
     nbytes = itemsize * stored.n_columns
     for i in range(n):
         source, to = row_at(plan, entry, kv_head, query, stored, j + i), target + i * nbytes
-        if plan.kv_code == INT8 or plan.kv_code == INT4:
-            decode_row(source, plan.kv_code, stored.n_columns, to)
+        if stored.code == INT8 or stored.code == INT4:
+            decode_row(source, stored.code, stored.n_columns, to)
         elif plan.widened:
-            widen_row(source, plan.kv_code, stored.n_columns, to)
+            widen_row(source, stored.code, stored.n_columns, to)
         else:
             halves, copy = elements(source, uint16), elements(to, uint16)
             for byte in range(0, nbytes, 2):
@@ -558,8 +558,8 @@ def step(plan, panel, j, high, bits, at, tile, row, storage):
         store(at.seen, splat(1.0, row))
 
     kv_head, entry = panel.head0 // plan.kv_group, panel.entry
-    stored_k = Stored(plan.k, plan.k_batch, plan.k_head, plan.k_row, plan.head_dim)
-    stored_v = Stored(plan.v, plan.v_batch, plan.v_head, plan.v_row, plan.v_head_dim)
+    stored_k = Stored(plan.k, plan.k_batch, plan.k_head, plan.k_row, plan.head_dim, plan.kv_code)
+    stored_v = Stored(plan.v, plan.v_batch, plan.v_head, plan.v_row, plan.v_head_dim, plan.v_code)
     k = find_rows(plan, entry, kv_head, panel.i0, stored_k, j, n, at.k)
     v = find_rows(plan, entry, kv_head, panel.i0, stored_v, j, n, at.v)
     itemsize = 4 if plan.kv_code == FLOAT32 else 2

@@ -335,7 +335,7 @@ class _Work:
             **_place("alibi", scores.alibi_slopes, "alibi_batch", "alibi_head"),
             **_place("sinks", scores.sinks),
             **_place("entries", self.entries),
-            "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[_storage(call.k)],
+            "q_code": _CODES[call.q.dtype.name], "kv_code": _CODES[_storage(call.k)], "v_code": _CODES[_storage(call.v)],
             "mask_code": 0 if sees.mask is None else _CODES[sees.mask.dtype.name],
             "head_dim": call.q.shape[3], "v_head_dim": _v_head_dim(call),
             "causal": sees.causal, "window_left": sees.window[0], "window_right": sees.window[1],

@@ -190,7 +190,7 @@ static int heads_together(const fa_call *call, int64_t k_bytes, int64_t v_bytes)
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
-    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->kv_dtype, a->v_head_dim);
+    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->v_dtype, a->v_head_dim);
     if (!heads_together(call, k_bytes, v_bytes)) return;
     const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->heads.sequences));
     const double of_thread = totals->parts / (double)fa_max(a->num_threads, 1);
@@ -254,7 +254,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->v_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->wide_k = take(&bytes, call->stored.quantised * keys * a->head_dim, sizeof(float));
     m->wide_v = take(&bytes, call->stored.quantised * keys * a->v_head_dim, sizeof(float));
-    const int64_t as_read = fa_row_bytes(a->kv_dtype, a->v_head_dim), wide = call->stored.quantised * a->v_head_dim * (int64_t)sizeof(float);
+    const int64_t as_read = fa_row_bytes(a->v_dtype, a->v_head_dim), wide = call->stored.quantised * a->v_head_dim * (int64_t)sizeof(float);
     m->finite_v = take(&bytes, keys * fa_max(as_read * call->heads.beside, wide), 1);
     m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
     m->panel.total = take(&panel, totals->by_turns, fastattn_state_bytes(ld, a->v_head_dim));
@@ -323,7 +323,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->stored.v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
                           args->v_head_dim <= args->head_dim && !call->stored.quantised;
     call->stored.apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
-                         (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->kv_dtype, args->v_head_dim)));
+                         (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->v_dtype, args->v_head_dim)));
     fa_totals totals = survey(call);
     plan_team(call, totals.work);
     plan_abreast(call, &totals);

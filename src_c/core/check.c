@@ -20,7 +20,8 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
         a->kv_len > most_length)
         return FASTATTN_ERROR_SHAPE;
-    if (a->kv_dtype == FASTATTN_INT4 && (a->head_dim % FA_GROUP != 0 || a->v_head_dim % FA_GROUP != 0)) return FASTATTN_ERROR_SHAPE;
+    if (a->kv_dtype == FASTATTN_INT4 && a->head_dim % FA_GROUP != 0) return FASTATTN_ERROR_SHAPE;
+    if (a->v_dtype == FASTATTN_INT4 && a->v_head_dim % FA_GROUP != 0) return FASTATTN_ERROR_SHAPE;
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
         return FASTATTN_ERROR_SHAPE;
     if (a->indices && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
@@ -55,7 +56,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t kv_parts = a->block_table ? a->num_pages : kv_batch, kv_rows = a->block_table ? a->page_size : keys;
     const fa_table q = {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0};
     /* A quantised row without numbers still has a scale. */
-    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = a->segments ? 0 : fa_row_bytes(a->kv_dtype, a->v_head_dim);
+    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = a->segments ? 0 : fa_row_bytes(a->v_dtype, a->v_head_dim);
     const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * k_bytes, kv_size, 1, 0};
     const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * v_bytes, kv_size, 1, 0};
     const int64_t out_dim = a->segments ? a->num_segments : a->v_head_dim, out_size = a->segments ? (int64_t)sizeof(float) : q_size;
@@ -242,6 +243,8 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
         a->block_mask = &args->block_mask;
     }
     const int quantised = fa_is_quantised(a->kv_dtype);
+    if (a->v_dtype == FASTATTN_DTYPE_OF_KEYS) a->v_dtype = a->kv_dtype;
+    if (a->v_dtype != a->kv_dtype && !(quantised && fa_is_quantised(a->v_dtype))) return FASTATTN_ERROR_DTYPE;
     if (!fa_is_storage(a->q_dtype) || !fa_is_cached(a->kv_dtype) || (quantised && a->additive)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))

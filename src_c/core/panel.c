@@ -155,12 +155,12 @@ static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t pla
     }
 }
 
-static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key,
-                          const char **pointers) {
+static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3],
+                          fastattn_dtype dtype, int64_t key, const char **pointers) {
     rows->at = (const char *)base + p->kv_head * strides[1];
     if (!pointers) rows->at += p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
     rows->stride = strides[2];
-    rows->dtype = call->args->kv_dtype;
+    rows->dtype = dtype;
     rows->ahead = rows->rows_ahead = 0;
     rows->beside = call->heads.beside > 1 ? strides[1] : 0;
     rows->rows = pointers;
@@ -176,6 +176,6 @@ void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *c
         find_paged_rows(call, p, a->v, a->v_strides, key, known, v_rows);
     } else
         k_rows = v_rows = NULL;
-    point_at_rows(k, call, p, a->k, a->k_strides, key, k_rows);
-    point_at_rows(v, call, p, a->v, a->v_strides, key, v_rows);
+    point_at_rows(k, call, p, a->k, a->k_strides, a->kv_dtype, key, k_rows);
+    point_at_rows(v, call, p, a->v, a->v_strides, a->v_dtype, key, v_rows);
 }

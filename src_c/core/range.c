@@ -7,7 +7,7 @@
 
 int fastattn_sums_overflow(const fa_call *call, const fa_panel *panel, const fa_state *state) {
     const int64_t dim = call->args->v_head_dim;
-    const fastattn_dtype dtype = call->args->kv_dtype;
+    const fastattn_dtype dtype = call->args->v_dtype;
     if (dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_INT4) return 0; /* no number of keys makes 2**16 or seven times that too large */
     for (int r = 0; r < panel->rows; r++)
         for (int64_t d = 0; d < dim && isfinite(state->norm[r * state->of_norm]); d++)

@@ -102,7 +102,8 @@ typedef enum fastattn_dtype {
     FASTATTN_FLOAT64 = 3,
     FASTATTN_BOOL = 4,
     FASTATTN_INT8 = 5,
-    FASTATTN_INT4 = 6
+    FASTATTN_INT4 = 6,
+    FASTATTN_DTYPE_OF_KEYS = 7 /* of values: what that of their keys is */
 } fastattn_dtype;
 
 /* Instruction sets, lowest first within a processor family. */
@@ -215,8 +216,8 @@ typedef struct fastattn_attention_args {
 
     int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, v_head_dim;
     fastattn_dtype q_dtype;          /* also the dtype of out */
-    fastattn_dtype kv_dtype;         /* k and v; q_dtype may be wider, and of quantised ones is any. These are for products alone, not
-                                        for `additive` */
+    fastattn_dtype kv_dtype;         /* k, and v unless v_dtype says otherwise; q_dtype may be wider, and of quantised ones is any. These
+                                        are for products alone, not for `additive` */
 
     const void *q;                   /* (batch, num_heads, q_len, head_dim) */
     const void *k;                   /* (batch, num_kv_heads, kv_len, head_dim) */
@@ -306,6 +307,9 @@ typedef struct fastattn_attention_args {
                                         none. v_head_dim is 0, and v is not read. Without indices */
     int64_t segments_stride;         /* from one entry's row to the next, in bytes */
     int64_t num_segments;            /* 0 to 2**31 - 1 */
+
+    fastattn_dtype v_dtype;          /* of v: FASTATTN_DTYPE_OF_KEYS, as initially, or what kv_dtype is; where that is one of the quantised
+                                        types, either of them. Values bear four bits far better than keys do */
 } fastattn_attention_args;
 
 /* The initial value of fastattn_attention_args: size is set, and everything optional is absent. Sizes are 0, and scale is a
@@ -319,7 +323,8 @@ typedef struct fastattn_attention_args {
             NULL, NULL, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, {0, 0, 0}, FASTATTN_NAN, 0.0f,                  \
             FASTATTN_PRECISION_HIGHEST, 0, -1, -1, NULL, NULL, NULL, FASTATTN_FLOAT32, {0, 0, 0, 0}, NULL, {0, 0},  \
             NULL, NULL, FASTATTN_ISA_BEST, 0, FASTATTN_THREADING_DEFAULT, NULL, NULL, NULL, NULL, NULL, NULL,       \
-            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, NULL, 0, {0, 0, 0}, 0, NULL, 0, 0     \
+            FASTATTN_SOFTMAX, 0, NULL, NULL, 0, NULL, NULL, NULL, 0, 0, 0, 0, NULL, 0, {0, 0, 0}, 0, NULL, 0, 0,    \
+            FASTATTN_DTYPE_OF_KEYS                                                                                  \
     }
 
 /* A constant expression, which C99 has in <math.h> only. */

@@ -51,14 +51,14 @@ static char *rows_build(struct rng *rng, int64_t keys, int64_t page_size, int64_
     return to;
 }
 
-static void check_rows(struct rng *rng, fastattn_dtype dtype, int64_t q_len, int64_t keys, int64_t page_size, int64_t dim, int64_t v_dim,
+static void check_rows(struct rng *rng, fastattn_dtype dtype, fastattn_dtype v_dtype, int64_t q_len, int64_t keys, int64_t page_size, int64_t dim, int64_t v_dim,
                        enum guard_side side) {
     const int64_t pages = (keys + page_size - 1) / page_size;
     float *wide_k = malloc((size_t)(KV_HEADS * keys * dim + 1) * sizeof *wide_k), *wide_v = malloc((size_t)(KV_HEADS * keys * v_dim + 1) * sizeof *wide_v);
     float *out[2], *q = guard_input("q", (size_t)(HEADS * q_len * dim) * sizeof *q, sizeof *q, side);
     int32_t *table = guard_input("block_table", (size_t)pages * sizeof *table, sizeof *table, side);
-    context("dtype %d, %lld queries, %lld keys in pages of %lld, %lld and %lld numbers", (int)dtype, (long long)q_len, (long long)keys,
-            (long long)page_size, (long long)dim, (long long)v_dim);
+    context("dtypes %d and %d, %lld queries, %lld keys in pages of %lld, %lld and %lld numbers", (int)dtype, (int)v_dtype, (long long)q_len,
+            (long long)keys, (long long)page_size, (long long)dim, (long long)v_dim);
     CHECK(wide_k && wide_v, "out of memory");
     for (int64_t i = 0; i < HEADS * q_len * dim; i++) q[i] = (float)random_signed(rng);
     for (int64_t n = 0; n < pages; n++) table[n] = (int32_t)n;
@@ -68,10 +68,11 @@ static void check_rows(struct rng *rng, fastattn_dtype dtype, int64_t q_len, int
     args.q_strides[1] = q_len * dim * 4, args.q_strides[2] = dim * 4;
     args.out_strides[1] = q_len * v_dim * 4, args.out_strides[2] = v_dim * 4;
     fastattn_attention_args quantised = args;
-    quantised.kv_dtype = dtype, quantised.block_table = table, quantised.num_pages = pages, quantised.page_size = page_size;
+    quantised.kv_dtype = dtype, quantised.v_dtype = v_dtype == dtype ? FASTATTN_DTYPE_OF_KEYS : v_dtype;
+    quantised.block_table = table, quantised.num_pages = pages, quantised.page_size = page_size;
     quantised.block_table_stride = pages * 4;
     quantised.k = rows_build(rng, keys, page_size, dim, dtype, side, quantised.k_strides, wide_k);
-    quantised.v = rows_build(rng, keys, page_size, v_dim, dtype, side, quantised.v_strides, wide_v);
+    quantised.v = rows_build(rng, keys, page_size, v_dim, v_dtype, side, quantised.v_strides, wide_v);
     args.k = wide_k, args.v = wide_v;
     args.k_strides[1] = keys * dim * 4, args.k_strides[2] = dim * 4, args.v_strides[1] = keys * v_dim * 4, args.v_strides[2] = v_dim * 4;
     for (int n = 0; n < 2; n++) out[n] = guard_output("out", (size_t)(HEADS * q_len * v_dim) * sizeof(float), sizeof(float), side);
@@ -95,9 +96,13 @@ TEST_EACH_ISA(quantised_rows_are_read_where_they_lie) {
             const enum guard_side side = (r + n) % 2 ? GUARD_BEFORE : GUARD_BEHIND;
             const int64_t page_size = n % 2 ? 1 : 1 + (int64_t)r * 8;
             for (size_t d = 0; d < COUNT(dims); d++)
-                check_rows(&rng, FASTATTN_INT8, q_lens[r], keys[n], page_size, dims[d], dims[(d + r) % COUNT(dims)], side);
-            for (size_t d = 0; d < COUNT(grouped); d++)
-                check_rows(&rng, FASTATTN_INT4, q_lens[r], keys[n], page_size, grouped[d], grouped[(d + r) % COUNT(grouped)], side);
+                check_rows(&rng, FASTATTN_INT8, FASTATTN_INT8, q_lens[r], keys[n], page_size, dims[d], dims[(d + r) % COUNT(dims)], side);
+            for (size_t d = 0; d < COUNT(grouped); d++) {
+                const int64_t dim = grouped[d], v_dim = grouped[(d + r) % COUNT(grouped)];
+                check_rows(&rng, FASTATTN_INT4, FASTATTN_INT4, q_lens[r], keys[n], page_size, dim, v_dim, side);
+                check_rows(&rng, FASTATTN_INT8, FASTATTN_INT4, q_lens[r], keys[n], page_size, dims[d], v_dim, side);
+                check_rows(&rng, FASTATTN_INT4, FASTATTN_INT8, q_lens[r], keys[n], page_size, dim, dims[d], side);
+            }
         }
 }
 
@@ -147,7 +152,16 @@ TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_SHAPE);
     args.head_dim = 64;
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_SHAPE);
-    args.v_head_dim = 64, args.additive = fine[0];
+    args.head_dim = 48, args.v_head_dim = 48, args.kv_dtype = FASTATTN_INT8, args.v_dtype = FASTATTN_INT4;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_SHAPE);
+    args.v_dtype = FASTATTN_FLOAT16;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+    args.v_dtype = (fastattn_dtype)1000;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+    args.kv_dtype = FASTATTN_FLOAT32, args.v_dtype = FASTATTN_INT8;
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
+    args.kv_dtype = FASTATTN_INT4, args.v_dtype = FASTATTN_DTYPE_OF_KEYS;
+    args.head_dim = args.v_head_dim = 64, args.additive = fine[0];
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);
     args.additive = NULL, args.q_dtype = FASTATTN_INT8, args.kv_dtype = FASTATTN_INT8;
     CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_ERROR_DTYPE);

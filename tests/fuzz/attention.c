@@ -139,6 +139,8 @@ static void keys(fuzz_input *in, call *x) {
     const unsigned options = (unsigned)fuzz_bytes(in, 1);
     int64_t batch = a->cu_seqlens_k ? 1 : a->batch, rows = a->kv_len;
     if (options & 1) a->kv_dtype = fuzz_chance(in, 128) ? FASTATTN_INT4 : FASTATTN_INT8;
+    if (a->size == sizeof *a && options & 8) a->v_dtype = fuzz_chance(in, 240) ? FASTATTN_INT4 : (fastattn_dtype)fuzz_enum(in, 8);
+    const fastattn_dtype v_dtype = a->v_dtype == FASTATTN_DTYPE_OF_KEYS ? a->kv_dtype : a->v_dtype;
     if (options & 2) {
         a->num_pages = batch = fuzz_size(in, 6);
         a->page_size = rows = fuzz_size(in, 40);
@@ -151,9 +153,9 @@ static void keys(fuzz_input *in, call *x) {
             memcpy(made.memory + n, &page, 4);
         }
     }
-    if (options & 3) {
+    if (options & 11) {
         a->k = array(in, x, batch, a->num_kv_heads, rows, a->head_dim, (int)a->kv_dtype, a->k_strides).at;
-        a->v = array(in, x, batch, a->num_kv_heads, rows, a->v_head_dim, (int)a->kv_dtype, a->v_strides).at;
+        a->v = array(in, x, batch, a->num_kv_heads, rows, a->v_head_dim, (int)v_dtype, a->v_strides).at;
     }
     if (options & 4) lists(in, x);
 }
