@@ -22,7 +22,7 @@ SHAPES = {
     "prefill": (dict(batch=1, heads=4, q_len=300, kv_len=333, head_dim=32, kv_heads=2), {"causal": True}),
     "decode": (dict(batch=1, heads=8, q_len=1, kv_len=9000, head_dim=64, kv_heads=2), {}),
     "few rows": (dict(batch=3, heads=2, q_len=5, kv_len=3000, head_dim=40), {"window": (2500, 0)}),
-    "many entries": (dict(batch=9, heads=3, q_len=20, kv_len=20, head_dim=16), {"sinks": np.float32([0, 1, 2])}),
+    "many entries": (dict(batch=60, heads=3, q_len=20, kv_len=20, head_dim=16), {"sinks": np.float32([0, 1, 2])}),
     "ragged": (dict(batch=3, heads=2, q_len=4, kv_len=5000, head_dim=16), {"kv_lengths": np.array([5000, 0, 2777])}),
 }
 

@@ -82,6 +82,7 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
     const int fewest = call->stored.quantised ? SHARE_WHAT_IS_DECODED : many ? products->fewest_rows_over_many : products->fewest_rows;
     shape->few_below = any_rows ? 1 : fewest;
+    shape->full_lanes = products == call->uk->products && !call->stored.quantised;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
     for (int way = 0; way < FA_WAYS; way++)
@@ -124,13 +125,18 @@ typedef struct fa_totals {
 /* Multiplications that a panel takes as long as, besides its own. */
 static const double work_of_panel = 5e4;
 
+/* Those of an item that is a panel and a part of the keys. */
+static double work_of_part(const fa_call *call, const fa_shape *shape) {
+    const double dims = (double)(call->args->head_dim + call->args->v_head_dim);
+    return work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims;
+}
+
 static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
     const fastattn_attention_args *a = call->args;
     if (shape->q_len == 0) return;
     const double parts = (double)entries * (double)(call->heads.sequences * shape->rows.panels * shape->splits);
-    const double dims = (double)(a->head_dim + a->v_head_dim);
     t->parts += parts;
-    t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
+    t->work += parts * work_of_part(call, shape);
     if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
     t->ld = t->ld > shape->rows.ld ? t->ld : shape->rows.ld;
     t->queries = fa_max(t->queries, shape->q_len);
@@ -206,16 +212,18 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
     call->heads.sequences /= beside;
 }
 
-/* Threads cost microseconds to wake, far more on a busy machine; each must have `enough` multiplications to do, some 20
+/* Threads cost microseconds to wake, far more on a busy machine; each must have so many multiplications to do, some 20
  * microseconds. Nobody needs to interrupt what ends in milliseconds. Results do not depend on either. */
+static const double worth_a_thread = 2e6;
+
 static void plan_team(fa_call *call, double work) {
-    const double enough = 2e6, worth_interrupting = 1e9;
+    const double worth_interrupting = 1e9;
     const fastattn_attention_args *a = call->args;
-    const double threads = work / enough;
-    call->team.threads = a->num_threads < 2 || threads < 2 ? 1 : threads < a->num_threads ? (int)threads : a->num_threads;
-    call->team.threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading;
-    call->team.interrupted = work < worth_interrupting ? NULL : a->interrupted;
-    call->team.interrupted_context = a->interrupted_context;
+    const double threads = work / worth_a_thread;
+    call->team = (fa_team){.threads = a->num_threads < 2 || threads < 2 ? 1 : threads < a->num_threads ? (int)threads : a->num_threads,
+                           .threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading,
+                           .interrupted = work < worth_interrupting ? NULL : a->interrupted,
+                           .interrupted_context = a->interrupted_context};
 }
 
 static const size_t most_bytes = SIZE_MAX / 8;
@@ -385,6 +393,14 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
     }
 }
 
+/* A thread takes short items several at a time: they are neighbours in memory, so that it knows what it will read next. */
+static int64_t at_once(const fa_call *call) {
+    enum { TURNS_A_THREAD = 8 };
+    const fa_entry *longest = call->entries;
+    const double turn = work_of_part(call, &longest->shape) * (double)longest->bundle;
+    return fa_min((int64_t)(worth_a_thread / turn), call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
+}
+
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     fa_call *call = workspace;
     memcpy(call, prepared, offsetof(fa_call, entries));
@@ -409,6 +425,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     FA_ASSERT(partials <= call->room.bytes);
     for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = call->items[phase] / a->batch;
     call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
+    call->team.at_once = at_once(call);
     return call;
 }
 

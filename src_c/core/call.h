@@ -49,6 +49,7 @@ typedef struct fa_shape {
     int64_t state_keys;    /* keys that are summed in one state: those of a part, unless an item takes several parts by turns */
     int prepared[FA_WAYS]; /* keys and values are not used as stored */
     int few_below;         /* panels of fewer rows are for the products by rows */
+    int full_lanes;        /* and so are those of which a quarter of the lanes would be empty */
 } fa_shape;
 
 /* A batch entry: where it lies in the caller's arrays, and what of the call's work is its own. Its queries and keys count from 0. */
@@ -136,7 +137,8 @@ static inline fa_ways fastattn_ways(const fa_call *call, const fa_shape *shape) 
 
 /* The way of a panel of so many rows of an entry. */
 static inline int fastattn_way_of(const fa_shape *shape, int rows) {
-    return rows < shape->few_below ? FA_FEW : FA_PREFERRED;
+    const int empty = shape->full_lanes && 4 * rows <= 3 * fa_round_up(rows, FA_ROW_STEP);
+    return rows < shape->few_below || empty ? FA_FEW : FA_PREFERRED;
 }
 
 /* Checks the arguments and fills call. Reads the tables of lengths and of the block mask, and no other data. Without rows to compute or

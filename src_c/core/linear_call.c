@@ -116,10 +116,10 @@ static void plan_team(fa_linear_call *call) {
     const double tokens = a->cu_seqlens ? (double)a->kv_len : (double)a->batch * (double)fa_max(a->kv_len, a->q_len);
     const double work = (tokens + (double)a->batch) * (double)(call->states + call->heads) * (double)a->head_dim * (double)a->v_head_dim;
     const double threads = fmin((double)fa_min(a->num_threads, call->items), work / enough);
-    call->team.threads = threads < 2 ? 1 : (int)threads;
-    call->team.threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading;
-    call->team.interrupted = work < worth_interrupting ? NULL : a->interrupted;
-    call->team.interrupted_context = a->interrupted_context;
+    call->team = (fa_team){.threads = threads < 2 ? 1 : (int)threads,
+                           .threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading,
+                           .interrupted = work < worth_interrupting ? NULL : a->interrupted,
+                           .interrupted_context = a->interrupted_context};
 }
 
 static size_t take(uint64_t *floats, int64_t rows, int64_t columns) {

@@ -5,11 +5,15 @@
 #include "ints.h"
 #include "nonfinite.h"
 
-/* Next are the same keys of the head beside, or after the last one those that follow of the first. Heads that are rows of one panel are
- * read in the order of memory, of which little is asked ahead: rows a power of two apart share a few places of a cache. */
-static void look_ahead(fa_matrix *rows, const fa_run *run, int64_t block_keys, int64_t head_stride) {
+/* Whether a head is one panel and one run of keys, so that the head beside comes next. */
+static int is_short(const fa_shape *shape) { return shape->rows.panels == 1 && shape->kv_len <= shape->block_keys; }
+
+/* Next are the same keys of the head beside, or after the last one those that follow of the first, if any do. Heads that are rows of one
+ * panel are read in the order of memory, of which little is asked ahead: rows a power of two apart share a few places of a cache. */
+static void look_ahead(fa_matrix *rows, const fa_run *run, const fa_shape *shape, int64_t head_stride) {
     enum { NEXT_KEYS = 16 };
-    const int last = run->abreast_after == 0;
+    const int64_t block_keys = shape->block_keys;
+    const int last = run->abreast_after == 0 && !is_short(shape);
     rows->ahead = last ? -run->abreast_before * head_stride : head_stride;
     const int64_t keys = rows->beside ? fa_min(NEXT_KEYS, block_keys) : rows->rows ? block_keys : run->keys;
     rows->rows_ahead = last ? keys : 0;
@@ -32,7 +36,8 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     fa_run *run = w->run;
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
-    const int64_t block_keys = w->panel.entry->shape.block_keys, pointers = fastattn_row_pointers(block_keys);
+    const fa_shape *shape = &w->panel.entry->shape;
+    const int64_t block_keys = shape->block_keys, pointers = fastattn_row_pointers(block_keys), beside = call->heads.beside;
     const int follows = run->keys == block_keys && block->run_first == run->first + run->keys;
     run->first = block->run_first;
     run->keys = block->run_keys;
@@ -42,8 +47,8 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     } else
         fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
                                        run->v_rows);
-    look_ahead(&run->stored_k, run, block_keys, call->args->k_strides[1]);
-    look_ahead(&run->stored_v, run, block_keys, call->args->v_strides[1]);
+    look_ahead(&run->stored_k, run, shape, call->args->k_strides[1] * beside);
+    look_ahead(&run->stored_v, run, shape, call->args->v_strides[1] * beside);
     run->finite_k = run->finite_v = -1;
     run->widened = 0;
     for (int way = 0; way < FA_WAYS; way++) run->ways[way].made = 0;
@@ -134,14 +139,38 @@ void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *bl
     prepare(w, x, FA_EXACT, block);
 }
 
+/* Rows that follow each other are one. */
+static void fetch(const fa_call *call, fa_matrix rows, int64_t count, int64_t bytes) {
+    const int together = !rows.rows && rows.stride == bytes;
+    if (bytes > 0 && count > 0) call->uk->fetch(rows, together ? 1 : count, together ? count * bytes : bytes); /* else it may be null */
+}
+
+/* The queries of the heads beside those of the panel; behind the last head there may be none. */
+static void fetch_next_queries(const fa_call *call, const fa_panel *p) {
+    enum { FORESEEN = 2048 }; /* bytes of a head, which the processor reads ahead by itself */
+    const fastattn_attention_args *a = call->args;
+    const int64_t bytes = a->head_dim * fa_size_of(a->q_dtype), q_len = p->entry->shape.q_len;
+    if (q_len * bytes < FORESEEN) return;
+    const uintptr_t first = (uintptr_t)a->q + (uintptr_t)(p->entry->batch * a->q_strides[0] + p->entry->query * a->q_strides[2]);
+    for (int64_t h = p->head + call->heads.group; h < p->head + 2 * call->heads.group; h++) {
+        const char *at = (const char *)(first + (uintptr_t)h * (uintptr_t)a->q_strides[1]);
+        fetch(call, fa_matrix_at(at, a->q_strides[2], a->q_dtype), q_len, bytes);
+    }
+}
+
 /* With one vector of rows, or one panel and rows apart, the loop waits for memory, and the columns in which pv walks through V hide
  * from the hardware what comes next: ask for this block's values, and for as many keys after it. (What is widened is read in
- * order anyway, and products by rows look ahead themselves.) */
+ * order anyway, and products by rows look ahead themselves.) Where a block is a whole head, what comes next is the head beside. */
 void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
-    const int waits = w->panel.padded <= FA_ROW_STEP || (w->call->stored.apart && w->panel.entry->shape.rows.panels == 1);
+    const fa_shape *shape = &w->panel.entry->shape;
+    const int next_head = is_short(shape);
+    if (next_head) fetch_next_queries(w->call, &w->panel);
+    const int waits = next_head || w->panel.padded <= FA_ROW_STEP || (w->call->stored.apart && shape->rows.panels == 1);
     if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
-    if (a->v_head_dim > 0) w->call->uk->fetch(x->stored_v, block->keys, a->v_head_dim * size); /* else it may be null */
-    if (a->head_dim > 0) w->call->uk->fetch(fa_rows_from(x->stored_k, block->keys), fa_min(block->keys, after), a->head_dim * size);
+    fa_matrix next_k = fa_rows_from(x->stored_k, block->keys);
+    if (next_head && !next_k.rows) next_k.at = (const char *)((uintptr_t)x->stored_k.at + (uintptr_t)x->stored_k.ahead);
+    fetch(w->call, x->stored_v, block->keys, a->v_head_dim * size);
+    fetch(w->call, next_k, next_head ? block->keys : fa_min(block->keys, after), a->head_dim * size);
 }

@@ -75,8 +75,8 @@ static void wake(int count) {
 static int serve(int64_t *caller) {
     fa_offer *offer = pool.offers;
     if (!offer || pool.stopping) return 0;
-    const int64_t item = fa_atomic_add(&offer->share->next, 1);
-    if (item >= offer->share->items) {
+    const int64_t turn = fa_atomic_add(&offer->share->next, 1);
+    if (turn >= offer->share->turns) {
         unlist(offer);
         return 1;
     }
@@ -90,7 +90,7 @@ static int serve(int64_t *caller) {
     const int more = wanted_awake();
     fa_unlock(&pool.lock);
     wake(more);
-    fastattn_take_part(offer->share, item, worker, NULL);
+    fastattn_take_part(offer->share, turn, worker, NULL);
     const int last = fa_atomic_add(&offer->busy, -1) == 1; /* from here on the offer may be gone */
     fa_lock(&pool.lock);
     if (last && pool.sleepers) fa_wake_all(&pool.left);

@@ -3,6 +3,7 @@
 #include "../cpu/atomic.h"
 #include "../cpu/fpenv.h"
 #include "../cpu/thread.h"
+#include "ints.h"
 #include "pool.h"
 
 #include <stddef.h>
@@ -51,19 +52,20 @@ static int is_interrupted(fa_lookout *look, const fa_team *team) {
     return team->interrupted(team->interrupted_context) != 0;
 }
 
-int fastattn_take_part(fa_share *share, int64_t item, int worker, const fa_team *team) {
+int fastattn_take_part(fa_share *share, int64_t turn, int worker, const fa_team *team) {
     const int asks = team && team->interrupted;
     fa_lookout look = {0, 0, 1, 1};
     int interrupted = 0;
     fa_fpenv found = fa_fpenv_default();
-    for (; item < share->items; item = fa_atomic_add(&share->next, 1)) {
-        share->work(share->context, item, worker);
+    for (; turn < share->turns; turn = fa_atomic_add(&share->next, 1)) {
+        const int64_t first = turn * share->at_once, left = share->items - first;
+        for (int64_t n = 0; n < share->at_once && n < left; n++) share->work(share->context, first + n, worker);
         if (!asks) continue;
         fa_fpenv_restore(found);
         interrupted = is_interrupted(&look, team);
         found = fa_fpenv_default();
         if (interrupted) {
-            fa_atomic_store(&share->next, share->items);
+            fa_atomic_store(&share->next, share->turns);
             break;
         }
     }
@@ -72,7 +74,8 @@ int fastattn_take_part(fa_share *share, int64_t item, int worker, const fa_team 
 }
 
 fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn *work, const void *context) {
-    fa_share share = {work, context, items, 1}; /* the caller begins with item 0 */
+    const int64_t at_once = team->at_once > 1 ? team->at_once : 1, turns = fa_ceil_div(items, at_once);
+    fa_share share = {work, context, items, at_once, turns, 1}; /* the caller begins with turn 0 */
     int done = 1;
     if (items <= 0) return FASTATTN_OK;
     if (team->threads < 2) {
@@ -98,6 +101,6 @@ fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn
 }
 
 void fastattn_for_range(int64_t first, int64_t end, int worker, fa_work_fn *work, const void *context) {
-    fa_share share = {work, context, end, first + 1};
+    fa_share share = {work, context, end, 1, end, first + 1};
     fastattn_take_part(&share, first, worker, NULL);
 }

@@ -10,6 +10,7 @@ typedef void fa_work_fn(const void *context, int64_t item, int worker);
 /* Who works, and who may end it. */
 typedef struct fa_team {
     int threads;                   /* at most; the calling one is among them */
+    int64_t at_once;               /* items that follow each other and are a thread's together, or 0: 1 */
     fastattn_threading threading;
     int (*interrupted)(void *);    /* asked by the calling thread now and then, or null */
     void *interrupted_context;
@@ -27,11 +28,12 @@ void fastattn_for_range(int64_t first, int64_t end, int worker, fa_work_fn *work
 typedef struct fa_share {
     fa_work_fn *work;
     const void *context;
-    int64_t items, next; /* next is atomic */
+    int64_t items, at_once;
+    int64_t turns, next; /* each of at_once items; next is atomic */
 } fa_share;
 
-/* This thread works on an item that it has taken, and on all that it can take then. `team` is that of the calling thread, which
- * may be interrupted, and null for others; 0 if it was. */
-int fastattn_take_part(fa_share *share, int64_t item, int worker, const fa_team *team);
+/* This thread works on the items of a turn that it has taken, and on all that it can take then. `team` is that of the calling thread,
+ * which may be interrupted, and null for others; 0 if it was. */
+int fastattn_take_part(fa_share *share, int64_t turn, int worker, const fa_team *team);
 
 #endif
