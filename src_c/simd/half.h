@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* For operations that are long and seldom what takes the time: one of each, not one wherever it is used. */
+#if defined(__GNUC__)
+#define FA_OUT_OF_LINE static __attribute__((noinline, unused))
+#else
+#define FA_OUT_OF_LINE static inline
+#endif
+
 static inline float fa_from_bits(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);

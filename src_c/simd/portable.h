@@ -26,9 +26,9 @@ static inline simd_h simd_load_h(const uint16_t *p) { simd_h r; memcpy(&r, p, si
 static inline void simd_store_h(uint16_t *p, simd_h a) { memcpy(p, &a, sizeof a); }
 /* The first n lanes, which are not all: nothing else is read, but for 0 in its place, or written. */
 static inline simd_f simd_load_part(const float *p, int64_t n) { simd_f r = {{0}}; SIMD_EACH(i) if (i < n) r.lane[i] = p[i]; return r; }
-static inline void simd_store_part(float *p, simd_f a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
+FA_OUT_OF_LINE void simd_store_part(float *p, simd_f a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
 static inline simd_h simd_load_h_part(const uint16_t *p, int64_t n) { simd_h r = {{0}}; SIMD_EACH(i) if (i < n) r.lane[i] = p[i]; return r; }
-static inline void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
+FA_OUT_OF_LINE void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_EACH(i) if (i < n) p[i] = a.lane[i]; }
 static inline simd_f simd_from_f16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(a.lane[i]); return r; }
 static inline simd_f simd_from_bf16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(a.lane[i]); return r; }
 /* Integers of a byte; the lower or the upper halves of bytes, less 8; and back to bytes, rounded to nearest, of what fits. */
@@ -44,12 +44,12 @@ static inline void simd_store_i8(void *p, simd_f a) { /* the addition leaves no 
 /* Of lanes that are pairs of bfloat16, the first numbers, which are the lower halves, and the second. */
 static inline simd_f simd_first_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) << 16); return a; }
 static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) & 0xffff0000u); return a; }
-static inline simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
-static inline simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
+FA_OUT_OF_LINE simd_h simd_to_f16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_f16(a.lane[i]); return r; }
+FA_OUT_OF_LINE simd_h simd_to_bf16(simd_f a) { simd_h r; SIMD_EACH(i) r.lane[i] = fa_to_bf16(a.lane[i]); return r; }
 static inline simd_f simd_load_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[i] ? 0.0f : -INFINITY; return r; }
 static inline simd_f simd_load_every_second_bool(const uint8_t *p) { simd_f r; SIMD_EACH(i) r.lane[i] = p[2 * i] ? 0.0f : -INFINITY; return r; }
 /* Doubles, rounded; what is finite stays so. */
-static inline simd_f simd_load_double(const double *p) {
+FA_OUT_OF_LINE simd_f simd_load_double(const double *p) {
     simd_f r;
     SIMD_EACH(i) {
         const double largest = 0x1.fffffep127, x = p[i];

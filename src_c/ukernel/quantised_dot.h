@@ -73,43 +73,44 @@ FA_INLINE void dot_queries(uint16_t *to, int64_t step, const float *q, int64_t p
         }
 }
 
-/* The scores of `rows` rows, a constant, and of as many keys at a time as there are sums. */
+/* The products of key n with `rows` rows, a constant. */
+FA_INLINE void dot_products(int rows, simd_f *sum, int apart, const uint16_t *q, int64_t step, const tile_rows *k, int64_t n, int64_t keys,
+                            int64_t dim, fastattn_dtype dtype) {
+    const __m512i numbers = INT4_NUMBERS, zero = _mm512_setzero_si512();
+    const char *key = key_at(k, n, keys);
+    simd_f products[QUANTISED_ROWS];
+    fetch_key(k, n, keys, fa_row_bytes(dtype, dim));
+    FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_set1(0.0f);
+    for (int64_t d = 0; dtype == FASTATTN_INT8 && d < dim; d += 2 * SIMD_LANES) {
+        const __m512i even = _mm512_castps_si512(int8_lanes(key, d, dim)), odd = _mm512_castps_si512(int8_lanes(key, d + SIMD_LANES, dim));
+        const simd_f pairs = _mm512_castsi512_ps(simd_upper_halves(even, odd));
+        FA_UNROLL for (int r = 0; r < rows; r++)
+            products[r] = simd_dot_bf16(pairs, simd_load((const float *)(const void *)(q + r * step + d)), products[r]);
+    }
+    for (int64_t d = 0; dtype == FASTATTN_INT4 && d < dim; d += DOT_NUMBERS) {
+        const __m512i packed = int4_bytes(key, d, dim);
+        const simd_f scale = to_quarters(int4_scales(key, d, dim));
+        const __m512i low = _mm512_unpacklo_epi8(packed, zero), high = _mm512_unpackhi_epi8(packed, zero);
+        const __m512i index[4] = {low, _mm512_srli_epi16(low, 4), high, _mm512_srli_epi16(high, 4)};
+        simd_f dot[QUANTISED_ROWS];
+        FA_UNROLL for (int r = 0; r < rows; r++) dot[r] = simd_set1(0.0f);
+        FA_UNROLL for (int i = 0; i < 4; i++) {
+            const simd_f pairs = _mm512_castsi512_ps(_mm512_permutexvar_epi16(index[i], numbers));
+            FA_UNROLL for (int r = 0; r < rows; r++)
+                dot[r] = simd_dot_bf16(pairs, simd_load((const float *)(const void *)(q + r * step + d + i * 32)), dot[r]);
+        }
+        FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_fma(dot[r], scale, products[r]);
+    }
+    FA_UNROLL for (int r = 0; r < rows; r++) sum[r * apart] = products[r];
+}
+
+/* The scores of `rows` rows, and of as many keys at a time as there are sums. */
 FA_INLINE void dot_scores(int rows, float *s, int ld, const uint16_t *q, int64_t step, const tile_rows *k, int64_t keys, int64_t dim,
                           fastattn_dtype dtype) {
     const int tile_keys = 16 / rows;
-    const __m512i numbers = INT4_NUMBERS, zero = _mm512_setzero_si512();
     for (int64_t first = 0; first < keys; first += tile_keys) {
         simd_f sum[16];
-        FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-            const char *key = key_at(k, first + j, keys);
-            fetch_key(k, first + j, keys, fa_row_bytes(dtype, dim));
-            FA_UNROLL for (int r = 0; r < rows; r++) sum[r * tile_keys + j] = simd_set1(0.0f);
-            if (dtype == FASTATTN_INT8) {
-                for (int64_t d = 0; d < dim; d += 2 * SIMD_LANES) {
-                    const __m512i even = _mm512_castps_si512(int8_lanes(key, d, dim));
-                    const __m512i odd = _mm512_castps_si512(int8_lanes(key, d + SIMD_LANES, dim));
-                    const simd_f pairs = _mm512_castsi512_ps(simd_upper_halves(even, odd));
-                    FA_UNROLL for (int r = 0; r < rows; r++)
-                        sum[r * tile_keys + j] =
-                            simd_dot_bf16(pairs, simd_load((const float *)(const void *)(q + r * step + d)), sum[r * tile_keys + j]);
-                }
-                continue;
-            }
-            for (int64_t d = 0; d < dim; d += DOT_NUMBERS) {
-                const __m512i packed = int4_bytes(key, d, dim);
-                const simd_f scale = to_quarters(int4_scales(key, d, dim));
-                const __m512i low = _mm512_unpacklo_epi8(packed, zero), high = _mm512_unpackhi_epi8(packed, zero);
-                const __m512i index[4] = {low, _mm512_srli_epi16(low, 4), high, _mm512_srli_epi16(high, 4)};
-                simd_f dot[4];
-                FA_UNROLL for (int r = 0; r < rows; r++) dot[r] = simd_set1(0.0f);
-                FA_UNROLL for (int i = 0; i < 4; i++) {
-                    const simd_f pairs = _mm512_castsi512_ps(_mm512_permutexvar_epi16(index[i], numbers));
-                    FA_UNROLL for (int r = 0; r < rows; r++)
-                        dot[r] = simd_dot_bf16(pairs, simd_load((const float *)(const void *)(q + r * step + d + i * 32)), dot[r]);
-                }
-                FA_UNROLL for (int r = 0; r < rows; r++) sum[r * tile_keys + j] = simd_fma(dot[r], scale, sum[r * tile_keys + j]);
-            }
-        }
+        for (int j = 0; j < tile_keys; j++) dot_products(rows, sum + j, tile_keys, q, step, k, first + j, keys, dim, dtype);
         put_scores(rows, tile_keys, s, ld, sum, k, first, keys, dim, dtype);
     }
 }

@@ -78,28 +78,39 @@ FA_INLINE void put_scores(int rows, int tile_keys, float *s, int ld, const simd_
     FA_UNROLL for (int r = 0; r < rows; r++) memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
 }
 
-/* The scores of `rows` rows, a constant, as short_scores makes them. */
+/* The products of key n with `rows` rows, a constant, number by number, as key_products makes them. */
+FA_INLINE void quantised_products(int rows, simd_f *sum, int apart, const float *q, int64_t pitch, const tile_rows *k, int64_t n,
+                                  int64_t keys, int64_t dim, fastattn_dtype dtype) {
+    const char *key = key_at(k, n, keys);
+    simd_f products[QUANTISED_ROWS];
+    fetch_key(k, n, keys, fa_row_bytes(dtype, dim));
+    FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_set1(0.0f);
+    for (int64_t d = 0; d < dim; d += FA_GROUP) {
+        const simd_f scale = simd_set1(dtype == FASTATTN_INT4 ? fa_scale_at(key, d, dim, dtype) : 1.0f);
+        FA_UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
+            if (d + v * SIMD_LANES >= dim) break;
+            simd_f numbers = load_integers(key, d, v, dim, dtype);
+            if (dtype == FASTATTN_INT4) numbers = simd_mul(numbers, scale);
+            FA_UNROLL for (int r = 0; r < rows; r++)
+                products[r] = simd_fma(numbers, simd_load(q + r * pitch + d + v * SIMD_LANES), products[r]);
+        }
+    }
+    FA_UNROLL for (int r = 0; r < rows; r++) sum[r * apart] = products[r];
+}
+
+/* The scores of `rows` rows as short_scores makes them. */
 FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys, int64_t dim,
                                 fastattn_dtype dtype) {
     enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
     const int tile_keys = SUMS / rows;
     for (int64_t first = 0; first < keys; first += tile_keys) {
         simd_f sum[SUMS];
-        FA_UNROLL for (int i = 0; i < SUMS; i++) sum[i] = simd_set1(0.0f);
-        FA_UNROLL for (int j = 0; j < tile_keys; j++) {
-            const char *key = key_at(k, first + j, keys);
-            fetch_key(k, first + j, keys, fa_row_bytes(dtype, dim));
-            for (int64_t d = 0; d < dim; d += FA_GROUP) {
-                const simd_f scale = simd_set1(dtype == FASTATTN_INT4 ? fa_scale_at(key, d, dim, dtype) : 1.0f);
-                FA_UNROLL for (int v = 0; v < GROUP_VECTORS; v++) {
-                    if (d + v * SIMD_LANES >= dim) break;
-                    simd_f numbers = load_integers(key, d, v, dim, dtype);
-                    if (dtype == FASTATTN_INT4) numbers = simd_mul(numbers, scale);
-                    FA_UNROLL for (int r = 0; r < rows; r++)
-                        sum[r * tile_keys + j] = simd_fma(numbers, simd_load(q + r * pitch + d + v * SIMD_LANES), sum[r * tile_keys + j]);
-                }
-            }
-        }
+        if (rows == 4)
+            FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
+                quantised_products(4, sum + j, SUMS / 4, q, pitch, k, first + j, keys, dim, dtype);
+        else
+            for (int j = 0; j < tile_keys; j++)
+                quantised_products(rows, sum + j, tile_keys, q, pitch, k, first + j, keys, dim, dtype);
         put_scores(rows, tile_keys, s, ld, sum, k, first, keys, dim, dtype);
     }
 }

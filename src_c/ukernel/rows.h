@@ -82,7 +82,7 @@ FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t 
 static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* One row and a few keys, at most SIMD_LANES: one by one, or most sums across lanes would be of nothing. */
-FA_INLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+static FA_NOINLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const simd_f lane = simd_load(lane_numbers);
     simd_f dots = simd_set1(0.0f);
     for (int64_t j = keys - 1; j >= 0; j--) {
@@ -122,7 +122,7 @@ FA_INLINE void products_of_key(int rows, int beside, simd_f *sum, int apart, con
     const char *const key = tile_row(k, n);
     const uintptr_t later = tile_later(k, n);
     if (!beside) key_products(rows, sum, apart, q, pitch, key, later, head_dim, dtype);
-    else FA_UNROLL for (int r = 0; r < rows; r++)
+    else for (int r = 0; r < rows; r++)
         key_products(1, sum + r * apart, apart, q + r * pitch, pitch, key + r * k->beside, later + (uintptr_t)(r * k->beside), head_dim, dtype);
 }
 
@@ -134,43 +134,49 @@ FA_INLINE void short_scores(int rows, int beside, float *s, int ld, const float 
     const int tile_keys = SUMS / rows;
     if (keys <= tile_keys / 4) {
         tile_rows own = *k;
-        FA_UNROLL for (int r = 0; r < rows; r++, own.column += own.beside) few_scores(s + r * ld, q + r * pitch, &own, keys, head_dim, dtype);
+        for (int r = 0; r < rows; r++, own.column += own.beside) few_scores(s + r * ld, q + r * pitch, &own, keys, head_dim, dtype);
         return;
     }
     for (int64_t first = 0; first < keys; first += tile_keys) {
         const int64_t last = keys - 1 - first;
         simd_f sum[SUMS];
         float dots[SUMS];
-        if (rows == 4) /* their sums stay in registers */
+        if (rows == 4 && !beside) /* their sums stay in registers */
             FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
-                products_of_key(4, beside, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
-        else
-            for (int j = 0; j < tile_keys; j++)
-                products_of_key(rows, beside, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
+                products_of_key(4, 0, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
+        else for (int j = 0; j < tile_keys; j++)
+            FA_BY_STORAGE(dtype, products_of_key, rows, beside, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim)
         FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
         FA_UNROLL for (int r = 0; r < rows; r++)
             memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
     }
 }
 
-FA_INLINE void short_qk_by(int beside, fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
                            fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
     const char *first_row;
-    tile_rows places = tile_rows_of(k, &first_row);
-    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch, places.column += 4 * k.beside)
-        short_scores(4, beside, s, ld, q, pitch, &places, keys, head_dim, dtype);
-    if (rows & 2) {
-        short_scores(2, beside, s, ld, q, pitch, &places, keys, head_dim, dtype);
-        s += 2 * ld, q += 2 * pitch, places.column += 2 * k.beside;
-    }
-    if (rows & 1) short_scores(1, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    const tile_rows places = tile_rows_of(k, &first_row);
+    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    if (rows & 2) short_scores(2, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
+    if (rows & 1) short_scores(1, 0, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
 }
 
-FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
-                           fastattn_dtype dtype) {
-    if (k.beside) short_qk_by(1, k, s, q, ld, rows, keys, head_dim, dtype);
-    else short_qk_by(0, k, s, q, ld, rows, keys, head_dim, dtype);
+static FA_NOINLINE void short_qk(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim) {
+    FA_BY_STORAGE(k.dtype, short_qk_of, k, s, q, ld, rows, keys, head_dim)
+}
+
+/* Each row with keys of its own, whose storage type is asked for every key. */
+static FA_NOINLINE void beside_qk(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    const char *first_row;
+    tile_rows places = tile_rows_of(k, &first_row);
+    for (int n; rows > 0; rows -= n, s += n * ld, q += n * pitch, places.column += n * k.beside) {
+        n = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+        if (n == 4) short_scores(4, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
+        else if (n == 2) short_scores(2, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
+        else short_scores(1, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
+    }
 }
 
 FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
@@ -206,11 +212,9 @@ static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, i
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    if (rows > SHORT_ROWS)
-        turned_qk(s, q, ld, rows, k, from, keys, head_dim);
-    else {
-        FA_BY_STORAGE(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
-    }
+    if (rows > SHORT_ROWS) turned_qk(s, q, ld, rows, k, from, keys, head_dim);
+    else if (k.beside) beside_qk(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim);
+    else short_qk(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim);
 }
 
 FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
