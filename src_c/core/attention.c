@@ -259,18 +259,23 @@ static int64_t phase_items(const fa_call *call, int phase) {
     return phase == FA_MERGE ? call->items[FA_MERGE] : 0;
 }
 
+/* A call is prepared where it will lie, but for one whose workspace is not there, or will not do. */
+static fa_call *prepared_at(fa_call *elsewhere, void *workspace, size_t workspace_size) {
+    return workspace && workspace_size >= sizeof *elsewhere && (uintptr_t)workspace % 64 == 0 ? workspace : elsewhere;
+}
+
 fastattn_status fastattn_attention(const fastattn_attention_args *args, void *workspace, size_t workspace_size) {
-    fa_call prepared;
-    fastattn_status status = fastattn_call_prepare(&prepared, args);
-    if (status != FASTATTN_OK || prepared.room.entries == 0) return status;
+    fa_call elsewhere, *prepared = prepared_at(&elsewhere, workspace, workspace_size);
+    fastattn_status status = fastattn_call_prepare(prepared, args);
+    if (status != FASTATTN_OK || prepared->room.entries == 0) return status;
     void *own = NULL;
     if (!workspace) {
-        own = FASTATTN_MALLOC(prepared.room.bytes + 63);
+        own = FASTATTN_MALLOC(prepared->room.bytes + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         workspace = (void *)(((uintptr_t)own + 63) / 64 * 64);
-    } else if (workspace_size < prepared.room.bytes || (uintptr_t)workspace % 64 != 0)
+    } else if (workspace_size < prepared->room.bytes || prepared == &elsewhere)
         return FASTATTN_ERROR_WORKSPACE;
-    const fa_call *call = fastattn_call_enter(&prepared, workspace);
+    const fa_call *call = fastattn_call_enter(prepared, workspace);
     status = fastattn_for_each(phase_items(call, FA_COMPUTE), &call->team, run_item, call);
     if (status == FASTATTN_OK) status = fastattn_for_each(phase_items(call, FA_MERGE), &call->team, merge_item, call);
     FASTATTN_FREE(own);
@@ -284,16 +289,12 @@ size_t fastattn_workspace_size(const fastattn_attention_args *args) {
 
 fastattn_status fastattn_attention_plan(const fastattn_attention_args *args, void *workspace, size_t workspace_size,
                                         const fastattn_plan **plan) {
-    fa_call prepared;
+    fa_call elsewhere, *prepared = prepared_at(&elsewhere, workspace, workspace_size);
     if (!plan || !workspace) return FASTATTN_ERROR_ARGUMENT;
-    const fastattn_status status = fastattn_call_prepare(&prepared, args);
+    const fastattn_status status = fastattn_call_prepare(prepared, args);
     if (status != FASTATTN_OK) return status;
-    if (workspace_size < prepared.room.bytes || (uintptr_t)workspace % 64 != 0) return FASTATTN_ERROR_WORKSPACE;
-    fa_call *call = fastattn_call_enter(&prepared, workspace);
-    call->own = prepared.own;
-    call->args = &call->own.attention;
-    if (call->args->block_mask) call->own.attention.block_mask = &call->own.block_mask;
-    *plan = call;
+    if (workspace_size < prepared->room.bytes || prepared == &elsewhere) return FASTATTN_ERROR_WORKSPACE;
+    *plan = fastattn_call_enter(prepared, workspace);
     return FASTATTN_OK;
 }
 

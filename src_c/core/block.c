@@ -10,7 +10,6 @@
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
-    for (int g = 0; g < fa_ceil_div(w->panel.padded, FA_ROW_STEP); g++) w->keys_of[g].from = 0, w->keys_of[g].to = block->keys;
     if (a->indices) return fastattn_bias_of_list(w->call, &w->panel, block, w->products, w->ld, w->bias);
     if (a->mask) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
@@ -73,7 +72,7 @@ static int rows_there(const fa_work *w, const fa_operands *x, int row, int rows)
 static void add_values(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
                        int64_t keys) {
     fa_state *t = &w->state;
-    x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows_there(w, x, row, rows), x->v, x->skip + from, keys, t->v_head_dim);
+    x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows_there(w, x, row, rows), *x->v, x->skip + from, keys, t->v_head_dim);
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */
@@ -162,7 +161,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         n = fa_min(products->score_keys, end - j);
         const int64_t after = fa_min(products->score_keys, end - j - n);
         float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
-        if (!there) products->qk(s, queries_at(w, x, row), ld, rows_there(w, x, row, rows), x->k, x->skip + j, n, dim);
+        if (!there) products->qk(s, queries_at(w, x, row), ld, rows_there(w, x, row, rows), *x->k, x->skip + j, n, dim);
         finish_scores(w, x, s, row, rows, j, n);
         if (w->activation.kind != FASTATTN_SOFTMAX) {
             activate(w, x, s, rows, n);
@@ -171,7 +170,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         }
         there = products->softmax_beside && after > 0;
         if (there) {
-            const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, x->k,
+            const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, *x->k,
                                     x->skip + j + n, after, dim};
             products->softmax_beside(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha, &next);
         } else
@@ -195,10 +194,14 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
  * just the keys that one of them sees, in whole runs of the softmax's sum, so that leaving keys out changes no bit. */
 static void attend_visible(fa_work *w, const fa_operands *x, const fa_key_block *block) {
     const fa_panel *p = &w->panel;
+    if (!block->partial && !fa_hides(block)) {
+        attend_rectangle(w, x, 0, p->padded, 0, block->keys);
+        return;
+    }
     const int groups = (int)fa_ceil_div(p->padded, FA_ROW_STEP);
     int64_t narrowed = 0, first = block->keys, end = 0;
     for (int g = 0; g < groups; g++) {
-        int64_t from = w->keys_of[g].from, to = w->keys_of[g].to;
+        int64_t from = fa_hides(block) ? w->keys_of[g].from : 0, to = fa_hides(block) ? w->keys_of[g].to : block->keys;
         if (block->partial) {
             from = fa_max(from, (int64_t)p->begin_of[g * FA_ROW_STEP]);
             to = fa_min(to, (int64_t)p->end_of[fa_min((g + 1) * FA_ROW_STEP, p->padded) - 1]);
@@ -230,10 +233,9 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     const int in_parts = w->products->in_parts;
     fa_run *run = fastattn_run_of(w, block);
     fa_operands x;
-    fastattn_source_of(w, &x.source_k, &x.source_v);
-    x.stored_k = fa_rows_from(x.source_k, block->first - run->first);
-    x.stored_v = fa_rows_from(x.source_v, block->first - run->first);
+    fastattn_source_of(w, &x);
     x.first = block->first;
+    x.before = block->first - run->first;
     block_rules(&x.rules, w, block, biased);
     fastattn_fetch_ahead(w, &x, block);
     x.ruled = call->scoring.ruled || biased;

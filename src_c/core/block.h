@@ -19,6 +19,7 @@ typedef struct fa_run {
     int64_t abreast_before, abreast_after; /* heads of the item beside it */
     fa_matrix stored_k, stored_v;
     float *wide_k, *wide_v; /* room for them in float32, if they are quantised */
+    fa_matrix widened_k, widened_v;
     int widened;            /* they are there */
     const char **k_rows, **v_rows; /* room for pointers to rows in pages */
     int finite_k, finite_v;        /* -1: not known yet */
@@ -46,15 +47,16 @@ typedef struct fa_work {
     fa_key_blocks blocks;
     fa_key_block block;        /* the next one */
     int pending;               /* there is one */
-    fa_key_range keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of the block, what each group of rows may see */
+    fa_key_range keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of a block that hides keys, what each group of rows may see */
 } fa_work;
 
 /* A block of keys and values, as the caller stores them and as the products want them, and what the rules say of them. */
 typedef struct fa_operands {
-    fa_matrix source_k, source_v; /* what the whole run is prepared from */
-    fa_matrix stored_k, stored_v, k, v;
-    int64_t first; /* key of the block, in its entry */
-    int64_t skip;  /* keys of k and v before the block */
+    const fa_matrix *source_k, *source_v; /* what the whole run is prepared from */
+    const fa_matrix *k, *v;               /* what has been prepared, or the source */
+    int64_t first;  /* key of the block, in its entry */
+    int64_t before; /* keys of the run before the block */
+    int64_t skip;   /* keys of k and v before the block */
     const fa_products *products;
     const float *q;
     float *p;
@@ -64,6 +66,10 @@ typedef struct fa_operands {
     int careful; /* values are not taken as they are: some row must not be touched by one that is not finite, or the products
                     cannot take it, or they are scaled */
 } fa_operands;
+
+/* The keys and values of the block and what follows, as stored, or widened. */
+static inline fa_matrix fa_stored_k(const fa_operands *x) { return fa_rows_from(*x->source_k, x->before); }
+static inline fa_matrix fa_stored_v(const fa_operands *x) { return fa_rows_from(*x->source_v, x->before); }
 
 /* The rules from a row and key on, in the layout of these products. */
 static inline fa_score_rules fa_rules_at(const fa_operands *x, int row, int64_t key, int ld) {

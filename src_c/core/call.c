@@ -34,8 +34,8 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
 static void plan_splits(const fa_call *call, fa_shape *shape) {
     enum { WANTED_ITEMS = 64, FEWEST_KEYS = 1024, MOST_PARTIALS = 1 << 26 };
     const int64_t of_entry = call->heads.sequences * call->heads.beside * shape->rows.panels;
-    const int64_t keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS);
-    const int64_t wanted = fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), keys / FEWEST_KEYS);
+    const int64_t keys = shape->kv_len, parts = fa_ceil_div(keys, FEWEST_KEYS), most = keys / FEWEST_KEYS;
+    const int64_t wanted = most > 1 ? fa_min(fa_ceil_div(WANTED_ITEMS, of_entry), most) : 1;
     const double partials = (double)parts * (double)of_entry * (double)fastattn_state_bytes(shape->rows.ld, call->args->v_head_dim);
     shape->split_keys = keys;
     if (wanted > 1 && !call->args->invariant) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
@@ -174,19 +174,20 @@ static fa_totals survey(fa_call *call) {
  * threads. Results do not depend on it. */
 static void plan_bundles(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 8, MOST_ROWS = FA_MOST_BUNDLE * FA_ROW_STEP };
+    call->most_bundle = 1;
+    if (!(totals->prepared[FA_PREFERRED] || call->stored.quantised)) return;
     const double enough = (double)fa_max(call->args->num_threads, 1) * ITEMS_A_THREAD;
     const int64_t most = fa_min(MOST_ROWS / fa_max(totals->ld, 1), totals->panels);
-    call->most_bundle = totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most;
-    if (call->most_bundle < 1 || !(totals->prepared[FA_PREFERRED] || call->stored.quantised)) call->most_bundle = 1;
+    call->most_bundle = fa_max(1, totals->parts / enough < (double)most ? (int64_t)(totals->parts / enough) : most);
 }
 
 /* Whether the rows of a key, one of each head, lie side by side, as those of a single key do in any memory, or in pages at least in the
  * same page. */
-static int heads_together(const fa_call *call, int64_t k_bytes, int64_t v_bytes) {
+static int heads_together(const fa_call *call) {
     const fastattn_attention_args *a = call->args;
     if (a->indices || call->heads.sequences != a->num_kv_heads) return 0;
     if (a->block_table) return a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0];
-    return a->k_strides[1] == k_bytes && a->v_strides[1] == v_bytes;
+    return a->k_strides[1] == call->stored.k_bytes && a->v_strides[1] == call->stored.v_bytes;
 }
 
 /* Heads that lie together are read together, if each is a panel of few rows: what one of them has of a page, of memory's or of the
@@ -196,9 +197,9 @@ static int heads_together(const fa_call *call, int64_t k_bytes, int64_t v_bytes)
 static void plan_abreast(fa_call *call, const fa_totals *totals) {
     enum { ITEMS_A_THREAD = 2, BYTES = 4096 };
     const fastattn_attention_args *a = call->args;
-    const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = fa_row_bytes(a->v_dtype, a->v_head_dim);
-    if (!heads_together(call, k_bytes, v_bytes)) return;
-    const int64_t most = fa_min(BYTES / fa_max(fa_max(k_bytes, v_bytes), 1), fa_min(FA_MOST_ABREAST, call->heads.sequences));
+    if (!heads_together(call)) return;
+    const int64_t row_bytes = fa_max(fa_max(call->stored.k_bytes, call->stored.v_bytes), 1);
+    const int64_t most = fa_min(BYTES / row_bytes, fa_min(FA_MOST_ABREAST, call->heads.sequences));
     const double of_thread = totals->parts / (double)fa_max(a->num_threads, 1);
     const int64_t parts = of_thread < (double)FA_MOST_ABREAST * ITEMS_A_THREAD ? (int64_t)of_thread : FA_MOST_ABREAST * ITEMS_A_THREAD;
     const int64_t one_row = totals->queries == 1 && call->heads.group == 1 && !a->block_mask && !a->block_table;
@@ -226,21 +227,20 @@ static void plan_team(fa_call *call, double work) {
                            .interrupted_context = a->interrupted_context};
 }
 
-static const size_t most_bytes = SIZE_MAX / 8;
-
-/* Room for so many; too much is most_bytes, and stays so. */
-static size_t take(size_t *bytes, int64_t count, size_t size) {
-    const size_t at = *bytes;
-    const int fits = at < most_bytes && (double)count * (double)size < (double)(most_bytes - at);
-    *bytes = fits ? at + ((size_t)count * size + 63) / 64 * 64 : most_bytes;
-    return at;
+/* Room for so many of a size. */
+static size_t take(uint64_t *bytes, int64_t count, size_t size) {
+    const uint64_t at = *bytes;
+    *bytes = at + ((uint64_t)count * size + 63) / 64 * 64;
+    return (size_t)at;
 }
 
+/* No worker's scratch is more than 2**48 bytes, so that only what there are many of has to be counted with care. */
 static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
+    const double most_bytes = (double)(SIZE_MAX / 8);
     const fastattn_attention_args *a = call->args;
     const int64_t ld = totals->ld, keys = totals->block_keys;
     fa_scratch *m = &call->scratch;
-    size_t bytes = 0;
+    uint64_t bytes = 0, panel = 0;
     /* Products may pad keys and the numbers of one to whole tiles, of which there is one at least, and values by half a tile
      * more. */
     const int64_t tiled_keys = fa_round_up(keys, FA_TILE), tiled_dim = fa_round_up(fa_max(call->panel_dim, 1), FA_TILE);
@@ -249,7 +249,6 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->p = take(&bytes, totals->p_apart * tiled_keys * ld, sizeof(float));
     m->bias = take(&bytes, tiled_keys * ld, sizeof(float));
     m->shown = take(&bytes, tiled_keys * ld, sizeof(float));
-    size_t panel = 0;
     for (int way = 0; way < FA_WAYS; way++) {
         const int64_t wanted = way == FA_PREFERRED || (way == FA_EXACT && call->products->fits), prepared = totals->prepared[way];
         m->k[way] = take(&bytes, prepared * (tiled_keys + FA_TILE) * tiled_dim, sizeof(float));
@@ -262,27 +261,32 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->v_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->wide_k = take(&bytes, call->stored.quantised * keys * a->head_dim, sizeof(float));
     m->wide_v = take(&bytes, call->stored.quantised * keys * a->v_head_dim, sizeof(float));
-    const int64_t as_read = fa_row_bytes(a->v_dtype, a->v_head_dim), wide = call->stored.quantised * a->v_head_dim * (int64_t)sizeof(float);
-    m->finite_v = take(&bytes, keys * fa_max(as_read * call->heads.beside, wide), 1);
-    m->panel.o = take(&panel, 1, fastattn_state_bytes(ld, a->v_head_dim));
-    m->panel.total = take(&panel, totals->by_turns, fastattn_state_bytes(ld, a->v_head_dim));
+    const int64_t wide = call->stored.quantised * a->v_head_dim * (int64_t)sizeof(float);
+    m->finite_v = take(&bytes, keys * fa_max(call->stored.v_bytes * call->heads.beside, wide), 1);
+    const size_t state = fastattn_state_bytes(ld, a->v_head_dim);
+    m->panel.o = take(&panel, 1, state);
+    m->panel.total = take(&panel, totals->by_turns, state);
     m->panel.rows = take(&panel, 1, fastattn_panel_bytes((int)ld));
-    m->panel.bytes = panel;
-    m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), panel);
-    m->bytes = bytes;
-    if (totals->partials > (double)most_bytes) return FASTATTN_ERROR_MEMORY;
-    call->room.entries = take(&call->room.bytes, a->batch, sizeof(fa_entry));
-    call->room.scratch = take(&call->room.bytes, call->workers, m->bytes);
-    call->room.partials = take(&call->room.bytes, 1, (size_t)totals->partials);
-    return call->room.bytes < most_bytes ? FASTATTN_OK : FASTATTN_ERROR_MEMORY;
+    m->panel.bytes = (size_t)panel;
+    m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), (size_t)panel);
+    m->bytes = (size_t)bytes;
+    const double all = (double)a->batch * (double)sizeof(fa_entry) + (double)call->workers * (double)bytes + totals->partials;
+    if (all > most_bytes) return FASTATTN_ERROR_MEMORY;
+    uint64_t room = call->room.bytes;
+    call->room.entries = take(&room, a->batch, sizeof(fa_entry));
+    call->room.scratch = take(&room, call->workers, m->bytes);
+    call->room.partials = take(&room, 1, (size_t)totals->partials);
+    call->room.bytes = (size_t)room;
+    return FASTATTN_OK;
 }
 
 /* Entries of one head, one query and one key are heads of one entry, where nothing is said of an entry or a head by itself: there may be
  * thousands of them, and heads have less of their own. */
 static void join_entries(fastattn_attention_args *a) {
+    if (a->batch < 2 || a->num_heads != 1 || a->q_len != 1 || a->kv_len != 1) return;
     const int told_apart = fastattn_ragged(a) || a->query_offset || a->mask || a->alibi_slopes || a->sinks || a->block_mask ||
                            a->block_table || a->indices || a->segments || a->activation_bias || a->additive || a->score_function;
-    if (told_apart || a->batch < 2 || a->num_heads != 1 || a->q_len != 1 || a->kv_len != 1) return;
+    if (told_apart) return;
     a->num_heads = a->num_kv_heads = a->batch;
     a->batch = 1;
     a->q_strides[1] = a->q_strides[0];
@@ -298,7 +302,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     if (status != FASTATTN_OK) return status;
     join_entries(&call->own.attention);
     call->args = args;
-    call->room.entries = call->room.bytes = 0;
+    call->room.entries = 0;
+    call->room.bytes = (sizeof *call + 63) / 64 * 64;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
     call->exact = args->additive ? call->uk->additive : call->uk->products;
@@ -311,27 +316,30 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->few = args->additive ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
     if (call->stored.quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
-    plan_team(call, 0);
-    take(&call->room.bytes, 1, sizeof *call);
-    if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) return FASTATTN_OK;
+    if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) {
+        plan_team(call, 0);
+        return FASTATTN_OK;
+    }
 
     /* A scale of one sign is left to the softmax, which multiplies anyway; the sign goes into q, and so does a scale
      * of 0. Other rules need the finished score. */
     call->scoring.ruled = args->softcap != 0.0f || args->alibi_slopes || (args->mask && args->mask_dtype != FASTATTN_BOOL);
     call->scoring.natural = call->scoring.ruled || args->score_function;
-    const double log2_e = 1.44269504088896341;
     call->scoring.sign = call->scoring.natural || args->scale > 0 ? 1.0f : args->scale < 0 ? -1.0f : 0.0f;
     call->scoring.unit = call->scoring.natural || args->scale == 0 ? 1.0 : fabs((double)args->scale);
-    call->scoring.exponent = (float)fmin(call->scoring.unit * log2_e, FLT_MAX);
+    const double exponent = call->scoring.unit * 1.44269504088896341; /* log2(e) */
+    call->scoring.exponent = exponent < FLT_MAX ? (float)exponent : FLT_MAX;
 
-    call->heads.a_kv_head = call->heads.group = args->num_heads / args->num_kv_heads;
+    call->heads.a_kv_head = call->heads.group = fa_divide(args->num_heads, args->num_kv_heads);
     if (args->block_mask && args->block_mask->head_stride != 0) call->heads.group = 1;
-    call->heads.sequences = args->num_heads / call->heads.group;
+    call->heads.sequences = fa_divide(args->num_heads, call->heads.group);
     call->heads.beside = call->abreast = 1;
     call->stored.v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
                           args->v_head_dim <= args->head_dim && !call->stored.quantised;
-    call->stored.apart = apart(args->k_strides[2], fa_row_bytes(args->kv_dtype, args->head_dim)) ||
-                         (!call->stored.v_in_k && apart(args->v_strides[2], fa_row_bytes(args->v_dtype, args->v_head_dim)));
+    call->stored.k_bytes = fa_row_bytes(args->kv_dtype, args->head_dim);
+    call->stored.v_bytes = fa_row_bytes(args->v_dtype, args->v_head_dim);
+    call->stored.apart = apart(args->k_strides[2], call->stored.k_bytes) ||
+                         (!call->stored.v_in_k && apart(args->v_strides[2], call->stored.v_bytes));
     fa_totals totals = survey(call);
     plan_team(call, totals.work);
     plan_abreast(call, &totals);
@@ -396,6 +404,7 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
 /* A thread takes short items several at a time: they are neighbours in memory, so that it knows what it will read next. */
 static int64_t at_once(const fa_call *call) {
     enum { TURNS_A_THREAD = 8 };
+    if (call->team.threads < 2) return 1;
     const fa_entry *longest = call->entries;
     const double turn = work_of_part(call, &longest->shape) * (double)longest->bundle;
     return fa_min((int64_t)(worth_a_thread / turn), call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
@@ -403,7 +412,7 @@ static int64_t at_once(const fa_call *call) {
 
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     fa_call *call = workspace;
-    memcpy(call, prepared, offsetof(fa_call, entries));
+    if (call != prepared) memcpy(call, prepared, offsetof(fa_call, entries));
     call->entries = NULL;
     call->paddings = 0;
     memset(call->items, 0, sizeof call->items);
@@ -423,7 +432,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
     }
     FA_ASSERT(partials <= call->room.bytes);
-    for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = call->items[phase] / a->batch;
+    for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = fa_divide(call->items[phase], a->batch);
     call->team.threads = (int)fa_max(1, fa_min(call->team.threads, call->items[FA_COMPUTE] + call->paddings));
     call->team.at_once = at_once(call);
     return call;

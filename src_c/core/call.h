@@ -88,6 +88,7 @@ typedef struct fa_stored {
     int quantised; /* the products by rows read them, others what they become in float32, run by run */
     int apart;     /* there are gaps between the rows of keys or values, as between pages */
     int v_in_k;    /* values are the first numbers of their keys, as those of latents are */
+    int64_t k_bytes, v_bytes; /* of a row */
 } fa_stored;
 
 /* What becomes of products of queries and keys. */
@@ -145,8 +146,8 @@ static inline int fastattn_way_of(const fa_shape *shape, int rows) {
  * to clear, entries and items stay 0. */
 fastattn_status fastattn_call_prepare(fa_call *call, const fastattn_attention_args *args);
 
-/* The call as it lies in a workspace of call->room.bytes bytes from now on, with its entries: the tables of lengths have been read for
- * the last time. */
+/* The call as it lies in a workspace of call->room.bytes bytes from now on, where it may have been prepared, with its entries: the tables
+ * of lengths have been read for the last time. */
 fa_call *fastattn_call_enter(const fa_call *call, void *workspace);
 
 /* The entry that an item of a phase belongs to. */

@@ -13,8 +13,7 @@ static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 
                      most_items = (int64_t)1 << 56;
 
 static fastattn_status check_shape(const fastattn_attention_args *a) {
-    if (a->batch < 0 || a->num_heads < 0 || a->num_kv_heads < 0 || a->q_len < 0 || a->kv_len < 0 || a->head_dim < 0 ||
-        a->v_head_dim < 0)
+    if ((a->batch | a->num_heads | a->num_kv_heads | a->q_len | a->kv_len | a->head_dim | a->v_head_dim) < 0) /* any of them */
         return FASTATTN_ERROR_SHAPE;
     if (a->num_kv_heads == 0 ? a->num_heads != 0 : a->num_heads % a->num_kv_heads != 0) return FASTATTN_ERROR_SHAPE;
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
@@ -34,18 +33,20 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
 }
 
 fastattn_status fastattn_check_table(const fa_table *t) {
-    int empty = t->packed == 0;
-    for (int axis = 0; axis < t->axes; axis++) empty |= t->shape[axis] == 0;
-    for (int axis = 0; axis < t->axes; axis++)
-        if (empty || t->shape[axis] == 1) t->strides[axis] = 0;
-    if (empty) return FASTATTN_OK;
-    if (!t->pointer) return t->required ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
     int64_t bits = (int64_t)(uintptr_t)t->pointer;
+    int empty = t->packed == 0, overlaps = 0;
     for (int axis = 0; axis < t->axes; axis++) {
-        if (t->output && t->shape[axis] > 1 && t->strides[axis] == 0) return FASTATTN_ERROR_ARGUMENT;
+        empty |= t->shape[axis] == 0;
+        if (t->shape[axis] == 1) t->strides[axis] = 0;
+        overlaps |= t->shape[axis] > 1 && t->strides[axis] == 0;
         bits |= t->strides[axis];
     }
-    return (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+    if (empty) {
+        for (int axis = 0; axis < t->axes; axis++) t->strides[axis] = 0;
+        return FASTATTN_OK;
+    }
+    if (!t->pointer) return t->required ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+    return (t->output && overlaps) || (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
 }
 
 static fastattn_status check_memory(fastattn_attention_args *a) {

@@ -9,7 +9,8 @@
 void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
-    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(x->stored_k.dtype);
+    const fa_matrix k = fa_stored_k(x);
+    const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(k.dtype);
     const int64_t of_row = fa_row_of_scores(x->products, w->ld), of_key = fa_key_of_scores(x->products, w->ld);
     int odd_row[FA_PANEL_ROWS];
     fastattn_panel_queries(call, &w->panel);
@@ -18,14 +19,14 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
         odd_row[r] = !call->uk->finite(q, 1, a->head_dim);
     }
     for (int64_t j = 0; j < keys; j++) {
-        const char *key = fa_row_at(x->stored_k, from + j);
-        const int odd_key = !call->uk->finite(fa_rows_from(x->stored_k, from + j), 1, a->head_dim);
+        const char *key = fa_row_at(k, from + j);
+        const int odd_key = !call->uk->finite(fa_rows_from(k, from + j), 1, a->head_dim);
         for (int r = row; r < row + rows; r++) {
             if (!odd_key && !odd_row[r]) continue;
             const char *q = w->panel.rows_of[r];
             float sum = 0.0f;
             for (int64_t d = 0; d < a->head_dim; d++)
-                sum += call->scoring.sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, x->stored_k.dtype);
+                sum += call->scoring.sign * fa_get(q + d * q_size, a->q_dtype) * fa_get(key + d * k_size, k.dtype);
             s[j * of_key + (r - row) * of_row] = sum;
         }
     }
@@ -54,7 +55,7 @@ fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
 void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_state *t = &w->state;
     const int ld = w->ld, real = (int)fa_min(rows, w->panel.rows - row);
-    const fa_matrix v = x->stored_v;
+    const fa_matrix v = fa_stored_v(x);
     const int64_t dim = t->v_head_dim;
     const int64_t of_row = fa_row_of_scores(x->products, ld), of_key = fa_key_of_scores(x->products, ld);
     const fa_score_rules rules = fa_rules_at(x, row, from, ld);

@@ -55,19 +55,18 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     return run;
 }
 
-void fastattn_source_of(fa_work *w, fa_matrix *k, fa_matrix *v) {
+void fastattn_source_of(fa_work *w, fa_operands *x) {
     const fastattn_attention_args *a = w->call->args;
     fa_run *run = w->run;
-    *k = run->stored_k;
-    *v = run->stored_v;
-    if (!w->call->stored.quantised || w->way == FA_FEW) return;
-    if (!run->widened) {
-        w->call->uk->quantised->widen(run->wide_k, *k, run->keys, a->head_dim);
-        w->call->uk->quantised->widen(run->wide_v, *v, run->keys, a->v_head_dim);
-        run->widened = 1;
-    }
-    *k = fa_matrix_at((const char *)run->wide_k, a->head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
-    *v = fa_matrix_at((const char *)run->wide_v, a->v_head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
+    const int widens = w->call->stored.quantised && w->way != FA_FEW;
+    x->source_k = widens ? &run->widened_k : &run->stored_k;
+    x->source_v = widens ? &run->widened_v : &run->stored_v;
+    if (!widens || run->widened) return;
+    w->call->uk->quantised->widen(run->wide_k, run->stored_k, run->keys, a->head_dim);
+    w->call->uk->quantised->widen(run->wide_v, run->stored_v, run->keys, a->v_head_dim);
+    run->widened_k = fa_matrix_at((const char *)run->wide_k, a->head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
+    run->widened_v = fa_matrix_at((const char *)run->wide_v, a->v_head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
+    run->widened = 1;
 }
 
 int fastattn_all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t keys, int64_t dim) {
@@ -96,7 +95,7 @@ static void pack_queries(fa_work *w, const fa_products *products, float *q) {
 }
 
 /* Sees to it that there is all that the products of this way want of queries, keys and values. */
-static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *block) {
+static void prepare(fa_work *w, fa_operands *x, int way, int64_t block_keys) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
     fa_run *run = w->run;
@@ -107,22 +106,21 @@ static void prepare(fa_work *w, fa_operands *x, int way, const fa_key_block *blo
     }
     x->products = by->products;
     x->q = w->q[way];
-    x->skip = block->first - run->first;
+    x->k = by->k_room || x->careful ? &by->k : x->source_k;
+    x->v = by->v_room || x->careful ? &by->v : x->source_v;
     if (x->careful) { /* for this panel alone */
         x->skip = 0;
         by->made = 0;
-        x->k = by->products->keys(by->k_room, x->stored_k, block->keys, a->head_dim);
-        x->v = by->products->values(by->v_room, fastattn_finite_values(w, x->stored_v, block->keys), block->keys, a->v_head_dim);
+        by->k = by->products->keys(by->k_room, fa_stored_k(x), block_keys, a->head_dim);
+        by->v = by->products->values(by->v_room, fastattn_finite_values(w, fa_stored_v(x), block_keys), block_keys, a->v_head_dim);
         return;
     }
-    if (!by->made) {
-        by->k = by->products->keys(by->k_room, x->source_k, run->keys, a->head_dim);
-        const int for_both = call->stored.v_in_k && by->products->values == by->products->keys;
-        by->v = for_both ? by->k : by->products->values(by->v_room, x->source_v, run->keys, a->v_head_dim);
-        by->made = 1;
-    }
-    x->k = by->k;
-    x->v = by->v;
+    x->skip = x->before;
+    if (by->made || !by->k_room) return;
+    by->k = by->products->keys(by->k_room, *x->source_k, run->keys, a->head_dim);
+    const int for_both = call->stored.v_in_k && by->products->values == by->products->keys;
+    by->v = for_both ? by->k : by->products->values(by->v_room, *x->source_v, run->keys, a->v_head_dim);
+    by->made = 1;
 }
 
 /* A power that is 0 to products must still meet an infinity; and where run after run does not fit them, the rest of the panel is
@@ -131,12 +129,12 @@ void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *bl
     enum { TRIALS = 4 };
     const fa_products *products = w->products;
     if (!products->fits || (!x->careful && w->misfits < TRIALS)) {
-        prepare(w, x, w->way, block);
-        const int fits = !products->fits || products->fits(x->q, w->ld, x->k, w->run->keys, x->v, w->call->args->scale);
+        prepare(w, x, w->way, block->keys);
+        const int fits = !products->fits || products->fits(x->q, w->ld, *x->k, w->run->keys, *x->v, w->call->args->scale);
         w->misfits = fits ? 0 : w->misfits + 1;
         if (fits) return;
     }
-    prepare(w, x, FA_EXACT, block);
+    prepare(w, x, FA_EXACT, block->keys);
 }
 
 /* Rows that follow each other are one. */
@@ -169,8 +167,9 @@ void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_b
     const int waits = next_head || w->panel.padded <= FA_ROW_STEP || (w->call->stored.apart && shape->rows.panels == 1);
     if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
-    fa_matrix next_k = fa_rows_from(x->stored_k, block->keys);
-    if (next_head && !next_k.rows) next_k.at = (const char *)((uintptr_t)x->stored_k.at + (uintptr_t)x->stored_k.ahead);
-    fetch(w->call, x->stored_v, block->keys, a->v_head_dim * size);
+    const fa_matrix k = fa_stored_k(x);
+    fa_matrix next_k = fa_rows_from(k, block->keys);
+    if (next_head && !next_k.rows) next_k.at = (const char *)((uintptr_t)k.at + (uintptr_t)k.ahead);
+    fetch(w->call, fa_stored_v(x), block->keys, a->v_head_dim * size);
     fetch(w->call, next_k, next_head ? block->keys : fa_min(block->keys, after), a->head_dim * size);
 }

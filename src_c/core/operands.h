@@ -12,7 +12,7 @@ int fastattn_all_finite(const fa_call *call, int *known, fa_matrix rows, int64_t
 
 /* The keys and values of the whole run that the panel's products are made from: as stored, but quantised ones in float32, unless the
  * products read them. */
-void fastattn_source_of(fa_work *w, fa_matrix *k, fa_matrix *v);
+void fastattn_source_of(fa_work *w, fa_operands *x);
 
 /* Queries, keys and values as the panel's products want them, or, for what does not fit those, as float32 products do. */
 void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *block);
