@@ -26,7 +26,7 @@ static int has(uint32_t word, int bit) { return (int)(word >> bit & 1u); }
 
 /* Linux grants the 8 KiB of tile state once per process, for those who ask. Others would have to be known first; and a compiler
  * without inline assembly has no kernels for tiles. */
-#if defined(__linux__) && defined(__GNUC__)
+#if defined(__linux__) && defined(__GNUC__) && !defined(FASTATTN_NO_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 static int tiles_granted(void) {

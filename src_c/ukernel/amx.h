@@ -8,7 +8,7 @@
  *
  * with the panels of pairs.h. The cross products of their planes, but for the smallest where that is exact enough, add up in the
  * same accumulators. */
-#if defined(__GNUC__)
+#ifdef FA_HOLDS_AMX
 
 enum { AMX_ROWS = 16, AMX_BYTES = 64 };
 

@@ -293,5 +293,7 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
     }
 
 PAIRS_SLOTS(1)
+#ifdef FA_HOLDS_AMX
 PAIRS_SLOTS(2)
+#endif
 #undef PAIRS_SLOTS

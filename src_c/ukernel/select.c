@@ -18,6 +18,8 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 #endif
 #ifdef FA_HOLDS_AVX512
     case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? &fastattn_ukernel_avx512 : NULL;
+#endif
+#ifdef FA_HOLDS_AMX
     case FASTATTN_ISA_AMX: return fastattn_cpu_has(FA_CPU_AVX512 | FA_CPU_AMX) ? &fastattn_ukernel_avx512 : NULL;
 #endif
 #ifdef FA_HOLDS_NEON
@@ -31,12 +33,15 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
 }
 
 const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision, int invariant) {
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    if (q_dtype == FASTATTN_FLOAT32 && precision == FASTATTN_PRECISION_HIGHEST) return fastattn_ukernel_select(limit)->products;
+#ifdef FA_HOLDS_AMX
     if (!invariant && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
         if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_bfloat16_amx;
         if (precision == FASTATTN_PRECISION_HIGH) return &fastattn_products_bfloat16x3_amx;
         if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_float16_amx;
     }
+#endif
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
     if (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) {
         const int exact = q_dtype == FASTATTN_BFLOAT16, medium = precision == FASTATTN_PRECISION_MEDIUM && !invariant;
         if ((exact || medium) && fastattn_cpu_has(FA_CPU_FAST_BF16)) return &fastattn_products_bfloat16_avx512;
@@ -47,7 +52,7 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
         (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
         return &fastattn_products_bfloat16_neon;
 #else
-    (void)q_dtype, (void)precision, (void)invariant;
+    (void)invariant;
 #endif
     return fastattn_ukernel_select(limit)->products;
 }

@@ -329,7 +329,10 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
 #define FA_HOLDS_AVX2
 #endif
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(FASTATTN_NO_AVX512)
-#define FA_HOLDS_AVX512 /* and AMX */
+#define FA_HOLDS_AVX512
+#endif
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__) && !defined(FASTATTN_NO_AMX)
+#define FA_HOLDS_AMX /* whose instructions are inline assembly */
 #endif
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(FASTATTN_NO_NEON)
 #define FA_HOLDS_NEON
