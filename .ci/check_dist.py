@@ -9,8 +9,12 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
-C_LIBRARY = {"fastattn/include/fastattn.h", "fastattn/lib/libfastattn.a", "fastattn/libfastattn.pxd"}
 JUNK = {".o", ".a", ".pyc", ".nbi", ".nbc"}
+
+
+def c_library(wheel):
+    archive = "fastattn.lib" if "-win" in wheel else "libfastattn.a"
+    return {"fastattn/include/fastattn.h", f"fastattn/lib/{archive}", "fastattn/libfastattn.pxd"}
 
 
 def modules():
@@ -29,22 +33,27 @@ def extensions(names):
     return {name for name in names if name.startswith("fastattn/_native.") and name.endswith((".so", ".pyd"))}
 
 
-def check_wheel(names):
+def check_wheel(wheel, names):
+    needed = modules() | c_library(wheel)
     extension = extensions(names)
     metadata = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
     openmp = {name for name in names if name.startswith(("fastattn.libs/libgomp", "fastattn/.dylibs/libomp"))}  # after a repair
-    yield from (f"lacks {name}" for name in sorted((modules() | C_LIBRARY) - names))
-    yield from (f"must not hold {name}" for name in sorted(names - modules() - C_LIBRARY - metadata - openmp - extension))
+    yield from (f"lacks {name}" for name in sorted(needed - names))
+    yield from (f"must not hold {name}" for name in sorted(names - needed - metadata - openmp - extension))
     if len(extension) != 1:
         yield f"holds {len(extension)} native extensions, not 1"
     if not any(name.endswith("licenses/LICENSE") for name in metadata):
         yield "lacks LICENSE"
 
 
-# By the architecture of a wheel's tag, tables of kernels that its extension must hold.
+# By the end of a wheel's tag, kernels that its extension must hold. Some are inline assembly, which the compiler of Windows has not.
+X86_64 = ("float32_portable", "float32_avx2", "float32_avx512", "bfloat16_avx512", "int16_avx512")
+AARCH64 = ("float32_portable", "float32_neon")
 KERNELS = {
-    ("x86_64", "amd64"): ("float32_portable", "float32_avx2", "float32_avx512", "bfloat16_avx512", "int16_avx512", "bfloat16_amx"),
-    ("aarch64", "arm64"): ("float32_portable", "float32_neon"),
+    ("x86_64",): (*X86_64, "bfloat16_amx"),
+    ("win_amd64",): X86_64,
+    ("aarch64", "0_arm64"): (*AARCH64, "bfloat16_neon"),  # Linux, and a version of macOS
+    ("win_arm64",): AARCH64,
 }
 
 
@@ -76,7 +85,7 @@ def main():
         if file.suffix == ".whl":
             archive = zipfile.ZipFile(file)
             names = {name for name in archive.namelist() if not name.endswith("/")}
-            problems = list(check_wheel(names))
+            problems = list(check_wheel(file.name, names))
             for name in extensions(names):
                 problems += check_extension(file.name, archive.read(name))
         else:
