@@ -165,14 +165,63 @@ FA_INLINE void mask_fetch(uintptr_t later, int64_t bytes) {
     if (bytes > 64) simd_fetch((const char *)(later + 64));
 }
 
+/* What elements are loaded as, besides their type: booleans of which every second counts; nothing, before they are collected. */
+enum { MASK_EVERY_SECOND = -1, MASK_COLLECTED = -2 };
+
+/* Calls f(..., storage) with it as a constant. */
+#define BY_MASK(storage, f, ...)                                         \
+    switch (storage) {                                                   \
+    case MASK_EVERY_SECOND: f(__VA_ARGS__, MASK_EVERY_SECOND); break;    \
+    case FASTATTN_BOOL: f(__VA_ARGS__, FASTATTN_BOOL); break;            \
+    case FASTATTN_FLOAT64: f(__VA_ARGS__, FASTATTN_FLOAT64); break;      \
+    case FASTATTN_FLOAT16: f(__VA_ARGS__, FASTATTN_FLOAT16); break;      \
+    case FASTATTN_BFLOAT16: f(__VA_ARGS__, FASTATTN_BFLOAT16); break;    \
+    default: f(__VA_ARGS__, FASTATTN_FLOAT32);                           \
+    }
+
+FA_INLINE simd_f mask_load(const void *from, int storage) {
+    return storage == MASK_EVERY_SECOND ? simd_load_every_second_bool((const uint8_t *)from) : load_full(from, (fastattn_dtype)storage);
+}
+
+FA_INLINE void mask_run_of(float *to, int64_t to_step, const char *from, int64_t from_step, int64_t count, mask_census *seen, int storage) {
+    for (; count > 0; count--, to += to_step, from += from_step) mask_store(to, mask_load(from, storage), seen);
+}
+
+/* Vectors of elements that lie side by side, from_step bytes apart, to places that are to_step floats apart. */
+static FA_NOINLINE void mask_run(float *to, int64_t to_step, const void *from, int64_t from_step, int64_t count, mask_census *seen,
+                                 int storage) {
+    mask_census all = *seen;
+    BY_MASK(storage, mask_run_of, to, to_step, from, from_step, count, &all)
+    *seen = all;
+}
+
+FA_INLINE void mask_square(simd_f square[SIMD_LANES], const void *const *from, int64_t offset, int storage) {
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = mask_load((const char *)from[i] + offset, storage);
+}
+
+/* As what vectors of a row's elements are loaded from where they lie, if they can be. */
+FA_INLINE int mask_whole(int64_t key_stride, fastattn_dtype dtype) {
+    return key_stride == fa_size_of(dtype) ? (int)dtype : dtype == FASTATTN_BOOL && key_stride == 2 ? MASK_EVERY_SECOND : MASK_COLLECTED;
+}
+
+FA_INLINE mask_census mask_unseen(void) {
+    const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
+    return (mask_census){none, none};
+}
+
+FA_INLINE unsigned mask_found(const mask_census *seen) {
+    return (simd_any(seen->shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen->hidden) ? FA_MASK_HIDES : 0u);
+}
+
 /* Elements come in vectors, of keys or of rows, where they lie so; else a square of them is collected, all of it before the first is
  * read again, and turned. */
-FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                           fastattn_dtype dtype) {
+static unsigned mask(float *tile, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
     const int64_t itemsize = fa_size_of(dtype);
-    const int dense = key_stride == itemsize, every_second = dtype == FASTATTN_BOOL && key_stride == 2;
-    const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
-    mask_census seen = {none, none};
+    const int whole = mask_whole(key_stride, dtype);
+    mask_line lines[SIMD_LANES];
+    const void *line_of[SIMD_LANES];
+    mask_census seen = mask_unseen();
+    for (int i = 0; i < SIMD_LANES; i++) line_of[i] = &lines[i];
     for (int row = 0; row < rows; row += SIMD_LANES) {
         const void *const *from = rows_of + row;
         const mask_lanes lanes = mask_lanes_of(from, itemsize);
@@ -182,74 +231,43 @@ FA_INLINE unsigned mask_of(float *tile, int ld, const void *const *rows_of, int 
             continue;
         }
         if (lanes == MASK_NEIGHBOURS) { /* as those of a transposed mask are */
-            for (int64_t j = 0; j < keys; j++)
-                mask_store(tile + j * ld + row, load_full((const char *)from[0] + j * key_stride, dtype), &seen);
+            mask_run(tile + row, ld, from[0], key_stride, keys, &seen, (int)dtype);
             continue;
         }
         for (int64_t j = 0; j < keys; j += SIMD_LANES) {
             const int64_t n = keys - j < SIMD_LANES ? keys - j : SIMD_LANES;
+            const int collected = n < SIMD_LANES || whole == MASK_COLLECTED;
             simd_f square[SIMD_LANES];
             for (int i = 0; i < SIMD_LANES; i++) mask_fetch((uintptr_t)from[i] + (uintptr_t)((j + keys) * key_stride), SIMD_LANES * key_stride);
-            if (dense && n == SIMD_LANES)
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full((const char *)from[i] + j * itemsize, dtype);
-            else if (every_second && n == SIMD_LANES)
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = simd_load_every_second_bool((const uint8_t *)from[i] + 2 * j);
-            else {
-                mask_line lines[SIMD_LANES];
-                for (int i = 0; i < SIMD_LANES; i++)
-                    mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, itemsize);
-                FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = load_full(&lines[i], dtype);
-            }
+            for (int i = 0; collected && i < SIMD_LANES; i++)
+                mask_collect(&lines[i], (const char *)from[i] + j * key_stride, key_stride, n, itemsize);
+            BY_MASK(collected ? (int)dtype : whole, mask_square, square, collected ? line_of : from, collected ? 0 : j * key_stride)
             simd_transpose(square);
             FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
                 if (i < n) mask_store(tile + (j + i) * ld + row, square[i], &seen);
         }
     }
-    return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
+    return mask_found(&seen);
 }
 
 /* The same by rows. Rows that share their elements, as the heads of one query may, are copies. */
-FA_INLINE unsigned rows_mask_of(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                                fastattn_dtype dtype) {
-    const int64_t itemsize = fa_size_of(dtype);
-    const simd_m none = simd_lt(simd_set1(0.0f), simd_set1(0.0f));
-    mask_census seen = {none, none};
+static unsigned rows_mask(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys, fastattn_dtype dtype) {
+    const int whole = mask_whole(key_stride, dtype);
+    const int64_t vectors = whole == MASK_COLLECTED ? 0 : keys / SIMD_LANES;
+    mask_census seen = mask_unseen();
     for (int row = 0; row < rows; row++, bias += ld) {
         const char *from = rows_of[row];
         if (row > 0 && from == (const char *)rows_of[row - 1]) {
             memcpy(bias, bias - ld, (size_t)keys * sizeof(float));
             continue;
         }
-        int64_t j = 0;
-        if (key_stride == itemsize)
-            for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, load_full(from + j * itemsize, dtype), &seen);
-        else if (dtype == FASTATTN_BOOL && key_stride == 2)
-            for (; j + SIMD_LANES <= keys; j += SIMD_LANES) mask_store(bias + j, simd_load_every_second_bool((const uint8_t *)from + 2 * j), &seen);
-        for (; j < keys; j += SIMD_LANES) {
+        mask_run(bias, SIMD_LANES, from, SIMD_LANES * key_stride, vectors, &seen, whole);
+        for (int64_t j = vectors * SIMD_LANES; j < keys; j += SIMD_LANES) {
             mask_line line;
-            mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, itemsize);
-            mask_store(bias + j, load_full(&line, dtype), &seen);
+            mask_collect(&line, from + j * key_stride, key_stride, keys - j < SIMD_LANES ? keys - j : SIMD_LANES, fa_size_of(dtype));
+            mask_run(bias + j, SIMD_LANES, &line, 0, 1, &seen, (int)dtype);
         }
     }
-    return (simd_any(seen.shown) ? FA_MASK_SHOWS : 0u) | (simd_any(seen.hidden) ? FA_MASK_HIDES : 0u);
-}
-
-#define BY_MASK(f, ...)                                                    \
-    switch (dtype) {                                                       \
-    case FASTATTN_BOOL: return f(__VA_ARGS__, FASTATTN_BOOL);              \
-    case FASTATTN_FLOAT64: return f(__VA_ARGS__, FASTATTN_FLOAT64);        \
-    case FASTATTN_FLOAT16: return f(__VA_ARGS__, FASTATTN_FLOAT16);        \
-    case FASTATTN_BFLOAT16: return f(__VA_ARGS__, FASTATTN_BFLOAT16);      \
-    default: return f(__VA_ARGS__, FASTATTN_FLOAT32);                      \
-    }
-
-static unsigned mask(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                     fastattn_dtype dtype) {
-    BY_MASK(mask_of, bias, ld, rows_of, rows, key_stride, keys)
-}
-
-static unsigned rows_mask(float *bias, int ld, const void *const *rows_of, int rows, int64_t key_stride, int64_t keys,
-                          fastattn_dtype dtype) {
-    BY_MASK(rows_mask_of, bias, ld, rows_of, rows, key_stride, keys)
+    return mask_found(&seen);
 }
 #undef BY_MASK
