@@ -3,7 +3,7 @@
  *     library QUERIES KEYS ROUNDS CALLS SIDE...
  *
  * prints for each side the smallest mean of CALLS calls in nanoseconds; the sides take turns ROUNDS times. A side is an instruction
- * set ("best", "neon", ...), with "+bfloat16" on arrays of that type; "plain", the online softmax as a C programmer writes it down;
+ * set ("best", "neon", ...), with "+bfloat16" on arrays of that type, with "+planned" run again and again by a plan made once; "plain", the online softmax as a C programmer writes it down;
  * or, where the program is linked with OpenBLAS, "gemms", its two products with a softmax between. */
 #define _POSIX_C_SOURCE 199309L
 
@@ -24,7 +24,7 @@ enum { DIM = 64, MOST_QUERIES = 64, MOST_KEYS = 8192, MOST_SIDES = 8 };
 
 static alignas(64) float q[MOST_QUERIES * DIM], k[MOST_KEYS * DIM], v[MOST_KEYS * DIM], out[MOST_QUERIES * DIM];
 static alignas(64) uint16_t q16[MOST_QUERIES * DIM], k16[MOST_KEYS * DIM], v16[MOST_KEYS * DIM], out16[MOST_QUERIES * DIM];
-static alignas(64) unsigned char workspace[4 << 20];
+static alignas(64) unsigned char workspace[4 << 20], of_plan[4 << 20];
 static int queries, keys;
 
 /* Milakov and Gimelshein's recurrence, a key at a time. */
@@ -77,8 +77,7 @@ static void gemms(void) {
 #endif
 }
 
-static void library(const fastattn_attention_args *args) {
-    const fastattn_status status = fastattn_attention(args, workspace, sizeof workspace);
+static void expect_ok(fastattn_status status) {
     if (status == FASTATTN_OK) return;
     fprintf(stderr, "library: %s\n", fastattn_status_string(status));
     exit(1);
@@ -89,18 +88,24 @@ struct side {
     void (*run)(void);
     int bfloat16;
     fastattn_attention_args args;
+    const fastattn_plan *plan;
 };
 
 static void call(const struct side *side) {
-    if (side->run) side->run(); else library(&side->args);
+    if (side->run) side->run();
+    else if (!side->plan) expect_ok(fastattn_attention(&side->args, workspace, sizeof workspace));
+    else
+        for (int phase = 0; phase < 2; phase++)
+            for (int64_t item = 0; item < fastattn_plan_items(side->plan, phase); item++)
+                expect_ok(fastattn_plan_run(side->plan, phase, item, 0));
 }
 
 static struct side side_of(const char *name) {
-    struct side side = {name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, FASTATTN_ATTENTION_ARGS_INIT};
+    struct side side = {name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, FASTATTN_ATTENTION_ARGS_INIT, NULL};
     if (side.run) return side;
     const size_t length = strcspn(name, "+");
     fastattn_attention_args *a = &side.args;
-    side.bfloat16 = name[length] != 0;
+    side.bfloat16 = !strcmp(name + length, "+bfloat16");
     a->isa = (fastattn_isa)-1; /* no such set, which is an error */
     for (int isa = FASTATTN_ISA_BEST; fastattn_isa_name((fastattn_isa)isa); isa++) {
         const char *known = fastattn_isa_name((fastattn_isa)isa);
@@ -114,6 +119,7 @@ static struct side side_of(const char *name) {
     a->out = side.bfloat16 ? (void *)out16 : out;
     a->q_strides[2] = a->k_strides[2] = a->v_strides[2] = a->out_strides[2] = DIM * bytes;
     a->scale = 0.125f;
+    if (!strcmp(name + length, "+planned")) expect_ok(fastattn_attention_plan(a, of_plan, sizeof of_plan, &side.plan));
     return side;
 }
 
