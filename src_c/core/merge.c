@@ -18,7 +18,7 @@ enum { ITEM_BYTES = 1 << 16, THREAD_BYTES = 1 << 18, LINE = 64 };
 typedef struct fa_merge {
     const fastattn_merge_args *args;
     const fa_ukernel *uk;
-    int64_t item_rows; /* a multiple of FA_ROW_STEP */
+    int64_t row_bytes, item_rows; /* the latter a multiple of FA_ROW_STEP */
     char *memory;      /* of_worker bytes for each thread */
     size_t of_worker;
 } fa_merge;
@@ -26,11 +26,11 @@ typedef struct fa_merge {
 /* What a thread needs for the rows that it is at. */
 typedef struct fa_mixture {
     float *weights;       /* [num_parts][FA_ROW_STEP] */
-    float *weights_of;    /* [num_parts] of one row, of the parts that have seen a key */
-    const void **rows_of; /* [num_parts] likewise */
+    float *weights_of;    /* likewise, but of the first row alone, and of the parts that have seen a key */
+    const void **rows_of; /* [num_parts]: of these parts the rows */
 } fa_mixture;
 
-static size_t mixture_bytes(size_t parts) { return parts * (sizeof(void *) + (FA_ROW_STEP + 1) * sizeof(float)); }
+static size_t mixture_bytes(size_t parts) { return parts * (sizeof(void *) + 2 * FA_ROW_STEP * sizeof(float)); }
 
 static fa_mixture mixture_in(void *memory, int64_t parts) {
     const void **rows = memory;
@@ -45,30 +45,38 @@ static void mix_exactly(const fastattn_merge_args *a, const fa_mixture *of, char
     for (int64_t d = 0; d < a->v_head_dim; d++) {
         double sum = 0;
         for (int64_t n = 0; n < parts; n++)
-            sum += (double)of->weights_of[n] * fa_get((const char *)of->rows_of[n] + d * size, a->dtype);
+            sum += (double)of->weights_of[n * FA_ROW_STEP] * fa_get((const char *)of->rows_of[n] + d * size, a->dtype);
         fa_put(out + d * size, fa_narrowed(sum, largest), a->dtype);
     }
+}
+
+/* Row i alone, whose weights are the r-th: of the parts that have seen a key, for the others may hold anything. */
+static void mix_row(const fa_merge *x, const fa_mixture *of, int64_t i, int64_t r) {
+    const fastattn_merge_args *a = x->args;
+    const int64_t at = i * x->row_bytes;
+    int64_t parts = 0;
+    for (int64_t n = 0; n < a->num_parts; n++) {
+        if (a->lses[n][i] == -INFINITY) continue;
+        of->weights_of[parts * FA_ROW_STEP] = of->weights[n * FA_ROW_STEP + r];
+        of->rows_of[parts++] = (const char *)a->outs[n] + at;
+    }
+    if (!x->uk->mix((char *)a->out + at, of->weights_of, of->rows_of, parts, 1, a->v_head_dim, a->dtype))
+        mix_exactly(a, of, (char *)a->out + at, parts);
 }
 
 static void merge_item(const void *context, int64_t item, int worker) {
     const fa_merge *x = context;
     const fastattn_merge_args *a = x->args;
     const fa_mixture of = mixture_in(x->memory + (size_t)worker * x->of_worker, a->num_parts);
-    const int64_t row_bytes = a->v_head_dim * fa_size_of(a->dtype), end = fa_min((item + 1) * x->item_rows, a->rows);
-    float top[FA_ROW_STEP], total[FA_ROW_STEP];
-    for (int64_t i = item * x->item_rows; i < end; i++) {
-        const int64_t r = i % FA_ROW_STEP;
-        if (r == 0) x->uk->weigh(of.weights, top, total, a->lses, a->num_parts, i, fa_min(FA_ROW_STEP, end - i));
-        char *out = (char *)a->out + i * row_bytes;
-        int64_t parts = 0;
-        for (int64_t n = 0; n < a->num_parts; n++) {
-            if (a->lses[n][i] == -INFINITY) continue;
-            of.weights_of[parts] = of.weights[n * FA_ROW_STEP + r];
-            of.rows_of[parts++] = (const char *)a->outs[n] + i * row_bytes;
-        }
-        a->lse[i] = total[r] == 0.0f ? -INFINITY : (float)(top[r] + log(total[r]));
-        if (a->v_head_dim > 0 && !x->uk->mix(out, of.weights_of, of.rows_of, parts, a->v_head_dim, a->dtype))
-            mix_exactly(a, &of, out, parts);
+    const int64_t end = fa_min((item + 1) * x->item_rows, a->rows);
+    for (int64_t i = item * x->item_rows; i < end; i += FA_ROW_STEP) {
+        const int64_t rows = fa_min(FA_ROW_STEP, end - i);
+        const int all = x->uk->weigh(of.weights, a->lse + i, a->lses, a->num_parts, i, rows);
+        if (a->v_head_dim == 0) continue;
+        for (int64_t n = 0; n < a->num_parts; n++) of.rows_of[n] = (const char *)a->outs[n] + i * x->row_bytes;
+        if (all && x->uk->mix((char *)a->out + i * x->row_bytes, of.weights, of.rows_of, a->num_parts, rows, a->v_head_dim, a->dtype))
+            continue;
+        for (int64_t r = 0; r < rows; r++) mix_row(x, &of, i + r, r);
     }
 }
 
@@ -96,7 +104,8 @@ fastattn_status fastattn_merge(const fastattn_merge_args *given) {
     fa_merge x = {.args = &args, .uk = fastattn_ukernel_select(args.isa)};
     if (!x.uk) return FASTATTN_ERROR_ISA;
 
-    const double of_row = (double)(args.num_parts + 1) * (double)(args.v_head_dim * fa_size_of(args.dtype) + 4);
+    x.row_bytes = args.v_head_dim * fa_size_of(args.dtype);
+    const double of_row = (double)(args.num_parts + 1) * (double)(x.row_bytes + 4);
     x.item_rows = fa_round_up((int64_t)(ITEM_BYTES / of_row) + 1, FA_ROW_STEP);
     const double paying = of_row * (double)args.rows / THREAD_BYTES;
     fa_team team = {.threads = paying < args.num_threads ? (int)paying : args.num_threads, .threading = args.threading};

@@ -1,8 +1,9 @@
 /* fastattn_rope: rows are turned where they lie.
  *
- * Memory is walked through in the order in which it lies. Where the heads of a position lie side by side, they share the angles from
- * L1. Where the positions of a head do, a pass over them reads as many cosines and sines as there are numbers in the head, so that
- * bundles of heads are turned together, in blocks of positions whose part of the tables stays in L2. */
+ * A pass over the positions of a head reads as many cosines and sines as there are numbers in the head, so that heads which share them
+ * are turned in bundles, in blocks of positions whose part of the tables stays in L2. Where the heads of a position lie side by side and
+ * come from memory, they are turned one after the other: several places of a page at a time are slower to read than one (1.8 times,
+ * of 16 MiB), and the angles come from L1 then. */
 #include "../ukernel/storage.h"
 #include "../ukernel/ukernel.h"
 #include "check.h"
@@ -11,14 +12,17 @@
 
 #include <stdlib.h>
 
-enum { ITEM_BYTES = 128 << 10 }; /* of x or of the tables: what is worth an item of its own, and stays in L2 */
+enum {
+    ITEM_BYTES = 128 << 10, /* of x or of the tables: what is worth an item of its own, and stays in L2 */
+    NEAR_BYTES = 8 << 20    /* of x: what may stay in a cache between calls */
+};
 
 typedef struct fa_rope {
     const fastattn_rope_args *args;
     const fa_ukernel *uk;
-    int side_by_side;      /* heads of a position lie closer together than positions of a head */
-    int bundle;            /* heads that are turned together, at most */
-    int64_t heads, rows;   /* of an item, at most */
+    int by_heads;        /* what the kernel takes as rows are the heads of a position, not the positions of heads */
+    int64_t bundle;      /* heads that it is given then, at most */
+    int64_t heads, rows; /* of an item, at most */
     int64_t head_items, row_items;
 } fa_rope;
 
@@ -28,19 +32,19 @@ static void rotate_item(const void *context, int64_t item, int worker) {
     const int64_t h0 = item % x->head_items * x->heads, i0 = item / x->head_items % x->row_items * x->rows;
     const int64_t b = item / x->head_items / x->row_items;
     const int64_t heads = fa_min(x->heads, a->num_heads - h0), rows = fa_min(x->rows, a->length - i0);
-    const int axis = x->side_by_side ? 1 : 2; /* along which the kernel's rows lie */
+    const int axis = x->by_heads ? 1 : 2; /* along which the kernel's rows lie */
     fa_rotation r = {.x_head = a->x_strides[1], .out_head = a->out_strides[1], .x_row = a->x_strides[axis],
                      .out_row = a->out_strides[axis], .cos_row = a->cos_strides[axis], .sin_row = a->sin_strides[axis],
-                     .rows = x->side_by_side ? heads : rows, .head_dim = a->head_dim, .pairs = a->rotary_dim / 2,
+                     .rows = x->by_heads ? heads : rows, .head_dim = a->head_dim, .pairs = a->rotary_dim / 2,
                      .interleaved = a->interleaved, .dtype = a->dtype};
     (void)worker;
-    for (int64_t n = 0; n < (x->side_by_side ? rows : heads); n += r.heads) {
-        const int64_t h = h0 + (x->side_by_side ? 0 : n), i = i0 + (x->side_by_side ? n : 0);
+    for (int64_t n = 0; n < (x->by_heads ? rows : heads); n += r.heads) {
+        const int64_t h = h0 + (x->by_heads ? 0 : n), i = i0 + (x->by_heads ? n : 0);
         r.x = (const char *)a->x + b * a->x_strides[0] + h * a->x_strides[1] + i * a->x_strides[2];
         r.out = (char *)a->out + b * a->out_strides[0] + h * a->out_strides[1] + i * a->out_strides[2];
         r.cos = (const char *)a->cos + b * a->cos_strides[0] + h * a->cos_strides[1] + i * a->cos_strides[2];
         r.sin = (const char *)a->sin + b * a->sin_strides[0] + h * a->sin_strides[1] + i * a->sin_strides[2];
-        r.heads = x->side_by_side ? 1 : (int)fa_min(x->bundle, heads - n);
+        r.heads = x->by_heads ? 1 : fa_min(x->bundle, heads - n);
         x->uk->rotate(&r);
     }
 }
@@ -79,10 +83,12 @@ fastattn_status fastattn_rope(const fastattn_rope_args *given) {
     const int64_t bytes = args.batch * args.num_heads * args.length * row_bytes;
 
     const int64_t most_rows = ITEM_BYTES / fa_max(row_bytes, table_bytes);
-    x.side_by_side = args.length == 1 || llabs(args.x_strides[1]) < llabs(args.x_strides[2]);
-    x.bundle = args.cos_strides[1] == 0 && args.sin_strides[1] == 0 ? FA_ROTATED_HEADS : 1;
-    x.heads = x.side_by_side ? args.num_heads : fa_min(args.num_heads, FA_ROTATED_HEADS);
-    x.rows = fa_max(1, fa_min(args.length, x.side_by_side ? most_rows / x.heads : most_rows));
+    const int side_by_side = args.length == 1 || llabs(args.x_strides[1]) < llabs(args.x_strides[2]);
+    const int shared = args.cos_strides[1] == 0 && args.sin_strides[1] == 0;
+    x.by_heads = side_by_side && (!shared || bytes > NEAR_BYTES);
+    x.heads = side_by_side ? args.num_heads : fa_min(args.num_heads, FA_ROTATED_HEADS);
+    x.bundle = shared ? x.heads : 1;
+    x.rows = fa_max(1, fa_min(args.length, side_by_side ? most_rows / x.heads : most_rows));
     x.head_items = fa_ceil_div(args.num_heads, x.heads);
     x.row_items = fa_ceil_div(args.length, x.rows);
     const fa_team team = {.threads = (int)fa_max(1, fa_min(args.num_threads, bytes / ITEM_BYTES)), .threading = args.threading};

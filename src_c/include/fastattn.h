@@ -195,11 +195,11 @@ typedef struct fastattn_block_mask {
     int64_t num_rows;                /* block rows in the whole table: indptr has num_rows + 1 entries */
     int64_t batch_stride;            /* in block rows */
     int64_t head_stride;             /* in block rows */
-    const int64_t *indptr;           /* (num_rows + 1); see above */
-    const int32_t *indices;          /* (indptr[num_rows]), or null where that is 0 */
+    const int64_t *indptr;
+    const int32_t *indices;
     const int32_t *partial;          /* or null: every listed block is wholly visible */
     const uint8_t *element_bits;     /* or null where partial is null */
-    int64_t num_element_masks;       /* in element_bits */
+    int64_t num_element_masks;
 } fastattn_block_mask;
 
 /* The arguments of one call. Begin with FASTATTN_ATTENTION_ARGS_INIT, in which whatever is optional is absent, and set the
@@ -232,7 +232,7 @@ typedef struct fastattn_attention_args {
 
     float scale;                     /* any finite value, commonly 1 / sqrt(head_dim); there is no default */
     float softcap;                   /* 0: none */
-    fastattn_precision precision;    /* how exact the products are */
+    fastattn_precision precision;
 
     int causal;                      /* non-zero: j <= i + query_offset */
     int64_t window_left;             /* -1: unbounded */
@@ -266,7 +266,7 @@ typedef struct fastattn_attention_args {
                                         q_lengths and query_offset, is the difference. A mask has the rows of q then. No block mask */
     const int64_t *cu_seqlens_k;     /* (batch + 1), or null; the same for k, v and kv_len. No mask then */
 
-    fastattn_activation activation;  /* what makes scores weights */
+    fastattn_activation activation;
     int power;                       /* of FASTATTN_POLYNOMIAL, 1 to 64 */
     const float *activation_bias;    /* of FASTATTN_SIGMOID: (batch), finite, or null: -log(n) */
 
@@ -299,7 +299,7 @@ typedef struct fastattn_attention_args {
                                         q_lengths are not looked at */
     int64_t indices_size;            /* bytes of an index: 4 (int32_t) or 8 (int64_t) */
     int64_t indices_strides[3];      /* batch, kv head, row; 0 shares a list among heads */
-    int64_t num_indices;             /* of a row */
+    int64_t num_indices;
 
     const int32_t *segments;         /* (batch, kv_len), or null; of packed keys (kv_len). The weights of each segment of the keys in place
                                         of values times weights: out is (batch, num_heads, q_len, num_segments), float32 whatever
@@ -357,7 +357,7 @@ typedef struct fastattn_plan_info {
     int64_t tile_rows;               /* query rows (of one group of heads) in a work item, at most */
     int64_t tile_keys;               /* keys in one step of the loop, at most */
     int64_t splits;                  /* parts into which the keys of a batch entry are split, at most */
-    int64_t work_items;              /* of phase 0, which threads share */
+    int64_t work_items;
     int num_threads;                 /* threads that will share the items */
     size_t workspace;                /* bytes */
     double visible_fraction;         /* of all (row, key) pairs, those in blocks that causal, window, lengths and the block
@@ -389,14 +389,14 @@ FASTATTN_API fastattn_status fastattn_plan_run(const fastattn_plan *plan, int ph
  * A part with lse = -inf contributes nothing, whatever its out holds. out may not overlap the parts. */
 typedef struct fastattn_merge_args {
     size_t size;                     /* sizeof(fastattn_merge_args) */
-    int64_t num_parts, rows, v_head_dim; /* none negative */
+    int64_t num_parts, rows, v_head_dim;
     const void *const *outs;         /* num_parts pointers to contiguous (rows, v_head_dim) arrays */
     const float *const *lses;        /* as many to (rows) */
     fastattn_dtype dtype;            /* float32, float16 or bfloat16, of the parts and out */
     void *out;                       /* (rows, v_head_dim), contiguous */
     float *lse;                      /* (rows) */
     fastattn_isa isa;                /* as in fastattn_attention_args */
-    int num_threads;                 /* as in fastattn_attention_args, as what follows */
+    int num_threads;
     fastattn_threading threading;
 } fastattn_merge_args;
 
@@ -424,8 +424,8 @@ typedef struct fastattn_store_args {
     fastattn_dtype from_dtype;       /* float32, float16 or bfloat16, as the cache's */
     int64_t from_strides[3];         /* batch, token, head; in bytes, as all strides */
     void *to;                        /* the cache, which may not overlap from */
-    fastattn_dtype to_dtype;         /* float32, float16, bfloat16, int8 or int4 */
-    int64_t num_pages, page_size;    /* of the cache */
+    fastattn_dtype to_dtype;
+    int64_t num_pages, page_size;
     int64_t to_strides[3];           /* page, row of a page, head */
     const int64_t *slots;            /* (batch, new_len): page * page_size + row, each at most once; -1 leaves a token out */
     fastattn_isa isa;
@@ -459,7 +459,7 @@ typedef struct fastattn_select_args {
     size_t size;                     /* sizeof(fastattn_select_args) */
 
     int64_t batch, num_heads, num_kv_heads, q_len, kv_len, head_dim;
-    fastattn_dtype q_dtype;          /* float32, float16 or bfloat16 */
+    fastattn_dtype q_dtype;
     fastattn_dtype k_dtype;          /* that of q, or a narrower one */
     const void *q;                   /* (batch, num_heads, q_len, head_dim) */
     const void *k;                   /* (batch, num_kv_heads, kv_len, head_dim), or in pages as for attention */
@@ -467,13 +467,13 @@ typedef struct fastattn_select_args {
     int64_t k_strides[3];
     const float *weights;            /* (batch, num_heads, q_len), finite, or null: 1 */
     int64_t weights_strides[3];
-    int rectified;                   /* non-zero: max(q . k, 0) in place of q . k */
+    int rectified;
 
-    int causal;                      /* as in fastattn_attention_args */
+    int causal;
     const int64_t *query_offset;     /* (batch), or null: kv_length - q_len */
     const int64_t *kv_lengths;       /* (batch), or null: kv_len */
     const int32_t *block_table;      /* (batch, ceil(kv_len / page_size)), or null */
-    int64_t block_table_stride;      /* as in fastattn_attention_args, as what follows */
+    int64_t block_table_stride;
     int64_t num_pages, page_size;
 
     int64_t num_keys;                /* with a block_size a multiple of it */
@@ -508,7 +508,7 @@ typedef struct fastattn_rope_args {
     int64_t batch, num_heads, length, head_dim;
     int64_t rotary_dim;              /* even, at most head_dim */
     fastattn_dtype dtype;            /* of x and out */
-    int interleaved;                 /* non-zero: pairs are neighbours; zero: half of rotary_dim apart */
+    int interleaved;
 
     const void *x;                   /* (batch, num_heads, length, head_dim) */
     void *out;                       /* likewise */
@@ -556,7 +556,7 @@ typedef struct fastattn_linear_args {
     size_t size;                     /* sizeof(fastattn_linear_args) */
 
     int64_t batch;                   /* of sequences */
-    int64_t num_q_heads, num_k_heads, num_v_heads; /* see above */
+    int64_t num_q_heads, num_k_heads, num_v_heads;
     int64_t q_len, kv_len;           /* equal if causal, or with cu_seqlens: then the tokens of all sequences */
     int64_t head_dim, v_head_dim;
     fastattn_dtype q_dtype;          /* also the dtype of out */
@@ -577,7 +577,7 @@ typedef struct fastattn_linear_args {
     int decay_log;                   /* non-zero: logarithms, at most 0 (-inf is a factor of 0), and not factors from 0 to 1 */
     int64_t decay_strides[3];
     const void *beta;                /* (batch, states, kv_len), or null: no delta rule */
-    fastattn_dtype beta_dtype;       /* float32, float16 or bfloat16 */
+    fastattn_dtype beta_dtype;
     int64_t beta_strides[3];
 
     const float *state;              /* (batch, states, head_dim, v_head_dim), or null: 0. With normalize there is one more
@@ -587,7 +587,7 @@ typedef struct fastattn_linear_args {
     int64_t new_state_strides[3];
 
     float scale;                     /* any finite value; there is no default */
-    fastattn_feature_map feature_map; /* of queries and keys */
+    fastattn_feature_map feature_map;
     int normalize;                   /* non-zero, without beta: divide by the sum of the keys */
     int causal;                      /* zero, without decay and beta: every query is answered by the whole sequence */
     const int64_t *kv_lengths;       /* (batch), or null: tokens from there on are neither read nor, if causal, answered: 0 */
@@ -598,7 +598,7 @@ typedef struct fastattn_linear_args {
     int num_threads;                 /* at most so many; 0 or 1: the calling thread alone */
     fastattn_threading threading;    /* how they are had */
     int (*interrupted)(void *context); /* as for attention, between sequences and heads */
-    void *interrupted_context;       /* what it is given */
+    void *interrupted_context;
 } fastattn_linear_args;
 
 /* As for attention: size is set, causal too, everything optional is absent, and scale is a NaN, which is refused. */

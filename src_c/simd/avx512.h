@@ -90,6 +90,7 @@ static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmad
 #if defined(__GNUC__)
 #define SIMD_PAIRS
 #define SIMD_INT16
+#define SIMD_NATIVE_BF16
 /* c plus the dot products of pairs: of bfloat16 by AVX512-BF16, of 16-bit integers by AVX512-VNNI, where c is an integer too.
  * The rest needs neither. */
 static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {
@@ -107,6 +108,22 @@ static inline void simd_zip_halves(simd_f *a, simd_f *b) {
     const __m512i lasts = _mm512_or_si512(firsts, _mm512_set1_epi16(16)), x = _mm512_castps_si512(*a), y = _mm512_castps_si512(*b);
     *a = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, firsts, y));
     *b = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, lasts, y));
+}
+/* Both as bfloat16, in halves in the order of the lanes: AVX512-BF16 takes what is subnormal for 0. And whether a half is 0. */
+static inline simd_f simd_halves_bf16(simd_f a, simd_f b) {
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(a) : "v"(a), "v"(b));
+    return a;
+}
+static inline int simd_any_zero_bf16(simd_f a) {
+    return _mm512_testn_epi16_mask(_mm512_castps_si512(a), _mm512_set1_epi16(0x7fff)) != 0;
+}
+static inline simd_h simd_first_halves(simd_f a) { return _mm512_castsi512_si256(_mm512_castps_si512(a)); }
+static inline simd_h simd_last_halves(simd_f a) { return _mm512_extracti64x4_epi64(_mm512_castps_si512(a), 1); }
+/* These two in turn. */
+static inline simd_f simd_riffle_halves(simd_f a) {
+    const __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                                           0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, _mm512_castps_si512(a)));
 }
 static inline simd_f simd_of_integers(simd_f x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(x)); }
 #endif

@@ -13,6 +13,7 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 
 #include "pairs.h"
 #include "dot.h"
+#include "rounded.h"
 #include "fixed.h"
 #include "amx.h"
 

@@ -19,6 +19,50 @@ FA_INLINE void store_full(void *to, simd_f x, fastattn_dtype dtype) {
     }
 }
 
+/* `native`, of bfloat16 alone: the processor rounds two vectors at once. Subnormal numbers become 0 so, which is why vectors with a 0 are
+ * left to the rounding of lanes. */
+FA_INLINE void store_both(void *first, void *second, simd_f a, simd_f b, fastattn_dtype dtype, int native) {
+#ifdef SIMD_NATIVE_BF16
+    if (native) {
+        const simd_f halves = simd_halves_bf16(a, b);
+        if (!simd_any_zero_bf16(halves)) {
+            simd_store_h((uint16_t *)first, simd_first_halves(halves)), simd_store_h((uint16_t *)second, simd_last_halves(halves));
+            return;
+        }
+    }
+#endif
+    (void)native;
+    store_full(first, a, dtype), store_full(second, b, dtype);
+}
+
+/* 2 * SIMD_LANES elements in two vectors, and back: the first and the last of them, or, if native, the even and the odd ones. */
+FA_INLINE void load_two(const void *from, simd_f *a, simd_f *b, fastattn_dtype dtype, int native) {
+#ifdef SIMD_NATIVE_BF16
+    if (native) {
+        const simd_f halves = simd_load((const float *)from);
+        *a = simd_first_bf16(halves), *b = simd_second_bf16(halves);
+        return;
+    }
+#endif
+    (void)native;
+    *a = load_full(from, dtype), *b = load_full((const char *)from + SIMD_LANES * fa_size_of(dtype), dtype);
+}
+
+FA_INLINE void store_two(void *to, simd_f a, simd_f b, fastattn_dtype dtype, int native) {
+#ifdef SIMD_NATIVE_BF16
+    if (native) {
+        const simd_f halves = simd_halves_bf16(a, b);
+        if (!simd_any_zero_bf16(halves)) {
+            simd_store((float *)to, simd_riffle_halves(halves));
+            return;
+        }
+        simd_zip(&a, &b);
+    }
+#endif
+    store_both(to, (char *)to + SIMD_LANES * fa_size_of(dtype), a, b, dtype, 0);
+    (void)native;
+}
+
 /* The first n elements, and 0 in the lanes beyond, if there are any. */
 FA_INLINE simd_f load_as(const void *from, int64_t n, fastattn_dtype dtype) {
     if (n >= SIMD_LANES) return load_full(from, dtype);

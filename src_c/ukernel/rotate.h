@@ -29,55 +29,69 @@ static FA_NOINLINE void rotate_last(char *out, const char *x, const char *cos, c
     rotate_pairs(out, x, c, s, pairs, apart, interleaved, dtype);
 }
 
-/* Where pairs are no multiple of the lanes but not fewer, the last SIMD_LANES of them are turned at once: read before anything is
- * written, for out may be x, and written last; what overlaps is written twice, the same. */
-FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, fastattn_dtype dtype) {
+/* SIMD_LANES pairs of each of these heads. All is read before anything is written, for out may be x, and heads whose distance is that of
+ * lines which share a place in the cache would wait for each other's. */
+FA_INLINE void load_bundle(simd_f *a, simd_f *b, const char *x, const fa_rotation *r, int heads, int interleaved, fastattn_dtype dtype,
+                           int native) {
+    FA_UNROLL for (int h = 0; h < heads; h++, x += r->x_head) {
+        if (interleaved) load_two(x, &a[h], &b[h], dtype, native);
+        else a[h] = load_full(x, dtype), b[h] = load_full(x + r->pairs * fa_size_of(dtype), dtype);
+        if (interleaved && !native) simd_unzip(&a[h], &b[h]);
+    }
+}
+
+FA_INLINE void turn_bundle(simd_f *a, simd_f *b, const char *cos, const char *sin, char *out, const fa_rotation *r, int heads,
+                           int interleaved, fastattn_dtype dtype, int native) {
+    const simd_f c = load_full(cos, FASTATTN_FLOAT32), s = load_full(sin, FASTATTN_FLOAT32);
+    FA_UNROLL for (int h = 0; h < heads; h++, out += r->out_head) {
+        simd_f first = simd_fms(a[h], c, simd_mul(b[h], s)), second = simd_fma(b[h], c, simd_mul(a[h], s));
+        if (interleaved && !native) simd_zip(&first, &second);
+        if (interleaved) store_two(out, first, second, dtype, native);
+        else store_both(out, out + r->pairs * fa_size_of(dtype), first, second, dtype, native);
+    }
+}
+
+/* The heads in bundles of this many. Where pairs are no multiple of the lanes but not fewer, the last SIMD_LANES of them are turned at
+ * once: read before anything is written, and written last; what overlaps is written twice, the same. */
+FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, int native, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype), step = interleaved ? 2 * size : size, apart = r->pairs * size;
     const int64_t rest = r->head_dim * size - 2 * apart, last = r->pairs - SIMD_LANES;
-    const int64_t split = interleaved ? SIMD_LANES * size : apart;
     const int overlaps = last > 0 && r->pairs % SIMD_LANES != 0;
-    const char *x = r->x, *cos = r->cos, *sin = r->sin;
-    char *out = r->out;
-    for (int64_t row = 0; row < r->rows; row++) {
-        simd_f a[FA_ROTATED_HEADS], b[FA_ROTATED_HEADS];
-        int64_t n = 0;
-        FA_UNROLL for (int h = 0; h < heads; h++) {
-            if (!overlaps) break;
-            a[h] = load_full(x + h * r->x_head + last * step, dtype);
-            b[h] = load_full(x + h * r->x_head + last * step + split, dtype);
+    const char *cos = r->cos, *sin = r->sin;
+    if (r->heads < heads) return;
+    for (int64_t row = 0; row < r->rows; row++, cos += r->cos_row, sin += r->sin_row) {
+        const char *x = r->x + row * r->x_row;
+        char *out = r->out + row * r->out_row;
+        for (int64_t bundle = r->heads / heads; bundle > 0; bundle--, x += heads * r->x_head, out += heads * r->out_head) {
+            simd_f a[FA_ROTATED_HEADS], b[FA_ROTATED_HEADS], last_a[FA_ROTATED_HEADS], last_b[FA_ROTATED_HEADS];
+            int64_t n = 0;
+            if (overlaps) load_bundle(last_a, last_b, x + last * step, r, heads, interleaved, dtype, native);
+            for (; n <= last; n += SIMD_LANES) {
+                load_bundle(a, b, x + n * step, r, heads, interleaved, dtype, native);
+                turn_bundle(a, b, cos + 4 * n, sin + 4 * n, out + n * step, r, heads, interleaved, dtype, native);
+            }
+            if (overlaps)
+                turn_bundle(last_a, last_b, cos + 4 * last, sin + 4 * last, out + last * step, r, heads, interleaved, dtype, native);
+            for (int h = 0; !overlaps && n < r->pairs && h < heads; h++)
+                rotate_last(out + h * r->out_head + n * step, x + h * r->x_head + n * step, cos + 4 * n, sin + 4 * n, r->pairs - n, apart,
+                            interleaved, dtype);
+            for (int h = 0; rest > 0 && out != x && h < heads; h++)
+                memcpy(out + h * r->out_head + 2 * apart, x + h * r->x_head + 2 * apart, (size_t)rest);
         }
-        for (; n + SIMD_LANES <= r->pairs; n += SIMD_LANES) {
-            const simd_f c = load_full(cos + 4 * n, FASTATTN_FLOAT32), s = load_full(sin + 4 * n, FASTATTN_FLOAT32);
-            FA_UNROLL for (int h = 0; h < heads; h++)
-                rotate_pairs(out + h * r->out_head + n * step, x + h * r->x_head + n * step, c, s, SIMD_LANES, apart, interleaved, dtype);
-        }
-        FA_UNROLL for (int h = 0; h < heads; h++) {
-            if (!overlaps) break;
-            const simd_f c = load_full(cos + 4 * last, FASTATTN_FLOAT32), s = load_full(sin + 4 * last, FASTATTN_FLOAT32);
-            turn(&a[h], &b[h], c, s, interleaved);
-            store_full(out + h * r->out_head + last * step, a[h], dtype);
-            store_full(out + h * r->out_head + last * step + split, b[h], dtype);
-        }
-        for (int h = 0; !overlaps && n < r->pairs && h < heads; h++)
-            rotate_last(out + h * r->out_head + n * step, x + h * r->x_head + n * step, cos + 4 * n, sin + 4 * n, r->pairs - n, apart, interleaved,
-                        dtype);
-        for (int h = 0; rest > 0 && out != x && h < heads; h++)
-            memcpy(out + h * r->out_head + 2 * apart, x + h * r->x_head + 2 * apart, (size_t)rest);
-        x += r->x_row, out += r->out_row, cos += r->cos_row, sin += r->sin_row;
     }
 }
 
-FA_INLINE void rotate_of(const fa_rotation *r, fastattn_dtype dtype) {
-    if (r->heads == FA_ROTATED_HEADS) {
-        if (r->interleaved) rotate_rows(r, FA_ROTATED_HEADS, 1, dtype);
-        else rotate_rows(r, FA_ROTATED_HEADS, 0, dtype);
+FA_INLINE void rotate_of(const fa_rotation *r, int native, fastattn_dtype dtype) {
+    const int64_t bundled = r->heads - r->heads % FA_ROTATED_HEADS;
+    fa_rotation left = *r;
+    left.x += bundled * r->x_head, left.out += bundled * r->out_head, left.heads -= bundled;
+    if (r->interleaved) {
+        rotate_rows(r, FA_ROTATED_HEADS, 1, native, dtype);
+        rotate_rows(&left, 1, 1, native, dtype);
     } else {
-        fa_rotation one = *r;
-        for (int h = 0; h < r->heads; h++, one.x += r->x_head, one.out += r->out_head) {
-            if (r->interleaved) rotate_rows(&one, 1, 1, dtype);
-            else rotate_rows(&one, 1, 0, dtype);
-        }
+        rotate_rows(r, FA_ROTATED_HEADS, 0, native, dtype);
+        rotate_rows(&left, 1, 0, native, dtype);
     }
 }
 
-static void rotate(const fa_rotation *rotation) { FA_BY_STORAGE(rotation->dtype, rotate_of, rotation) }
+static void rotate(const fa_rotation *rotation) { FA_BY_STORAGE(rotation->dtype, rotate_of, rotation, 0) }

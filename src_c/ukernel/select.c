@@ -2,6 +2,15 @@
 #include "../cpu/cpu.h"
 #include "ukernel.h"
 
+#ifdef FA_HOLDS_AVX512
+static const fa_ukernel *avx512(void) {
+#ifdef __GNUC__
+    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) return &fastattn_ukernel_avx512_bf16;
+#endif
+    return &fastattn_ukernel_avx512;
+}
+#endif
+
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     if (limit == FASTATTN_ISA_BEST) {
         static const fastattn_isa best_first[] = {FASTATTN_ISA_AVX512, FASTATTN_ISA_AVX2, FASTATTN_ISA_NEON, FASTATTN_ISA_WASM};
@@ -17,10 +26,10 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     case FASTATTN_ISA_AVX2: return fastattn_cpu_has(FA_CPU_AVX2) ? &fastattn_ukernel_avx2 : NULL;
 #endif
 #ifdef FA_HOLDS_AVX512
-    case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? &fastattn_ukernel_avx512 : NULL;
+    case FASTATTN_ISA_AVX512: return fastattn_cpu_has(FA_CPU_AVX512) ? avx512() : NULL;
 #endif
 #ifdef FA_HOLDS_AMX
-    case FASTATTN_ISA_AMX: return fastattn_cpu_has(FA_CPU_AVX512 | FA_CPU_AMX) ? &fastattn_ukernel_avx512 : NULL;
+    case FASTATTN_ISA_AMX: return fastattn_cpu_has(FA_CPU_AVX512 | FA_CPU_AMX) ? avx512() : NULL;
 #endif
 #ifdef FA_HOLDS_NEON
     case FASTATTN_ISA_NEON: return &fastattn_ukernel_neon;

@@ -78,11 +78,14 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MO
     static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,            \
                                             .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
                                             .features = dense_features, .outside = dense_outside};                         \
-    const fa_ukernel fastattn_ukernel_##suffix = {.products = &suffix##_products, .few = &suffix##_few,                    \
-                                                  .turned = &suffix##_turned, .dense = &suffix##_dense,                    \
-                                                  .few_quantised = &suffix##_few_quantised,                                \
-                                                  .quantised = &fastattn_quantised_##suffix,                               \
-                                                  .additive = &suffix##_additive, .additive_few = &suffix##_additive_few,  \
-                                                  .activate = activate, .gather = gather,                                  \
-                                                  .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
-                                                  .rotate = rotate, .weigh = weigh, .mix = mix};
+    FA_UKERNEL(suffix, suffix, rotate, mix)
+
+/* The table `name`, of these products, and the slots that may differ from those of the template. */
+#define FA_UKERNEL(name, of, rotating, mixing)                                                                           \
+    const fa_ukernel fastattn_ukernel_##name = {.products = &of##_products, .few = &of##_few, .turned = &of##_turned,    \
+                                                .dense = &of##_dense, .few_quantised = &of##_few_quantised,              \
+                                                .quantised = &fastattn_quantised_##of,                                   \
+                                                .additive = &of##_additive, .additive_few = &of##_additive_few,          \
+                                                .activate = activate, .gather = gather,                                  \
+                                                .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
+                                                .rotate = rotating, .weigh = weigh, .mix = mixing};

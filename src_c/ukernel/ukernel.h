@@ -48,7 +48,7 @@ enum {
     FA_ROW_STEP = 16,         /* every ISA's vectors divide it */
     FA_TILE = 32,             /* what any products pad keys and head_dim to, at most */
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
-    FA_ROTATED_HEADS = 4,     /* heads whose rows are turned together, by angles that are loaded once */
+    FA_ROTATED_HEADS = 4,     /* heads whose rows are best turned together, by angles that are loaded once */
     FA_MANY_KEYS = 2048,      /* which no near cache holds: reading them decides */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
@@ -216,8 +216,7 @@ typedef struct fa_rotation {
     const char *cos, *sin;
     int64_t x_head, out_head;
     int64_t x_row, out_row, cos_row, sin_row;
-    int heads; /* FA_ROTATED_HEADS at most, which is also the best */
-    int64_t rows, head_dim;
+    int64_t heads, rows, head_dim; /* all heads of a row are turned by the same angles */
     int64_t pairs;   /* of the first 2 * pairs numbers of a row, which is head_dim at most; the rest is copied */
     int interleaved; /* pair n is numbers 2 * n and 2 * n + 1, else n and pairs + n */
     fastattn_dtype dtype;
@@ -302,14 +301,14 @@ typedef struct fa_ukernel {
     /* to[d] = from[d] * factor, rounded to dtype; to may be from. Returns 1 when all are finite. */
     int (*narrow)(void *to, const float *from, float factor, int64_t count, fastattn_dtype dtype);
 
-    /* weights[n][r] = exp(lses[n][first + r] - lse[r]) for FA_ROW_STEP rows, of which `rows` are there, where lse[r], the logarithm of
-     * the sum, is top[r] + log(total[r]). Where all are -inf, total and the weights are 0. */
-    void (*weigh)(float *weights, float *top, float *total, const float *const *lses, int64_t parts, int64_t first,
-                  int64_t rows);
+    /* weights[n][r] = exp(lses[n][first + r] - lse[r]) for `rows` rows, FA_ROW_STEP at most, where lse[r] is the logarithm of the sum;
+     * where all are -inf, lse is, and the weights are 0. Returns 1 when none is -inf. Weights beyond the rows may be written. */
+    int (*weigh)(float *weights, float *lse, const float *const *lses, int64_t parts, int64_t first, int64_t rows);
 
-    /* out = sum of weights[n] * rows_of[n] in float32, rounded to dtype, which is that of the rows too. Returns 1 when all of it
-     * is finite. */
-    int (*mix)(void *out, const float *weights, const void *const *rows_of, int64_t parts, int64_t dim, fastattn_dtype dtype);
+    /* out[r] = sum of weights[n * FA_ROW_STEP + r] * rows_of[n][r] in float32, rounded to dtype, which is that of the rows too: they lie
+     * beside each other. Returns 1 when all of it is finite. */
+    int (*mix)(void *out, const float *weights, const void *const *rows_of, int64_t parts, int64_t rows, int64_t dim,
+               fastattn_dtype dtype);
 
     /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
     void (*rotate)(const fa_rotation *rotation);
@@ -344,6 +343,9 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
+#ifdef __GNUC__
+extern const fa_ukernel fastattn_ukernel_avx512_bf16; /* the same, but that AVX512-BF16 rounds what `rotate` and `mix` write */
+#endif
 extern const fa_ukernel fastattn_ukernel_neon;
 extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512;

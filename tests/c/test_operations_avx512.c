@@ -37,6 +37,14 @@ static void check_pairs(struct rng *rng) {
         for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[i / 2], "half %d of simd_zip_halves", i);
         memcpy(found, &b, sizeof found);
         for (int i = 0; i < 32; i++) CHECK(found[i] == (i % 2 ? y : x)[16 + i / 2], "half %d of simd_zip_halves", 32 + i);
+        const simd_f of_x = any_halves(x, rng), riffled = simd_riffle_halves(of_x);
+        uint16_t first[16], last[16];
+        memcpy(found, &riffled, sizeof found);
+        simd_store_h(first, simd_first_halves(of_x)), simd_store_h(last, simd_last_halves(of_x));
+        for (int i = 0; i < 32; i++) {
+            CHECK(found[i] == x[i / 2 + i % 2 * 16], "half %d of simd_riffle_halves", i);
+            CHECK((i < 16 ? first : last)[i % 16] == x[i], "half %d of simd_first_halves and simd_last_halves", i);
+        }
         EACH_LANE(i) integers[i] = fa_from_bits((uint32_t)random_bits(rng));
         EXPECT_FLOATS(simd_of_integers(simd_load(integers)), (float)(int32_t)fa_to_bits(integers[i]));
     }
@@ -57,6 +65,25 @@ static void check_dot_bf16(struct rng *rng) {
         }
         EACH_LANE(i) c[i] = (float)random_between(rng, -1000, 1000);
         EXPECT_FLOATS(simd_dot_bf16(v[0], v[1], simd_load(c)), c[i] + x[0][2 * i] * x[1][2 * i] + x[0][2 * i + 1] * x[1][2 * i + 1]);
+    }
+}
+
+/* Every exponent, both signs; what is subnormal becomes 0. */
+static void check_halves_bf16(struct rng *rng) {
+    float x[2][16];
+    uint16_t found[32], wanted;
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        for (int m = 0; m < 2; m++) EACH_LANE(i) x[m][i] = fa_from_bits((uint32_t)random_bits(rng));
+        const simd_f halves = simd_halves_bf16(simd_load(x[0]), simd_load(x[1]));
+        memcpy(found, &halves, sizeof found);
+        int zeros = 0;
+        for (int i = 0; i < 32; i++) {
+            const float from = x[i / 16][i % 16];
+            wanted = fa_to_bf16(fabsf(from) < FLT_MIN ? copysignf(0.0f, from) : from);
+            zeros += (wanted & 0x7fff) == 0;
+            CHECK(found[i] == wanted, "half %d of simd_halves_bf16 is %04x, not %04x", i, found[i], wanted);
+        }
+        CHECK(simd_any_zero_bf16(halves) == (zeros > 0), "simd_any_zero_bf16 with %d zeros", zeros);
     }
 }
 
@@ -89,7 +116,7 @@ TEST(operations_of_avx512) {
 #ifdef SIMD_PAIRS
     struct rng rng = {32};
     check_pairs(&rng);
-    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng);
+    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng), check_halves_bf16(&rng);
     if (fastattn_cpu_has(FA_CPU_AVX512_VNNI)) check_dot_int16(&rng);
 #endif
 }

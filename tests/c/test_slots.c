@@ -540,3 +540,96 @@ TEST_EACH_ISA(slot_narrow) {
             guard_release();
         }
 }
+
+/* Numbers of every size, some of which become subnormal. */
+static void fill_any_size(void *to, int64_t count, fastattn_dtype dtype) {
+    for (int64_t n = 0; n < count; n++)
+        store(dtype, (char *)to + n * (int64_t)dtype_size(dtype), random_signed(&rng) * (n % 7 == 0 ? 0x1p-127 : n % 31 == 0 ? 0 : 1));
+}
+
+static void check_mix(const fa_ukernel *uk) {
+    for (size_t e = 0; e < COUNT(edges) * COUNT(dtypes); e++) {
+        const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
+        const int64_t dim = edges[e / COUNT(dtypes)], item = (int64_t)dtype_size(dtype), parts = 1 + (int64_t)e % 3;
+        const int64_t rows = 1 + (int64_t)(e * 7 % FA_ROW_STEP);
+        const float *const weights = random_floats("weights", parts * FA_ROW_STEP, 1);
+        const void *rows_of[3];
+        context("mix %lld parts of %lld x %lld of dtype %d", (long long)parts, (long long)rows, (long long)dim, (int)dtype);
+        for (int64_t n = 0; n < parts; n++) {
+            void *part = guard_input("part", (size_t)(rows * dim * item), (size_t)item, n % 2 ? GUARD_BEFORE : GUARD_BEHIND);
+            fill_any_size(part, rows * dim, dtype);
+            rows_of[n] = part;
+        }
+        char *out = guard_output("out", (size_t)(rows * dim * item), (size_t)item, e % 2 ? GUARD_BEFORE : GUARD_BEHIND);
+        guard_seal();
+        CHECK(uk->mix(out, weights, rows_of, parts, rows, dim, dtype) == 1, "finite numbers");
+        for (int64_t i = 0; i < rows * dim; i++) {
+            float sum = 0; /* by fused operations, as lanes do; portable ones may not */
+            double wanted, magnitude = 0;
+            for (int64_t n = 0; n < parts; n++) {
+                const float x = (float)load(dtype, (const char *)rows_of[n] + i * item), weight = weights[n * FA_ROW_STEP + i / dim];
+                sum = fmaf(weight, x, sum);
+                magnitude += fabs((double)weight * x);
+            }
+            store(dtype, &wanted, sum);
+            const double ulp = uk->products->isa == FASTATTN_ISA_PORTABLE || uk->products->isa == FASTATTN_ISA_WASM ? magnitude * 0x1p-8 : 0;
+            check_close("out", i / dim, i % dim, load(dtype, out + i * item), load(dtype, &wanted), ulp);
+        }
+        guard_check();
+        guard_release();
+    }
+}
+
+static void check_rotate(const fa_ukernel *uk) {
+    for (size_t e = 0; e < COUNT(edges) * COUNT(dtypes) * 4; e++) {
+        const fastattn_dtype dtype = dtypes[e % COUNT(dtypes)];
+        const int64_t item = (int64_t)dtype_size(dtype), pairs = edges[e / COUNT(dtypes) / 4], dim = 2 * pairs + (int64_t)e % 2;
+        const int64_t heads = 1 + (int64_t)e % 9, rows = 2, count = heads * rows * dim;
+        const int interleaved = (int)(e / COUNT(dtypes) % 2), in_place = (int)(e / COUNT(dtypes) / 2 % 2);
+        context("rotate %lld heads, %lld pairs, dtype %d, interleaved %d, in place %d", (long long)heads, (long long)pairs, (int)dtype,
+                interleaved, in_place);
+        const float *const cosines = random_floats("cos", rows * pairs, 1), *const sines = random_floats("sin", rows * pairs, 1);
+        char *x = guard_input("x", (size_t)(count * item), (size_t)item, GUARD_BEFORE);
+        fill_any_size(x, count, dtype);
+        char *out = guard_output("out", (size_t)(count * item), (size_t)item, GUARD_BEHIND);
+        memcpy(out, x, (size_t)(count * item));
+        guard_seal();
+        const fa_rotation rotation = {.x = in_place ? out : x, .out = out, .cos = (const char *)cosines, .sin = (const char *)sines,
+                                      .x_head = dim * item, .out_head = dim * item, .x_row = heads * dim * item,
+                                      .out_row = heads * dim * item, .cos_row = 4 * pairs, .sin_row = 4 * pairs, .heads = heads,
+                                      .rows = rows, .head_dim = dim, .pairs = pairs, .interleaved = interleaved, .dtype = dtype};
+        uk->rotate(&rotation);
+        for (int64_t row = 0; row < rows * heads; row++)
+            for (int64_t n = 0; n < pairs; n++) {
+                const int64_t first = row * dim + (interleaved ? 2 * n : n), second = interleaved ? first + 1 : first + pairs;
+                const float a = (float)load(dtype, x + first * item), b = (float)load(dtype, x + second * item);
+                const float c = cosines[row / heads * pairs + n], s = sines[row / heads * pairs + n];
+                const volatile float bs = b * s, as = a * s;
+                const double ulp = uk->products->isa == FASTATTN_ISA_PORTABLE || uk->products->isa == FASTATTN_ISA_WASM
+                                       ? (fabs((double)a) + fabs((double)b)) * 0x1p-8 : 0;
+                double wanted[2];
+                store(dtype, &wanted[0], fmaf(a, c, -bs)), store(dtype, &wanted[1], fmaf(b, c, as));
+                check_close("first", row, n, load(dtype, out + first * item), load(dtype, &wanted[0]), ulp);
+                check_close("second", row, n, load(dtype, out + second * item), load(dtype, &wanted[1]), ulp);
+            }
+        guard_check();
+        guard_release();
+    }
+}
+
+/* Where the processor rounds, the table without that is there, too. */
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#define EACH_ROUNDING(check)                                                      \
+    check(table());                                                               \
+    if (test_isa == FASTATTN_ISA_AVX512) check(&fastattn_ukernel_avx512)
+#else
+#define EACH_ROUNDING(check) check(table())
+#endif
+
+TEST_EACH_ISA(slot_mix) {
+    EACH_ROUNDING(check_mix);
+}
+
+TEST_EACH_ISA(slot_rotate) {
+    EACH_ROUNDING(check_rotate);
+}
