@@ -164,6 +164,34 @@ static inline __attribute__((always_inline)) void simd_transpose(simd_f v[16]) {
         v[i + 12] = _mm512_shuffle_f32x4(low1, high1, 0xdd);
     }
 }
+#define SIMD_QUADS
+/* Quads are the quarters of a vector. Four numbers in each of them; and number n of a quad in all of it. */
+static inline simd_f simd_quads(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
+    switch (n) {
+    case 0: return _mm512_permute_ps(x, 0x00);
+    case 1: return _mm512_permute_ps(x, 0x55);
+    case 2: return _mm512_permute_ps(x, 0xaa);
+    default: return _mm512_permute_ps(x, 0xff);
+    }
+}
+/* The numbers of quads change places with vectors; and the quads themselves do. */
+static inline void simd_transpose_quads(simd_f v[4]) {
+    const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]);
+    const __m512 low23 = _mm512_unpacklo_ps(v[2], v[3]), high23 = _mm512_unpackhi_ps(v[2], v[3]);
+    v[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+    v[1] = _mm512_shuffle_ps(low01, low23, 0xee);
+    v[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+    v[3] = _mm512_shuffle_ps(high01, high23, 0xee);
+}
+static inline void simd_exchange_quads(simd_f v[4]) {
+    const __m512 low01 = _mm512_shuffle_f32x4(v[0], v[1], 0x44), high01 = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
+    const __m512 low23 = _mm512_shuffle_f32x4(v[2], v[3], 0x44), high23 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
+    v[0] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    v[1] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    v[2] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    v[3] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+}
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512 x = *a, y = *b;

@@ -201,6 +201,68 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
     }
 }
 
+#ifdef SIMD_QUADS
+enum { FEWEST_OF_QUADS = 2, QUAD_ROWS = 4, QUAD_NUMBERS = 256, QUAD_KEYS = 16, QUAD_STEP = 16 };
+
+/* panel[number][row], where the last row is repeated. */
+FA_INLINE void pack_quads(float *panel, const float *q, int64_t pitch, int rows, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += QUAD_STEP) {
+        simd_f v[QUAD_ROWS];
+        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++) v[r] = simd_load(q + (r < rows ? r : rows - 1) * pitch + d);
+        simd_transpose_quads(v);
+        simd_exchange_quads(v);
+        FA_UNROLL for (int i = 0; i < 4; i++) simd_store(panel + QUAD_ROWS * d + i * SIMD_LANES, v[i]);
+    }
+}
+
+/* Up to four rows, for which keys need not turn: each quad of lanes is a key and each of its lanes a row, and a number of a key is spread
+ * over its quad while others are multiplied. The sums are those of turned keys. */
+FA_INLINE void quads_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    const int64_t run = tile_run(head_dim), size = fa_size_of(dtype);
+    float panel[QUAD_ROWS * QUAD_NUMBERS];
+    const char *first_row;
+    const tile_rows places = tile_rows_of(k, &first_row);
+    pack_quads(panel, q, head_dim, rows, head_dim);
+    for (int64_t j = 0; j < keys; j += QUAD_KEYS) {
+        key_places x;
+        simd_f sum[4], part[4], numbers[4][4]; /* of keys 4 apart, so that scores turn within quads */
+        for (int i = 0; i < QUAD_KEYS; i++) {
+            const int64_t key = j + i < keys ? j + i : keys - 1;
+            x.key[i] = tile_row(&places, key);
+            x.later[i] = tile_later(&places, key);
+            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * size - 1)));
+        }
+        for (int64_t d = 0; d < head_dim; d += run) {
+            FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_set1(0.0f);
+            for (int64_t n = d; n < d + run; n += QUAD_STEP) {
+                FA_UNROLL for (int g = 0; g < 4; g++) {
+                    FA_UNROLL for (int i = 0; i < 4; i++) {
+                        fetch_later(x.later[4 * i + g], n * size);
+                        numbers[g][i] = load_full(x.key[4 * i + g] + n * size, dtype);
+                    }
+                    simd_exchange_quads(numbers[g]);
+                }
+                FA_UNROLL for (int i = 0; i < QUAD_STEP; i++) {
+                    const simd_f q_of = simd_quads(panel + QUAD_ROWS * (n + i));
+                    FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_fma(simd_spread(numbers[g][i / 4], i % 4), q_of, part[g]);
+                }
+            }
+            FA_UNROLL for (int g = 0; g < 4; g++) sum[g] = d > 0 ? simd_add(sum[g], part[g]) : part[g];
+        }
+        simd_transpose_quads(sum);
+        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++)
+            if (r < rows) simd_store(s + r * ld + j, sum[r]);
+    }
+}
+
+/* Whole steps make up a run, and whole runs the keys. */
+static int fit_quads(int rows, int64_t head_dim) {
+    const int64_t run = tile_run(head_dim);
+    return rows >= FEWEST_OF_QUADS && rows <= QUAD_ROWS && head_dim > 0 && head_dim <= QUAD_NUMBERS && run % QUAD_STEP == 0 &&
+           head_dim % run == 0;
+}
+#endif
+
 /* Keys and values are read where they lie. */
 static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t dim) {
     (void)room, (void)keys, (void)dim;
@@ -208,6 +270,12 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
 }
 
 static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+#ifdef SIMD_QUADS
+    if (fit_quads(rows, head_dim)) {
+        FA_BY_STORAGE(k.dtype, quads_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+        return;
+    }
+#endif
     FA_BY_STORAGE(k.dtype, turned_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
 }
 

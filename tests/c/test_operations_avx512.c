@@ -15,6 +15,25 @@ static void check_masks(void) {
         for (int i = 0; i < 16; i++) CHECK((simd_first(n) >> i & 1) == (i < n), "lane %d of the first %d", i, n);
 }
 
+static void check_quads(enum guard_side side, struct rng *rng) {
+    float x[4][SIMD_LANES], *four = guard_input("four numbers", 4 * sizeof *four, sizeof *four, side);
+    simd_f v[4], w[4];
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        for (int i = 0; i < 4; i++) four[i] = any_number(rng);
+        EXPECT_FLOATS(simd_quads(four), four[i % 4]);
+        for (int j = 0; j < 4; j++) v[j] = w[j] = any_vector(x[j], rng);
+        for (int j = 0; j < 4; j++) EXPECT_FLOATS(simd_spread(v[0], j), x[0][i / 4 * 4 + j]);
+        simd_transpose_quads(v);
+        simd_exchange_quads(w);
+        for (int j = 0; j < 4; j++) {
+            EXPECT_FLOATS(v[j], x[i % 4][i / 4 * 4 + j]);
+            EXPECT_FLOATS(w[j], x[i / 4][j * 4 + i % 4]);
+        }
+    }
+    guard_check();
+    guard_release();
+}
+
 #ifdef SIMD_PAIRS
 /* Halves of 32 numbers, as they lie in a vector. */
 static simd_f any_halves(uint16_t h[32], struct rng *rng) {
@@ -113,8 +132,9 @@ TEST(operations_of_avx512) {
     if (!fastattn_isa_available(FASTATTN_ISA_AVX512)) skip("no AVX-512");
     check_operations();
     check_masks();
-#ifdef SIMD_PAIRS
     struct rng rng = {32};
+    for (int side = 0; side < 2; side++) check_quads(side ? GUARD_BEFORE : GUARD_BEHIND, &rng);
+#ifdef SIMD_PAIRS
     check_pairs(&rng);
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng), check_halves_bf16(&rng);
     if (fastattn_cpu_has(FA_CPU_AVX512_VNNI)) check_dot_int16(&rng);
