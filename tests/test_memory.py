@@ -244,3 +244,40 @@ fastattn.attention(q, x, x, mask=additive)
 """,
     )
     assert extra < 12 << 20
+
+
+@pytest.mark.parametrize("where", ["arrays", "pages"])
+def test_chosen_keys_are_not_copied(backend, where):
+    """Lists of 4,096 of 30,000 keys: neither the keys of all rows, 128 MiB, nor those of all that may be chosen, 59 MiB, lie together."""
+    extra = peak_extra(
+        backend,
+        setup=f"""
+x = np.zeros((1, 30_000, 2, 128), np.float32).swapaxes(1, 2)
+x[...] = 1
+q = x[:, :4, :32].repeat(2, axis=1)
+indices = np.broadcast_to(np.arange(0, 28_672, 7, dtype=np.int32), (1, 2, 32, 4096))
+pages, table = x.swapaxes(1, 2).reshape(300, 100, 2, 128), np.arange(300, dtype=np.int32)[None]
+packed, lists = q[0].swapaxes(0, 1), indices[0].swapaxes(0, 1)
+def attend(q, packed, indices, lists):
+    if "{where}" == "arrays":
+        return fastattn.attention_indexed(q, x, x, indices)
+    return fastattn.paged_attention(packed, pages, pages, table, [30_000], indices=lists)
+attend(q[:, :, :2], packed[:2], indices[:, :, :2, :40], lists[:2, :, :40])  # a backend may compile for it
+""",
+        call="attend(q, packed, indices, lists)",
+    )
+    assert extra < 12 << 20
+
+
+def test_no_scores_of_all_keys_are_kept(backend):
+    """8 heads of 64 queries have 195 MiB of scores over 100,000 keys."""
+    extra = peak_extra(
+        backend,
+        setup="""
+rng = np.random.default_rng(0)
+q, k = rng.standard_normal((1, 8, 64, 32), np.float32), rng.standard_normal((1, 1, 100_000, 32), np.float32)
+fastattn.select_keys(q[:, :, :2], k[:, :, :5000], 64)
+""",
+        call="fastattn.select_keys(q, k, 64)",
+    )
+    assert extra < 48 << 20
