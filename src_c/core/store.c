@@ -8,6 +8,7 @@
 #include "../ukernel/quantised.h"
 #include "../ukernel/storage.h"
 
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -24,26 +25,37 @@ typedef struct fa_store {
     int64_t *refused; /* there: becomes 1 where a number cannot be quantised */
 } fa_store;
 
-/* Numbers of up to this become numbers below FA_MOST_QUANTISED**0.5 times as large when they are turned, whose scales are finite, and need
- * not be turned to find that out. */
-static const float surely_fit = 4096.0f;
+/* A row in float32, where it lies or in `wide`. */
+static const float *wide_row(const fa_store *x, float *wide, const char *from) {
+    if (x->args.from_dtype == FASTATTN_FLOAT32) return (const float *)(const void *)from;
+    x->uk->widen(wide, fa_matrix_at(from, 0, x->args.from_dtype), 1, x->args.head_dim);
+    return wide;
+}
 
-/* A row in float32, turned, and what it is quantised to. Returns 0 if that cannot be; where `to` is null nothing is written. */
-static int make_row(const fa_store *x, char *to, const char *from) {
+/* Whether a row can be quantised: where it has a number of 7 times 65520 or more, the scale of int4 is infinite. Numbers below 4096 become
+ * numbers below FA_MOST_QUANTISED**0.5 times as large when they are turned, and need not be turned to find out. */
+static int row_fits(const fa_store *x, const char *from) {
     const fastattn_store_args *a = &x->args;
     const int64_t n = a->head_dim;
     float wide[FA_MOST_QUANTISED];
-    const float *row = a->from_dtype == FASTATTN_FLOAT32 ? (const float *)(const void *)from : wide;
-    if (row == wide) x->uk->widen(wide, fa_matrix_at(from, 0, a->from_dtype), 1, n);
-    if (!to && x->uk->quantised->largest(row, n) <= surely_fit) return 1;
+    const float *row = wide_row(x, wide, from);
+    if (x->uk->quantised->within(row, n, 4096.0f)) return 1;
+    if (a->rotate) x->uk->quantised->hadamard(wide, row, n);
+    return x->uk->quantised->within(a->rotate ? wide : row, n, a->to_dtype == FASTATTN_INT4 ? 7.0f * 65520.0f : INFINITY);
+}
+
+/* A row that fits, turned, and what it is quantised to. */
+static void make_row(const fa_store *x, char *to, const char *from) {
+    const fastattn_store_args *a = &x->args;
+    const int64_t n = a->head_dim;
+    float wide[FA_MOST_QUANTISED];
+    const float *row = wide_row(x, wide, from);
     if (a->rotate) {
-        if (row != wide) memcpy(wide, row, (size_t)n * sizeof *wide);
-        x->uk->quantised->hadamard(wide, n);
+        x->uk->quantised->hadamard(wide, row, n);
         row = wide;
     }
-    if (fa_is_quantised(a->to_dtype)) return x->uk->quantised->quantise(to, row, n, a->to_dtype);
-    x->uk->narrow(to, row, 1.0f, n, a->to_dtype);
-    return 1;
+    if (fa_is_quantised(a->to_dtype)) x->uk->quantised->quantise(to, row, n, a->to_dtype);
+    else x->uk->narrow(to, row, 1.0f, n, a->to_dtype);
 }
 
 /* n numbers from one storage type to another. */
@@ -80,7 +92,8 @@ static void store_item(const void *context, int64_t item, int worker) {
         char *const to = (char *)a->to + a->slots[t] / a->page_size * a->to_strides[0] + a->slots[t] % a->page_size * a->to_strides[1];
         for (int64_t h = 0; h < a->num_heads; h++) {
             char *const row = to + h * a->to_strides[2];
-            if (made) refused |= !make_row(x, x->trial ? NULL : row, from + h * a->from_strides[2]);
+            if (x->trial) refused |= !row_fits(x, from + h * a->from_strides[2]);
+            else if (made) make_row(x, row, from + h * a->from_strides[2]);
             else cast_row(x->uk, row, a->to_dtype, from + h * a->from_strides[2], a->from_dtype, a->head_dim);
         }
     }

@@ -130,6 +130,11 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
     *a = _mm256_permute2f128_ps(low, high, 0x20);
     *b = _mm256_permute2f128_ps(low, high, 0x31);
 }
+static inline simd_f simd_butterfly(simd_f a, int apart) {
+    if (apart == 4) return _mm256_fmadd_ps(a, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(a, a, 0x01));
+    if (apart == 2) return _mm256_fmadd_ps(a, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_shuffle_ps(a, a, 0x4e));
+    return _mm256_fmadd_ps(a, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_shuffle_ps(a, a, 0xb1));
+}
 static inline simd_f simd_sum_lanes(const simd_f v[8]) {
     __m256 a[4], b[2];
 #pragma GCC unroll 8

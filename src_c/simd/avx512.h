@@ -204,6 +204,14 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
     *a = _mm512_permutex2var_ps(x, firsts, y);
     *b = _mm512_permutex2var_ps(x, _mm512_or_si512(firsts, _mm512_set1_epi32(8)), y);
 }
+static inline simd_f simd_butterfly(simd_f a, int apart) {
+    const __m512 b = apart == 8   ? _mm512_shuffle_f32x4(a, a, 0x4e)
+                     : apart == 4 ? _mm512_shuffle_f32x4(a, a, 0xb1)
+                     : apart == 2 ? _mm512_shuffle_ps(a, a, 0x4e)
+                                  : _mm512_shuffle_ps(a, a, 0xb1);
+    const __mmask16 seconds = apart == 8 ? 0xff00 : apart == 4 ? 0xf0f0 : apart == 2 ? 0xcccc : 0xaaaa;
+    return _mm512_fmadd_ps(a, _mm512_mask_blend_ps(seconds, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f)), b);
+}
 /* Sums of neighbours, which are interleaved with those of the next vector; likewise with quarters. */
 static inline simd_f simd_sum_lanes(const simd_f v[16]) {
     __m512 a[8], b[4];

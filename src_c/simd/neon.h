@@ -146,6 +146,10 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
     *a = vzip1q_f32(x, y);
     *b = vzip2q_f32(x, y);
 }
+static inline simd_f simd_butterfly(simd_f a, int apart) {
+    const float32x4_t halves = {1, 1, -1, -1}, pairs = {1, -1, 1, -1};
+    return apart == 2 ? vfmaq_f32(vextq_f32(a, a, 2), a, halves) : vfmaq_f32(vrev64q_f32(a), a, pairs);
+}
 static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     return vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
 }

@@ -100,6 +100,12 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
     *a = (simd_f){{x.lane[0], y.lane[0], x.lane[1], y.lane[1]}};
     *b = (simd_f){{x.lane[2], y.lane[2], x.lane[3], y.lane[3]}};
 }
+/* Lanes that are `apart` from each other, a power of two and a constant, become their sum and the first less the second. */
+static inline simd_f simd_butterfly(simd_f a, int apart) {
+    simd_f r;
+    SIMD_EACH(i) r.lane[i] = i & apart ? a.lane[i ^ apart] - a.lane[i] : a.lane[i] + a.lane[i ^ apart];
+    return r;
+}
 /* Lane i is the sum of the lanes of v[i], for SIMD_LANES vectors. */
 static inline simd_f simd_sum_lanes(const simd_f v[4]) {
     simd_f r;

@@ -132,6 +132,10 @@ static inline void simd_zip(simd_f *a, simd_f *b) {
     *a = wasm_i32x4_shuffle(x, y, 0, 4, 1, 5);
     *b = wasm_i32x4_shuffle(x, y, 2, 6, 3, 7);
 }
+static inline simd_f simd_butterfly(simd_f a, int apart) {
+    if (apart == 2) return wasm_f32x4_add(wasm_i32x4_shuffle(a, a, 2, 3, 0, 1), wasm_f32x4_mul(a, wasm_f32x4_const(1, 1, -1, -1)));
+    return wasm_f32x4_add(wasm_i32x4_shuffle(a, a, 1, 0, 3, 2), wasm_f32x4_mul(a, wasm_f32x4_const(1, -1, 1, -1)));
+}
 static inline simd_f simd_pair_sums(simd_f a, simd_f b) {
     return wasm_f32x4_add(wasm_i32x4_shuffle(a, b, 0, 2, 4, 6), wasm_i32x4_shuffle(a, b, 1, 3, 5, 7));
 }

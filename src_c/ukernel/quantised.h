@@ -12,14 +12,14 @@ typedef struct fa_quantised {
     /* 1 when all numbers are finite, whatever the integers are. */
     int (*finite)(fa_matrix rows, int64_t keys, int64_t dim);
 
-    /* The largest magnitude of n numbers, or NaN where one is not finite. */
-    float (*largest)(const float *row, int64_t n);
+    /* 1 when the magnitudes of n numbers are all below `most`, which that of NaN is not. */
+    int (*within)(const float *row, int64_t n, float most);
 
-    /* A row of dim numbers, quantised; where `to` is null nothing is written. Returns 0 when that cannot be. */
-    int (*quantise)(char *to, const float *row, int64_t dim, fastattn_dtype dtype);
+    /* A row of dim numbers, quantised, where they are within what can be. */
+    void (*quantise)(char *to, const float *row, int64_t dim, fastattn_dtype dtype);
 
-    /* Each block of the largest power of two that divides dim, times the orthonormal Hadamard matrix. */
-    void (*hadamard)(float *row, int64_t dim);
+    /* Each block of the largest power of two that divides dim, times the orthonormal Hadamard matrix; to may be from. */
+    void (*hadamard)(float *to, const float *from, int64_t dim);
 } fa_quantised;
 
 #define FA_QUANTISED_OF(suffix)                                                                                                 \

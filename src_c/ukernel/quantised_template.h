@@ -173,24 +173,30 @@ static void quantised_pv(float *o, const float *alpha, const float *p, int ld, i
     FA_BY_QUANTISED(v.dtype, quantised_pv_of, o, alpha, p, ld, rows, block, keys, v_head_dim);
 }
 
-/* The largest magnitude of n numbers, or NaN where one is not finite. */
-FA_INLINE float magnitude_of(const float *x, int64_t n) {
-    const simd_f zero = simd_set1(0.0f);
-    simd_f largest = zero, sum = zero;
-    for (int64_t d = 0; d < n; d += SIMD_LANES) {
-        const simd_f numbers = load_as(x + d, n - d, FASTATTN_FLOAT32);
-        largest = simd_max(simd_abs(numbers), largest);
-        sum = simd_fma(numbers, zero, sum);
-    }
-    return were_finite(sum) ? simd_largest(largest) : NAN;
+static int within(const float *row, int64_t n, float most) {
+    const simd_f bound = simd_set1(most);
+    simd_m beyond = simd_lt(bound, bound); /* none */
+    for (int64_t d = 0; d < n; d += SIMD_LANES)
+        beyond = simd_or(beyond, simd_not(simd_lt(simd_abs(load_as(row + d, n - d, FASTATTN_FLOAT32)), bound)));
+    return !simd_any(beyond);
 }
 
-static float largest_of(const float *row, int64_t n) { return magnitude_of(row, n); }
+/* The largest magnitude of n numbers, none of which is NaN. */
+FA_INLINE float magnitude_of(const float *x, int64_t n) {
+    enum { CHAINS = 4 };
+    simd_f largest[CHAINS];
+    FA_UNROLL for (int v = 0; v < CHAINS; v++) largest[v] = simd_set1(0.0f);
+    for (int64_t d = 0; d < n; d += CHAINS * SIMD_LANES)
+        FA_UNROLL for (int v = 0; v < CHAINS; v++) {
+            const int64_t at = d + v * SIMD_LANES;
+            if (at < n) largest[v] = simd_max(simd_abs(load_as(x + at, n - at, FASTATTN_FLOAT32)), largest[v]);
+        }
+    return simd_largest(simd_max(simd_max(largest[0], largest[1]), simd_max(largest[2], largest[3])));
+}
 
-/* Numbers times factor up to `most`. */
-FA_INLINE simd_f bounded(const float *x, int64_t n, float factor, float most) {
-    const simd_f number = simd_mul(load_as(x, n, FASTATTN_FLOAT32), simd_set1(factor));
-    return simd_max(simd_min(number, simd_set1(most)), simd_set1(-most));
+/* Numbers times factor, up to 7: a scale that float16 has rounded may be too small. */
+FA_INLINE simd_f bounded(const float *x, float factor) {
+    return simd_max(simd_min(simd_mul(simd_load(x), simd_set1(factor)), simd_set1(7.0f)), simd_set1(-7.0f));
 }
 
 /* To the nearest integer, of small numbers: the sum leaves no room for a fraction. */
@@ -198,82 +204,84 @@ FA_INLINE simd_f rounded(simd_f x) { return simd_sub(simd_add(x, simd_set1(12582
 
 FA_INLINE float factor_of(float scale) { return scale >= FLT_MIN ? 1.0f / scale : 0.0f; }
 
-static int quantise_int8(char *to, const float *row, int64_t dim) {
-    const float largest = magnitude_of(row, dim), quotient = largest / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f;
-    if (!(largest <= FLT_MAX)) return 0;
-    if (!to) return 1;
-    for (int64_t d = 0; d < dim; d += SIMD_LANES) {
-        const simd_f numbers = bounded(row + d, dim - d, factor_of(scale), 127.0f);
+static void quantise_int8(char *to, const float *row, int64_t dim) {
+    const float quotient = magnitude_of(row, dim) / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f, factor = factor_of(scale);
+    for (int64_t d = 0; d < dim; d += SIMD_LANES) { /* the largest is 127 but for rounding */
+        const simd_f numbers = simd_mul(load_as(row + d, dim - d, FASTATTN_FLOAT32), simd_set1(factor));
         char part[SIMD_LANES];
         if (dim - d >= SIMD_LANES) simd_store_i8(to + d, numbers);
         else simd_store_i8(part, numbers), memcpy(to + d, part, (size_t)(dim - d));
     }
     memcpy(to + dim, &scale, sizeof scale);
-    return 1;
 }
 
-static int quantise_int4(char *to, const float *row, int64_t dim) {
-    int possible = 1;
+static void quantise_int4(char *to, const float *row, int64_t dim) {
     for (int64_t d = 0; d < dim; d += FA_GROUP) {
         const uint16_t scale = fa_to_f16(magnitude_of(row + d, FA_GROUP) / 7.0f);
-        possible &= scale < 0x7c00;
-        if (!to) continue;
         const float factor = factor_of(fa_from_f16(scale));
         FA_UNROLL for (int i = 0; i < 16; i += SIMD_LANES) { /* as a signed byte: what is above 127 wraps around */
-            const simd_f low = rounded(bounded(row + d + i, SIMD_LANES, factor, 7.0f));
-            const simd_f high = rounded(bounded(row + d + 16 + i, SIMD_LANES, factor, 7.0f));
+            const simd_f low = rounded(bounded(row + d + i, factor)), high = rounded(bounded(row + d + 16 + i, factor));
             const simd_f wraps = simd_select(simd_lt(high, simd_set1(0.0f)), simd_set1(136.0f), simd_set1(136.0f - 256.0f));
             simd_store_i8(to + d / 2 + i, simd_add(simd_fma(high, simd_set1(16.0f), low), wraps));
         }
         memcpy(to + dim / 2 + d / 16, &scale, sizeof scale);
     }
-    return possible;
 }
 
-static int quantise(char *to, const float *row, int64_t dim, fastattn_dtype dtype) {
-    return dtype == FASTATTN_INT8 ? quantise_int8(to, row, dim) : quantise_int4(to, row, dim);
+static void quantise(char *to, const float *row, int64_t dim, fastattn_dtype dtype) {
+    if (dtype == FASTATTN_INT8) quantise_int8(to, row, dim);
+    else quantise_int4(to, row, dim);
 }
 
-/* A block of so many vectors, a constant: its first half and its second become their sums and differences in turn, so that all stages are
- * alike and every number is back in its place after the last (Pease, 1968). */
-FA_INLINE void hadamard_block(float *row, int vectors, simd_f factor) {
-    simd_f x[16], y[16];
-    FA_UNROLL for (int i = 0; i < vectors; i++) x[i] = simd_load(row + i * SIMD_LANES);
-    for (int n = 1; n < vectors * SIMD_LANES; n *= 2) {
-        FA_UNROLL for (int i = 0; i < vectors / 2; i++) {
-            y[2 * i] = simd_add(x[i], x[vectors / 2 + i]);
-            y[2 * i + 1] = simd_sub(x[i], x[vectors / 2 + i]);
-            simd_zip(&y[2 * i], &y[2 * i + 1]);
-        }
-        FA_UNROLL for (int i = 0; i < vectors; i++) x[i] = y[i];
+/* Numbers `apart` vectors from each other, of so many, become their sums and differences. */
+FA_INLINE void butterflies(simd_f *x, int vectors, int apart) {
+    FA_UNROLL for (int i = 0; i < vectors; i++) {
+        if (i & apart) continue;
+        const simd_f a = x[i], b = x[i + apart];
+        x[i] = simd_add(a, b);
+        x[i + apart] = simd_sub(a, b);
     }
-    FA_UNROLL for (int i = 0; i < vectors; i++) simd_store(row + i * SIMD_LANES, simd_mul(x[i], factor));
 }
 
-/* Blocks that do not fit the registers are halved until they do, and then those that are less than two vectors are turned one number after
- * the other. Rounding is the same: butterflies that are half a block apart come first. */
-static void hadamard(float *row, int64_t dim) {
+/* A block of so many vectors, a constant, in registers: its halves, the halves of these, and so on within each vector. */
+FA_INLINE void hadamard_block(float *to, const float *from, int vectors, simd_f factor) {
+    simd_f x[8];
+    FA_UNROLL for (int i = 0; i < vectors; i++) x[i] = simd_load(from + i * SIMD_LANES);
+    if (vectors > 4) butterflies(x, vectors, 4);
+    if (vectors > 2) butterflies(x, vectors, 2);
+    if (vectors > 1) butterflies(x, vectors, 1);
+    FA_UNROLL for (int i = 0; i < vectors; i++) {
+        if (SIMD_LANES > 8) x[i] = simd_butterfly(x[i], 8);
+        if (SIMD_LANES > 4) x[i] = simd_butterfly(x[i], 4);
+        simd_store(to + i * SIMD_LANES, simd_mul(simd_butterfly(simd_butterfly(x[i], 2), 1), factor));
+    }
+}
+
+/* Blocks that do not fit the registers are halved until they do, and those that are less than a vector are turned one number after the
+ * other. Rounding is the same: butterflies that are half a block apart come first. */
+static void hadamard(float *to, const float *from, int64_t dim) {
     const int64_t block = dim & -dim;
     const simd_f factor = simd_set1((float)(1.0 / sqrt((double)block)));
     int64_t apart = block / 2;
-    for (; apart > 0 && (2 * apart > 8 * SIMD_LANES || 2 * apart < 2 * SIMD_LANES); apart /= 2)
+    for (; apart > 0 && (2 * apart > 8 * SIMD_LANES || 2 * apart < SIMD_LANES); apart /= 2, from = to)
         for (int64_t d = 0; d < dim; d += 2 * apart)
             for (int64_t i = d; i < d + apart; i++) {
-                const float a = row[i], b = row[i + apart];
-                row[i] = a + b;
-                row[i + apart] = a - b;
+                const float a = from[i], b = from[i + apart];
+                to[i] = a + b;
+                to[i + apart] = a - b;
             }
     for (int64_t d = 0; d < dim && apart > 0; d += 2 * apart)
         switch (2 * apart / SIMD_LANES) {
-        case 2: hadamard_block(row + d, 2, factor); break;
-        case 4: hadamard_block(row + d, 4, factor); break;
-        case 8: hadamard_block(row + d, 8, factor); break;
+        case 1: hadamard_block(to + d, from + d, 1, factor); break;
+        case 2: hadamard_block(to + d, from + d, 2, factor); break;
+        case 4: hadamard_block(to + d, from + d, 4, factor); break;
+        case 8: hadamard_block(to + d, from + d, 8, factor); break;
         }
-    for (int64_t d = 0; d < dim && apart == 0; d++) row[d] *= (float)(1.0 / sqrt((double)block));
+    for (int64_t d = 0; d < dim && apart == 0; d++) to[d] = from[d] * (float)(1.0 / sqrt((double)block));
 }
 
 #define FA_QUANTISED_TABLE(suffix)                                                                                                  \
-    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, largest_of, quantise, hadamard};              \
+    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, within, quantise, hadamard};                  \
     void fastattn_quantised_qk_##suffix(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,         \
                                         int64_t head_dim) {                                                                         \
         quantised_qk(s, q, ld, rows, k, from, keys, head_dim);                                                                      \

@@ -101,6 +101,14 @@ static void check_lanes(struct rng *rng) {
         simd_zip(&a, &b);
         EXPECT_FLOATS(a, x[i % 2][i / 2]);
         EXPECT_FLOATS(b, x[i % 2][(SIMD_LANES + i) / 2]);
+        EXPECT_FLOATS(simd_butterfly(v[0], 1), i & 1 ? x[0][i ^ 1] - x[0][i] : x[0][i] + x[0][i ^ 1]);
+        EXPECT_FLOATS(simd_butterfly(v[0], 2), i & 2 ? x[0][i ^ 2] - x[0][i] : x[0][i] + x[0][i ^ 2]);
+#if SIMD_LANES > 4
+        EXPECT_FLOATS(simd_butterfly(v[0], 4), i & 4 ? x[0][i ^ 4] - x[0][i] : x[0][i] + x[0][i ^ 4]);
+#endif
+#if SIMD_LANES > 8
+        EXPECT_FLOATS(simd_butterfly(v[0], 8), i & 8 ? x[0][i ^ 8] - x[0][i] : x[0][i] + x[0][i ^ 8]);
+#endif
         simd_transpose(v);
         EACH_LANE(j) EXPECT_FLOATS(v[j], x[i][j]);
 
