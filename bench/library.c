@@ -24,7 +24,7 @@ enum { DIM = 64, MOST_QUERIES = 64, MOST_KEYS = 8192, MOST_SIDES = 8 };
 
 static alignas(64) float q[MOST_QUERIES * DIM], k[MOST_KEYS * DIM], v[MOST_KEYS * DIM], out[MOST_QUERIES * DIM];
 static alignas(64) uint16_t q16[MOST_QUERIES * DIM], k16[MOST_KEYS * DIM], v16[MOST_KEYS * DIM], out16[MOST_QUERIES * DIM];
-static alignas(64) unsigned char workspace[4 << 20], of_plan[4 << 20];
+static alignas(64) unsigned char workspace[1 << 20], of_plan[1 << 20];
 static int queries, keys;
 
 /* Milakov and Gimelshein's recurrence, a key at a time. */
