@@ -12,9 +12,11 @@ from . import runtime
 from ._call import NAMES, Call, Names
 from ._check import (
     as_array,
+    as_dense,
     as_float32,
     broadcast_mask,
     check_dtype,
+    dtype_name,
     finite,
     flag,
     is_block_mask,
@@ -352,7 +354,7 @@ def merge_states(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[NDArray[
     for n, (part, part_lse) in enumerate(zip(outs, lses)):
         if part.shape != first.shape:
             raise ValueError(f"outs[{n}] must have the shape of outs[0], {first.shape}; got {part.shape}")
-        if part.dtype.name != first.dtype.name:
+        if dtype_name(part.dtype) != dtype_name(first.dtype):
             raise TypeError(f"outs[{n}] must have the dtype of outs[0], {first.dtype}; got {part.dtype}")
         if part_lse.shape != first.shape[:-1]:
             raise ValueError(f"lses[{n}] must have shape {first.shape[:-1]}; got {part_lse.shape}")
@@ -360,7 +362,7 @@ def merge_states(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[NDArray[
     out, lse = np.empty(first.shape, dtype), np.empty(first.shape[:-1], np.float32)
     rows, v_head_dim = lse.size, first.shape[-1]
     backend.merge_states(
-        [np.require(part, dtype, "CA").reshape(rows, v_head_dim) for part in outs],
+        [as_dense(part, dtype).reshape(rows, v_head_dim) for part in outs],
         [part_lse.reshape(rows) for part_lse in lses],
         out.reshape(rows, v_head_dim),
         lse.reshape(rows),
