@@ -4,7 +4,7 @@
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
  * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, unless there are only SHORT_ROWS rows or fewer
- * and a row may have other bits in company: the slots that begin with `turned` turn keys for any number of rows.
+ * and a row may have other bits in company: the slots that begin with `turned` turn keys, or spread their numbers, for any of them.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
