@@ -17,6 +17,13 @@ static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t h
     return pairs_keys(1, 1, room, stored, keys, head_dim);
 }
 
+/* The product of pairs that lie side by side across. */
+static FA_NOINLINE void dot_across(int rows, int64_t count, const tile_operands *operands) {
+    tile_operands x = *operands;
+    x.across = 1, x.ahead = 0;
+    tile_product(TILE_BFLOAT16, rows, count, x);
+}
+
 static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
     const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1,
@@ -60,7 +67,7 @@ static void dot_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k,
         turn_pairs(turned, &places, keys, d, steps, head_dim);
         const tile_operands x = {.c = scores, .c_ld = DOT_KEYS, .adds = d > 0, .a = q + d * ld, .across = 1, .along = ld,
                                  TILE_PANEL(turned, DOT_KEYS), .steps = steps, .run = run};
-        tile_product(TILE_BFLOAT16, (int)fa_round_up(keys, SIMD_LANES), rows, x);
+        dot_across((int)fa_round_up(keys, SIMD_LANES), rows, &x);
         d += run;
     } while (d < pairs);
     for (int64_t j = 0; j < keys; j += SIMD_LANES) {
@@ -97,7 +104,7 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
     const int64_t steps = (keys + 1) / 2;
     const tile_operands x = {.c = o, .alpha = alpha, .a = pairs, .across = 1, .along = v.stride / (int64_t)sizeof(float),
                              TILE_PANEL(p, ld), .c_ld = ld, .steps = steps, .run = steps > 0 ? steps : 1};
-    tile_product(TILE_BFLOAT16, rows, fa_sums_row(v_head_dim) + 1, x);
+    dot_across(rows, fa_sums_row(v_head_dim) + 1, &x);
 }
 
 /* Where a panel is alone, bfloat16 values of two keys need not be put side by side for others: rows and numbers change sides in the

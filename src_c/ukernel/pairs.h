@@ -164,6 +164,13 @@ FA_INLINE void power_pair(int planes, int summed, int near, const powers_of *x, 
     *sum = simd_add(*sum, simd_add(powers[0], powers[1]));
 }
 
+/* The same for one vector, of any number of keys and where some row is not near, which are both rare. */
+static FA_NOINLINE void far_pairs(int planes, const powers_of *x, int v, const float *s, float *p, ptrdiff_t ld, int64_t keys,
+                                  __m512i *largest, simd_f *sum) {
+    for (int64_t j = 0; j < keys; j += 2)
+        power_pair(planes, 1, 0, x, v, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
+}
+
 /* What another unit has to do meanwhile, in pieces: as many as there are for the first `part` of `parts`. Returns the part before
  * which it has nothing more to do. */
 typedef int64_t pairs_beside(void *work, int64_t part, int64_t parts);
@@ -177,17 +184,8 @@ FA_INLINE void power_pairs(int planes, int vectors, int summed, const powers_of 
             power_pair(planes, summed, 1, x, v, s + j * ld + v * SIMD_LANES, ld, 1,
                        p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
     }
-    if (j < keys)
-        FA_UNROLL for (int v = 0; v < vectors; v++)
-            power_pair(planes, summed, 1, x, v, s + j * ld + v * SIMD_LANES, ld, 0,
-                       p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
-}
-
-/* The same for one vector where some row is not near, which is rare. */
-static FA_NOINLINE void far_pairs(int planes, const powers_of *x, int v, const float *s, float *p, ptrdiff_t ld, int64_t keys,
-                                  __m512i *largest, simd_f *sum) {
-    for (int64_t j = 0; j < keys; j += 2)
-        power_pair(planes, 1, 0, x, v, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
+    for (int v = 0; j < keys && v < vectors; v++)
+        far_pairs(planes, x, v, s + j * ld + v * SIMD_LANES, p + j / 2 * planes * ld + v * SIMD_LANES, ld, 1, &largest[v], &sum[v]);
 }
 
 FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const float *s, float *p, ptrdiff_t ld, int64_t keys,

@@ -94,7 +94,7 @@ static const float unchanged[FA_PANEL_ROWS] = {
 
 /* Steps of a full tile without a branch: fewer rounds are better foretold, and a misprediction costs two steps. By rows there are as many
  * rounds as keys. */
-#define FA_TILE_UNROLL 4
+#define FA_TILE_UNROLL 2
 
 FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t n, int w) {
     const int64_t beside = kind.beside ? w * x->rows.beside : 0;
