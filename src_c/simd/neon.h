@@ -114,6 +114,9 @@ static inline void simd_zip_halves(simd_f *a, simd_f *b) {
     *a = vreinterpretq_f32_u16(vzip1q_u16(x, y));
     *b = vreinterpretq_f32_u16(vzip2q_u16(x, y));
 }
+/* The same within each quarter of a vector, of which there is one here; and lanes that lie so, in order. */
+static inline void simd_zip_near_halves(simd_f *a, simd_f *b) { simd_zip_halves(a, b); }
+static inline void simd_zip_quarters(simd_f *a, simd_f *b) { (void)a, (void)b; }
 #endif
 static inline simd_f simd_max(simd_f a, simd_f b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline simd_f simd_min(simd_f a, simd_f b) { return vbslq_f32(vcltq_f32(a, b), a, b); }

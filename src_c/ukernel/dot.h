@@ -7,7 +7,8 @@ enum {
     MOST_TURNED = 32, /* pairs of a run: those of tile_run() */
     MOST_TURNED_ROWS = 11, /* with more, lanes of rows are full enough */
     FEWEST_ALONE = 8, /* rows of a panel that is alone */
-    MOST_ALONE = 32
+    MOST_ALONE = 32,
+    MOST_FEW = 12 /* of these, for which no keys turn */
 };
 
 /* Keys whose pairs are aligned are read where they lie. */
@@ -140,6 +141,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
                            .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
         x.rows.column = d * 2;
+        x.ends = v_head_dim - d <= HALVES;
         if (v_head_dim - d < HALVES || keys % 2 != 0) {
             for (int64_t j = 0; j < keys + keys % 2; j++) {
                 __m512i halves[2] = {_mm512_setzero_si512()};
@@ -159,13 +161,102 @@ static int dot_rows_unpack(void *const *outputs, int count, const float *o, int 
     return unpack_rows(outputs, count, o, fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP, factor, v_head_dim, dtype);
 }
 
-#define DOT_SLOTS                                                                                                             \
-    .pack = pairs_pack_1, .keys = dot_keys, .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
+/* The fewest of these rows: lanes are pairs of a key's numbers, whose products are summed across lanes for a few keys and rows at a time, and
+ * no key turns. Sums are formed in another order than among many rows. */
+
+static void dot_few_pack(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype, float sign) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    (void)ld;
+    for (int row = 0; row < rows; row++)
+        for (int64_t d = 0; d < head_dim; d += HALVES) {
+            __m512i halves[2];
+            halves_of(1, halves, (const char *)rows_of[row] + d * fa_size_of(dtype), head_dim - d, dtype, sign);
+            _mm512_storeu_si512(q + row * pitch + d / 2, halves[0]);
+        }
+}
+
+enum { FEW_WIDTH = 8, FEW_KEYS = 4 }; /* rows of a tile, at most, and keys that all rows meet before the next ones come */
+
+typedef struct dot_few_keys {
+    const char *key[FEW_KEYS];
+    uintptr_t later[FEW_KEYS];
+} dot_few_keys;
+
+/* sum[key][row] of the pairs of 32 numbers, or fewer, from d on. */
+FA_INLINE void dot_few_step(int width, int asks, simd_f *sum, const float *q, int64_t pitch, const dot_few_keys *k, int first, int64_t d,
+                            __mmask32 there) {
+    FA_UNROLL for (int i = 0; i < SIMD_LANES / width; i++) {
+        const char *const at = k->key[first + i] + d * 2;
+        const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(there, at);
+        const simd_f pairs = _mm512_castsi512_ps(bits);
+        if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)(d * 2)));
+        FA_UNROLL for (int r = 0; r < width; r++)
+            sum[i * width + r] = simd_dot_bf16(pairs, simd_load(q + r * pitch + d / 2), sum[i * width + r]);
+    }
+}
+
+/* The scores of `width` rows, a constant as `first` and `asks` are, with as many keys as fill a vector. */
+FA_INLINE simd_f dot_few_tile(int width, int asks, const float *q, int64_t pitch, const dot_few_keys *k, int first, int64_t head_dim) {
+    simd_f sum[SIMD_LANES];
+    int64_t d = 0;
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) sum[i] = simd_set1(0.0f);
+    for (; d + HALVES <= head_dim; d += HALVES) dot_few_step(width, asks, sum, q, pitch, k, first, d, 0xffffffffu);
+    if (d < head_dim) dot_few_step(width, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
+    return simd_sum_lanes(sum);
+}
+
+/* Stores them: of a vector of rows all lanes, or the last 8. Those beyond the rows take the last one's. */
+FA_INLINE void dot_few_scores(int width, int whole, float *to, int ld, const float *q, int64_t pitch, int rows, const dot_few_keys *k,
+                              int64_t head_dim) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i row = _mm512_min_epi32(lanes, _mm512_set1_epi32((rows < width ? rows : width) - 1));
+    const int tile_keys = SIMD_LANES / width;
+    FA_UNROLL for (int first = 0; first < FEW_KEYS; first += tile_keys) {
+        const simd_f sums = dot_few_tile(width, whole, q, pitch, k, first, head_dim);
+        FA_UNROLL for (int i = 0; i < tile_keys; i++, to += ld) {
+            const simd_f scores = _mm512_permutexvar_ps(_mm512_add_epi32(row, _mm512_set1_epi32(i * width)), sums);
+            if (whole) simd_store(to, scores);
+            else _mm256_storeu_ps(to, _mm512_castps512_ps256(scores));
+        }
+    }
+}
+
+static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    const char *first_row;
+    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
+    for (int64_t j = 0; j < keys; j += FEW_KEYS) {
+        dot_few_keys x;
+        FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) {
+            const int64_t key = j + i < keys ? j + i : keys - 1;
+            x.key[i] = tile_row(&places, key);
+            x.later[i] = tile_later(&places, key);
+            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1))); /* rows need not begin with a line */
+        }
+        for (int row = 0; row < rows; row += SIMD_LANES) {
+            float *const to = s + j * ld + row;
+            const float *const of = q + row * pitch, *const last = of + FEW_WIDTH * pitch;
+            const int left = rows - row - FEW_WIDTH;
+            dot_few_scores(FEW_WIDTH, 1, to, ld, of, pitch, rows - row, &x, head_dim);
+            if (left > FEW_WIDTH / 2) dot_few_scores(FEW_WIDTH, 0, to + FEW_WIDTH, ld, last, pitch, left, &x, head_dim);
+            else if (left > 0) dot_few_scores(FEW_WIDTH / 2, 0, to + FEW_WIDTH, ld, last, pitch, left, &x, head_dim);
+        }
+    }
+}
+
+#define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
+#define DOT_LANES .pack = pairs_pack_1, .keys = dot_keys, DOT_SLOTS
+#define DOT_ALONE                                                                                                                  \
+    .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_over_many = FEWEST_ALONE,                \
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack
+
+const fa_products fastattn_products_bfloat16_few_avx512 = {
+    .name = "bfloat16_few_avx512", .q_by_rows = 1, .panel_rows = MOST_FEW, .pack = dot_few_pack, .keys = as_stored, .qk = dot_few_qk, DOT_SLOTS,
+    DOT_ALONE};
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
-    .name = "bfloat16_rows_avx512", .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE,
-    .fewest_rows_over_many = FEWEST_ALONE, .panel_rows = MOST_ALONE, .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1,
-    .sums = 1, .values = as_stored, .qk = dot_rows_qk, .pv = dot_rows_pv, .unpack = dot_rows_unpack, DOT_SLOTS};
+    .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512, .qk = dot_rows_qk, DOT_LANES,
+    DOT_ALONE};
 
 static const fa_products dot_few_quantised = {
     .name = "bfloat16_quantised_rows_avx512", .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
@@ -174,7 +265,9 @@ static const fa_products dot_few_quantised = {
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
     .alone = &fastattn_products_bfloat16_rows_avx512, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
-    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_SLOTS};
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_LANES};
 
+#undef DOT_ALONE
+#undef DOT_LANES
 #undef DOT_SLOTS
 #endif

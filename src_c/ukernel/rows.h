@@ -11,12 +11,13 @@
  * requests are in flight all the time: the processor foresees rows that follow each other, up to the end of a page, and rows
  * apart, as those of one head in a (length, heads, head_dim) cache, not at all. */
 
-/* Vectors of a strip: many, while one tile holds all rows, and else as few as let many rows share what is read. */
+/* Vectors of turned keys: many, while one tile holds all rows, and else as few as let many rows share what is read. */
 FA_INLINE int rows_vectors(int rows) { return rows <= SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) ? SIMD_TILE_VECTORS : 2; }
 
 enum {
     TURNED_NUMBERS = 64, /* of head_dim, at a time: no run of tile_run() is longer */
-    SHORT_ROWS = 12      /* and fewer are not worth turning keys for */
+    SHORT_ROWS = 24,     /* and fewer are not worth turning keys for */
+    SHORT_POWERS = 12    /* nor for the softmax, which turns scores */
 };
 
 /* Memory is asked for a line of what will be read later. */
@@ -95,87 +96,115 @@ static FA_NOINLINE void few_scores(float *s, const float *q, const tile_rows *k,
     simd_store(s, dots);
 }
 
-/* The products of one key with `rows` rows, number by number: a sum across lanes is still due. Whole keys, for a line that two loads share
- * is near then. */
-FA_INLINE void key_products(int rows, simd_f *sum, int apart, const float *q, int64_t pitch, const char *key, uintptr_t later,
-                            int64_t head_dim, fastattn_dtype dtype) {
+/* Without turned keys lanes are the numbers of a key, whose products are summed across lanes, for so many keys and rows at a time. Here,
+ * and in short_softmax, a row's bits depend on how many there are. */
+enum {
+    SHORT_SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8,
+    SHORT_TILE = 4 /* rows of a tile, at most */
+};
+
+/* The products of a row with a key of its own, whole keys one after the other: they are read in the order of memory. */
+FA_INLINE simd_f key_products(const float *q, const char *key, uintptr_t later, int64_t head_dim, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
-    simd_f products[4];
+    simd_f sum = simd_set1(0.0f);
     simd_fetch((const char *)(later + (uintptr_t)(head_dim * size - 1)));
-    FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_set1(0.0f);
-    int64_t d = 0;
-    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) {
+    for (int64_t d = 0; d < head_dim; d += SIMD_LANES) {
         fetch_later(later, d * size);
-        const simd_f numbers = load_full(key + d * size, dtype);
-        FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_fma(numbers, simd_load(q + r * pitch + d), products[r]);
+        sum = simd_fma(load_as(key + d * size, head_dim - d, dtype), simd_load(q + d), sum);
     }
-    if (d < head_dim) {
-        const simd_f numbers = load_as(key + d * size, head_dim - d, dtype);
-        FA_UNROLL for (int r = 0; r < rows; r++) products[r] = simd_fma(numbers, simd_load(q + r * pitch + d), products[r]);
-    }
-    FA_UNROLL for (int r = 0; r < rows; r++) sum[r * apart] = products[r];
+    return sum;
 }
 
-/* The same of key n, or of the keys of these rows that lie beside each other there. */
-FA_INLINE void products_of_key(int rows, int beside, simd_f *sum, int apart, const float *q, int64_t pitch, const tile_rows *k, int64_t n,
-                               int64_t head_dim, fastattn_dtype dtype) {
-    const char *const key = tile_row(k, n);
-    const uintptr_t later = tile_later(k, n);
-    if (!beside) key_products(rows, sum, apart, q, pitch, key, later, head_dim, dtype);
-    else for (int r = 0; r < rows; r++)
-        key_products(1, sum + r * apart, apart, q + r * pitch, pitch, key + r * k->beside, later + (uintptr_t)(r * k->beside), head_dim, dtype);
-}
+/* What a tile multiplies, and what will be read in the place of its keys later. */
+typedef struct short_operands {
+    const float *q[SHORT_TILE];
+    const char *key[SHORT_SUMS];
+    uintptr_t later[SHORT_SUMS];
+} short_operands;
 
-/* Four rows, two or one (a constant) without turned keys: lanes are the numbers of a key, whose products are summed across lanes, for
- * as many keys at a time as there are lanes for their sums. Here, and in short_softmax, a row's bits depend on how many there are. */
-FA_INLINE void short_scores(int rows, int beside, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys,
-                            int64_t head_dim, fastattn_dtype dtype) {
-    enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
-    const int tile_keys = SUMS / rows;
-    if (keys <= tile_keys / 4) {
-        tile_rows own = *k;
-        for (int r = 0; r < rows; r++, own.column += own.beside) few_scores(s + r * ld, q + r * pitch, &own, keys, head_dim, dtype);
-        return;
-    }
-    for (int64_t first = 0; first < keys; first += tile_keys) {
-        const int64_t last = keys - 1 - first;
-        simd_f sum[SUMS];
-        float dots[SUMS];
-        if (rows == 4 && !beside) /* their sums stay in registers */
-            FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
-                products_of_key(4, 0, sum + j, SUMS / 4, q, pitch, k, first + (j < last ? j : last), head_dim, dtype);
-        else for (int j = 0; j < tile_keys; j++)
-            FA_BY_STORAGE(dtype, products_of_key, rows, beside, sum + j, tile_keys, q, pitch, k, first + (j < last ? j : last), head_dim)
-        FA_UNROLL for (int i = 0; i < SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
-        FA_UNROLL for (int r = 0; r < rows; r++)
-            memcpy(s + r * ld + first, dots + r * tile_keys, (size_t)tile_keys * sizeof(float));
+/* sum[row][key] of n numbers from d on: each that is loaded of a row is for all keys, and the reverse. */
+FA_INLINE void short_step(int rows, simd_f *sum, const short_operands *x, int asks, int64_t d, int64_t n, fastattn_dtype dtype) {
+    const int keys = SHORT_SUMS / rows;
+    const int64_t at = d * fa_size_of(dtype);
+    simd_f q[SHORT_TILE];
+    FA_UNROLL for (int r = 0; r < rows; r++) q[r] = simd_load(x->q[r] + d);
+    FA_UNROLL for (int i = 0; i < keys; i++) {
+        if (asks) fetch_later(x->later[i], at);
+        const simd_f key = load_as(x->key[i] + at, n, dtype);
+        FA_UNROLL for (int r = 0; r < rows; r++) sum[r * keys + i] = simd_fma(key, q[r], sum[r * keys + i]);
     }
 }
 
-FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
-                           fastattn_dtype dtype) {
+FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int asks, int64_t head_dim, fastattn_dtype dtype) {
+    int64_t d = 0;
+    FA_UNROLL for (int i = 0; i < SHORT_SUMS; i++) sum[i] = simd_set1(0.0f);
+    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) short_step(rows, sum, x, asks, d, SIMD_LANES, dtype);
+    if (d < head_dim) short_step(rows, sum, x, asks, d, head_dim - d, dtype);
+}
+
+/* Tiles are of `width` rows, a constant; the last row stands for those that a tile has too many. All rows meet a few keys before the next
+ * ones come, and memory is asked with the first of them. Sums lie tile by tile, and those of a row come together when all are in memory. */
+FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int rows, const tile_rows *k, int64_t keys, int64_t head_dim,
+                            fastattn_dtype dtype) {
+    const int tile_keys = SHORT_SUMS / width;
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), tiles = fa_round_up(keys, tile_keys) / tile_keys;
+    float sums[FA_PANEL_ROWS * SHORT_SUMS];
+    for (int64_t t = 0; t < tiles; t++) {
+        short_operands x;
+        FA_UNROLL for (int i = 0; i < tile_keys; i++) {
+            const int64_t key = t * tile_keys + i < keys ? t * tile_keys + i : keys - 1;
+            x.key[i] = tile_row(k, key);
+            x.later[i] = tile_later(k, key);
+            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * fa_size_of(dtype) - 1))); /* the line that a row ends in */
+        }
+        for (int row = 0; row < rows; row += width) {
+            simd_f sum[SHORT_SUMS];
+            float *const to = sums + (row * tiles + t * width) * tile_keys;
+            FA_UNROLL for (int r = 0; r < width; r++) x.q[r] = q + (row + r < rows ? row + r : rows - 1) * pitch;
+            short_tile(width, sum, &x, row == 0, head_dim, dtype);
+            FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) simd_store(to + i, simd_sum_lanes(sum + i));
+        }
+    }
+    for (int row = 0; row < rows; row++)
+        for (int64_t t = 0; t < tiles; t++)
+            memcpy(s + row * ld + t * tile_keys, sums + (row / width * tiles + t) * SHORT_SUMS + row % width * tile_keys,
+                   (size_t)tile_keys * sizeof(float));
+}
+
+FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    for (int64_t j = 0; j < keys; j += SHORT_SUMS) {
+        const char *first_row;
+        const tile_rows places = tile_rows_of(fa_rows_from(k, j), &first_row);
+        const int64_t n = keys - j < SHORT_SUMS ? keys - j : SHORT_SUMS;
+        if (rows == 1) {
+            if (n <= SHORT_SUMS / 4) few_scores(s + j, q, &places, n, head_dim, dtype);
+            else short_scores(1, s + j, ld, q, rows, &places, n, head_dim, dtype);
+        } else if (rows == 2)
+            short_scores(2, s + j, ld, q, rows, &places, n, head_dim, dtype);
+        else
+            short_scores(SHORT_TILE, s + j, ld, q, rows, &places, n, head_dim, dtype);
+    }
+}
+
+/* Rows that have keys of their own, beside each other. */
+FA_INLINE void beside_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
     const char *first_row;
     const tile_rows places = tile_rows_of(k, &first_row);
-    for (; rows >= 4; rows -= 4, s += 4 * ld, q += 4 * pitch) short_scores(4, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
-    if (rows & 2) short_scores(2, 0, s, ld, q, pitch, &places, keys, head_dim, dtype);
-    if (rows & 1) short_scores(1, 0, s + (rows - 1) * ld, ld, q + (rows - 1) * pitch, pitch, &places, keys, head_dim, dtype);
-}
-
-static FA_NOINLINE void short_qk(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, short_qk_of, k, s, q, ld, rows, keys, head_dim)
-}
-
-/* Each row with keys of its own, whose storage type is asked for every key. */
-static FA_NOINLINE void beside_qk(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim) {
-    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
-    const char *first_row;
-    tile_rows places = tile_rows_of(k, &first_row);
-    for (int n; rows > 0; rows -= n, s += n * ld, q += n * pitch, places.column += n * k.beside) {
-        n = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-        if (n == 4) short_scores(4, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
-        else if (n == 2) short_scores(2, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
-        else short_scores(1, 1, s, ld, q, pitch, &places, keys, head_dim, k.dtype);
+    enum { TILE_KEYS = SHORT_SUMS / TILE_MOST_BESIDE };
+    simd_f sum[SHORT_SUMS] = {simd_set1(0.0f)};
+    for (int64_t first = 0; first < keys; first += TILE_KEYS) {
+        float dots[SHORT_SUMS];
+        for (int i = 0; i < TILE_KEYS; i++) {
+            const int64_t n = first + i < keys ? first + i : keys - 1;
+            const char *const key = tile_row(&places, n);
+            const uintptr_t later = tile_later(&places, n);
+            for (int r = 0; r < rows; r++)
+                sum[r * TILE_KEYS + i] =
+                    key_products(q + r * pitch, key + r * k.beside, later + (uintptr_t)(r * k.beside), head_dim, dtype);
+        }
+        FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) simd_store(dots + i, simd_sum_lanes(sum + i));
+        for (int r = 0; r < rows; r++) memcpy(s + r * ld + first, dots + r * TILE_KEYS, TILE_KEYS * sizeof(float));
     }
 }
 
@@ -280,9 +309,13 @@ static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, i
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    if (rows > SHORT_ROWS) turned_qk(s, q, ld, rows, k, from, keys, head_dim);
-    else if (k.beside) beside_qk(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim);
-    else short_qk(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim);
+    if (rows > SHORT_ROWS)
+        turned_qk(s, q, ld, rows, k, from, keys, head_dim);
+    else if (k.beside) {
+        FA_BY_STORAGE(k.dtype, beside_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    } else {
+        FA_BY_STORAGE(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    }
 }
 
 FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
@@ -291,9 +324,10 @@ FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha,
     const char *first_row;
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
                        .rows = tile_rows_of(v, &first_row), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
-    int vectors = rows_vectors(rows);
+    int vectors = SIMD_TILE_VECTORS;
     for (int64_t left = v_head_dim; left > 0; left -= vectors * SIMD_LANES) {
         while (vectors > 1 && left < vectors * SIMD_LANES) vectors /= 2;
+        x.ends = left <= vectors * SIMD_LANES;
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
         case 4: tile_strip(kind, 4, rows, x); break;
@@ -332,7 +366,7 @@ FA_INLINE float first_lane(simd_f x) {
     return lanes[0];
 }
 
-/* The softmax of up to SHORT_ROWS rows, whose keys stay lanes throughout. */
+/* The softmax of up to SHORT_POWERS rows, whose keys stay lanes throughout. */
 FA_INLINE void short_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
     const simd_f scale = simd_set1(c);
     for (int r = 0; r < rows; r++, s += ld, p += ld) {
@@ -392,7 +426,7 @@ static void turned_softmax(float *s, float *p, int ld, int rows, int64_t keys, f
 }
 
 static void rows_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
-    if (rows > SHORT_ROWS)
+    if (rows > SHORT_POWERS)
         turned_softmax(s, p, ld, rows, keys, c, m, l, alpha);
     else
         short_softmax(s, p, ld, rows, keys, c, m, l, alpha);

@@ -18,6 +18,9 @@ FA_ASSERT_CONSTANT(FA_ROW_STEP % SIMD_LANES == 0, rows_come_in_whole_vectors);
  * for every element across and one for every lane. */
 enum { TILE_FLOAT32, TILE_BFLOAT16, TILE_INT16 };
 
+/* By rows, what a tile asks memory for: the first half of what will be read in the place of its strip, the last, and the line that it ends in. */
+enum { TILE_ASKS_FIRST = 1, TILE_ASKS_LAST = 2, TILE_ASKS_END = 4 };
+
 /* What is a constant wherever a tile is inlined. Legal are any storage type with numbers, by rows or not, ragged or not; pairs of
  * halves are a panel of float32 to this file. */
 typedef struct tile_kind {
@@ -84,6 +87,7 @@ typedef struct tile_operands {
     int64_t steps, run;
     int64_t ahead; /* rows of elements (whose `along` is 1) from those in use to what will be read next, which memory is asked for
                       meanwhile, as for the rows of a panel; 0: nothing */
+    int ends, asks; /* by rows: whether the strip is the last of its rows, and what the tile asks for */
     const float *units, *lane_units;
 } tile_operands;
 
@@ -108,9 +112,12 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
     if (!x->ahead) return;
     if (kind.by_rows) {
         const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)(kind.beside ? w * x->rows.beside : 0);
-        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage);
-        FA_UNROLL for (int64_t at = 0; at <= bytes; at += 64) /* and the line that it ends in */
-            simd_fetch((const char *)(later + (uintptr_t)(at < bytes ? at : at - 1)));
+        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage), half = bytes / 128 * 64;
+        if (x->asks & TILE_ASKS_FIRST)
+            FA_UNROLL for (int64_t at = 0; at < half; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+        if (x->asks & TILE_ASKS_LAST)
+            FA_UNROLL for (int64_t at = half; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+        if (x->asks & TILE_ASKS_END) simd_fetch((const char *)(later + (uintptr_t)(bytes - 1))); /* a row need not end with a line */
     } else if (vectors <= 2) {
         const int64_t element = n + (n % LINE + x->ahead) * x->across;
         simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)element * sizeof(float)));
@@ -128,7 +135,7 @@ FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile
         FA_UNROLL for (int v = 0; v < vectors; v += 2) {
             b[v] = load_full(even + v * bytes, FASTATTN_FLOAT32);
             b[v + 1] = load_full(odd + v * bytes, FASTATTN_FLOAT32);
-            simd_zip_halves(&b[v], &b[v + 1]);
+            simd_zip_near_halves(&b[v], &b[v + 1]);
         }
         return;
     }
@@ -150,8 +157,13 @@ FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_T
     }
 }
 
-/* Sums of integers as numbers. */
+/* Sums of integers as numbers, and those of pairs that were made within quarters in order. */
 FA_INLINE void tile_sums(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x) {
+#ifdef SIMD_PAIRS
+    if (kind.paired)
+        FA_UNROLL for (int w = 0; w < width; w++)
+            FA_UNROLL for (int v = 0; v < vectors; v += 2) simd_zip_quarters(&acc[w][v], &acc[w][v + 1]);
+#endif
     if (kind.multiply != TILE_INT16) return;
     FA_UNROLL for (int v = 0; v < vectors; v++) {
         const simd_f lane_unit = simd_load(x->lane_units + v * SIMD_LANES);
@@ -217,20 +229,25 @@ FA_INLINE void tile_of(tile_kind kind, int width, int vectors, const tile_operan
 }
 
 /* All `count` elements across, for `vectors` vectors of the panel. The last two tiles share what is left evenly, because a
- * narrow tile cannot keep the multipliers busy. */
+ * narrow tile cannot keep the multipliers busy. By rows the first two share what memory is asked for, or it would
+ * be in a hurry and then idle. */
 FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_operands x) {
     const int widest = tile_widest(kind, vectors);
-    while (count > 0) {
+    const int64_t tiles = (count + widest - 1) / widest;
+    for (int64_t n = 1; count > 0; n++) {
         int width = (int)count;
         if (count > widest) width = count >= 2 * widest ? widest : (int)((count + 1) / 2);
         if (!tile_has(kind, width, vectors)) width = count >= widest ? widest : (width + 1) / 2;
+        if (kind.by_rows) {
+            x.asks = kind.beside || n == 1 ? TILE_ASKS_FIRST : 0;
+            if (kind.beside || n == 2 || tiles == 1) x.asks |= TILE_ASKS_LAST | (x.ends ? TILE_ASKS_END : 0);
+        }
         tile_of(kind, width, vectors, &x);
         x.c += width * x.c_ld;
         x.a += width * x.across;
         if (kind.by_rows && x.alpha) x.alpha += width;
         if (kind.multiply == TILE_INT16) x.units += width * x.across;
         if (kind.beside) x.rows.column += width * x.rows.beside;
-        else if (kind.by_rows) x.ahead = 0; /* once is enough */
         count -= width;
     }
 }

@@ -16,8 +16,8 @@
  *
  * Few rows would leave most lanes empty. There the same products change sides: keys, turned a few at a time, and values as they
  * lie are the vectors, numbers of Q and P the single elements, and Q, S, P and O lie row by row. Which way a table takes it
- * says itself (by_rows; o_by_rows: the second product alone); the loop, which only moves pointers, asks for the strides below.
- * Sums are formed in the same order either way, so that float32 tables can give a row the same bits.
+ * says itself (by_rows; o_by_rows: the second product alone; q_by_rows: the queries); the loop, which only moves pointers, asks for
+ * the strides below. Sums are formed in the same order either way, so that float32 tables can give a row the same bits.
  *
  *                   lanes are rows                  by rows
  *     q             [head_dim][ld]                  [rows][head_dim, whole vectors]
@@ -136,10 +136,12 @@ typedef struct fa_products {
     fastattn_isa isa;
     int by_rows;     /* panels lie row by row: see above */
     int most_beside; /* rows of a panel, at most, that may each have keys and values of its own, beside each other; 0: none may */
+    int q_by_rows;   /* q does: the lanes of the first product are numbers, and its sums lie as ever */
     int o_by_rows;   /* o does, although the others do not: values are read front to back */
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
+    const struct fa_products *fewer; /* in the place of these, for still fewer rows, whose bits may differ from those among many; or null */
     const struct fa_products *few_quantised; /* as exact as these, for few rows over quantised keys, in the place of the table's; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
@@ -227,7 +229,7 @@ static inline int64_t fa_row_of_scores(const fa_products *by, int ld) { return b
 static inline int64_t fa_key_of_scores(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
 /* Of q; and of o, where the sums of powers come after the numbers, rounded up. */
 static inline int64_t fa_row_of_numbers(const fa_products *by, int64_t dim) {
-    return by->by_rows ? fa_round_up(dim, FA_ROW_STEP) : 1;
+    return by->by_rows || by->q_by_rows ? fa_round_up(dim, FA_ROW_STEP) : 1;
 }
 static inline int64_t fa_number_of_numbers(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
 static inline int64_t fa_sums_of_o(const fa_products *by, int64_t dim) {
@@ -348,7 +350,7 @@ extern const fa_ukernel fastattn_ukernel_avx512_bf16; /* the same, but that AVX5
 #endif
 extern const fa_ukernel fastattn_ukernel_neon;
 extern const fa_ukernel fastattn_ukernel_wasm;
-extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512;
+extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_few_avx512;
 extern const fa_products fastattn_products_int16_avx512;
 extern const fa_products fastattn_products_bfloat16_neon;
 extern const fa_products fastattn_products_bfloat16_amx;

@@ -31,7 +31,7 @@ void chain_lay_out(struct chain *x) {
 void chain_run(struct chain *x, enum chain_slot slot) {
     const fa_products *by = x->by;
     const struct columns c = x->c;
-    float *const s = x->s + c.first, *const p = x->p + c.first, *const q = x->q + c.first;
+    float *const s = x->s + c.first, *const p = x->p + c.first, *const q = x->q + c.first * fa_row_of_numbers(x->by, x->head_dim);
     float *const o = x->o + o_at(by, c.ld, x->v_head_dim, c.first, 0), *const l = x->l ? x->l + c.first : NULL;
     const fa_scores next = {x->next + c.first, q, c.ld, c.rows, x->keys_made, x->from, x->part, x->head_dim};
     switch (slot) {

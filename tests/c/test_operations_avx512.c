@@ -64,6 +64,21 @@ static void check_pairs(struct rng *rng) {
             CHECK(found[i] == x[i / 2 + i % 2 * 16], "half %d of simd_riffle_halves", i);
             CHECK((i < 16 ? first : last)[i % 16] == x[i], "half %d of simd_first_halves and simd_last_halves", i);
         }
+        a = any_halves(x, rng), b = any_halves(y, rng);
+        simd_zip_near_halves(&a, &b);
+        memcpy(found, &a, sizeof found);
+        for (int i = 0; i < 32; i++)
+            CHECK(found[i] == (i % 2 ? y : x)[i / 8 * 8 + i % 8 / 2], "half %d of simd_zip_near_halves", i);
+        memcpy(found, &b, sizeof found);
+        for (int i = 0; i < 32; i++)
+            CHECK(found[i] == (i % 2 ? y : x)[i / 8 * 8 + 4 + i % 8 / 2], "half %d of simd_zip_near_halves", 32 + i);
+        a = any_halves(x, rng), b = any_halves(y, rng);
+        simd_zip_quarters(&a, &b);
+        memcpy(found, &a, sizeof found);
+        for (int i = 0; i < 32; i++) CHECK(found[i] == (i / 8 % 2 ? y : x)[i / 16 * 8 + i % 8], "half %d of simd_zip_quarters", i);
+        memcpy(found, &b, sizeof found);
+        for (int i = 0; i < 32; i++)
+            CHECK(found[i] == (i / 8 % 2 ? y : x)[16 + i / 16 * 8 + i % 8], "half %d of simd_zip_quarters", 32 + i);
         EACH_LANE(i) integers[i] = fa_from_bits((uint32_t)random_bits(rng));
         EXPECT_FLOATS(simd_of_integers(simd_load(integers)), (float)(int32_t)fa_to_bits(integers[i]));
     }

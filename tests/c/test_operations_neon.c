@@ -26,6 +26,13 @@ static void check_permutations(struct rng *rng) {
         for (int i = 0; i < 8; i++) CHECK(found[i] == (i % 2 ? y : x)[i / 2], "half %d of simd_zip_halves", i);
         halves_of(found, b);
         for (int i = 0; i < 8; i++) CHECK(found[i] == (i % 2 ? y : x)[4 + i / 2], "half %d of simd_zip_halves", 8 + i);
+        a = vector_of(x), b = vector_of(y);
+        simd_zip_quarters(&a, &b);
+        simd_zip_near_halves(&a, &b);
+        halves_of(found, a);
+        for (int i = 0; i < 8; i++) CHECK(found[i] == (i % 2 ? y : x)[i / 2], "half %d of simd_zip_near_halves", i);
+        halves_of(found, b);
+        for (int i = 0; i < 8; i++) CHECK(found[i] == (i % 2 ? y : x)[4 + i / 2], "half %d of simd_zip_near_halves", 8 + i);
     }
 }
 

@@ -241,6 +241,7 @@ TEST_EACH_ISA(products_as_a_chain) {
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) {
         check_table(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
         check_table(&fastattn_products_bfloat16_rows_avx512, FASTATTN_BFLOAT16, 0);
+        check_table(&fastattn_products_bfloat16_few_avx512, FASTATTN_BFLOAT16, 0);
     }
     for (size_t n = 0; n < COUNT(dtypes) && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
         check_table(&fastattn_products_int16_avx512, dtypes[n], 0);
@@ -251,7 +252,7 @@ TEST_EACH_ISA(products_as_a_chain) {
  * it is computed beside must not matter. */
 TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
     static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 15, 16, 17, 40, 64};
-    enum { ROWS = 19, LD = 32, DIM = 160, KEYS = 64 };
+    enum { ROWS = 27, LD = 32, DIM = 160, KEYS = 64 };
     const fa_ukernel *uk = table();
     for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3 * 2; e++) {
         static const int turned_rows[] = {1, 2, 3, 4, 12, ROWS};
