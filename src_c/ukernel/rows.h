@@ -261,6 +261,7 @@ FA_INLINE void quads_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
             x.later[i] = tile_later(&places, key);
             simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * size - 1)));
         }
+        FA_UNROLL for (int g = 0; g < 4; g++) sum[g] = simd_set1(0.0f); /* for compilers, which do not know of head_dim > 0 */
         for (int64_t d = 0; d < head_dim; d += run) {
             FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_set1(0.0f);
             for (int64_t n = d; n < d + run; n += QUAD_STEP) {
