@@ -127,7 +127,7 @@ static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
 static fastattn_status check_lengths(const fastattn_attention_args *a) {
     if (a->cu_seqlens_q && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
     if (a->cu_seqlens_k && (a->mask || a->block_mask || a->block_table || a->indices)) return FASTATTN_ERROR_ARGUMENT;
-    if (a->indices && (a->block_mask || (a->indices_size != 4 && a->indices_size != 8))) return FASTATTN_ERROR_ARGUMENT;
+    if (a->indices && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
     if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
         (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
         return FASTATTN_ERROR_SEQLENS;
@@ -250,6 +250,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
     if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;
+    if (a->indices && a->indices_size != 4 && a->indices_size != 8) return FASTATTN_ERROR_ARGUMENT;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     status = check_shape(a);
     if (status == FASTATTN_OK) status = check_memory(a);

@@ -154,6 +154,7 @@ TEST(errors_indices) {
     LISTS(FASTATTN_ERROR_SHAPE, bad.args.num_indices = INT64_MAX);
     LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.indices_size = 2);
     LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.indices_size = 0);
+    LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.indices_size = INT64_MIN);
     LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.indices_strides[2] += 2);
     LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.indices = (const char *)bad.args.indices + 2);
     LISTS(FASTATTN_ERROR_ARGUMENT, bad.args.block_mask = &blocks);
