@@ -108,11 +108,12 @@ FA_INLINE simd_f key_products(const float *q, const char *key, uintptr_t later, 
     const int64_t size = fa_size_of(dtype);
     simd_f sum = simd_set1(0.0f);
     simd_fetch((const char *)(later + (uintptr_t)(head_dim * size - 1)));
-    for (int64_t d = 0; d < head_dim; d += SIMD_LANES) {
+    int64_t d = 0;
+    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) {
         fetch_later(later, d * size);
-        sum = simd_fma(load_as(key + d * size, head_dim - d, dtype), simd_load(q + d), sum);
+        sum = simd_fma(load_full(key + d * size, dtype), simd_load(q + d), sum);
     }
-    return sum;
+    return d < head_dim ? simd_fma(load_as(key + d * size, head_dim - d, dtype), simd_load(q + d), sum) : sum;
 }
 
 /* What a tile multiplies, and what will be read in the place of its keys later. */
@@ -144,8 +145,8 @@ FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int as
 
 /* Tiles are of `width` rows, a constant; the last row stands for those that a tile has too many. All rows meet a few keys before the next
  * ones come, and memory is asked with the first of them. Sums lie tile by tile, and those of a row come together when all are in memory. */
-FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int rows, const tile_rows *k, int64_t keys, int64_t head_dim,
-                            fastattn_dtype dtype) {
+FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int rows, const tile_rows *k, int64_t keys, int asks,
+                            int64_t head_dim, fastattn_dtype dtype) {
     const int tile_keys = SHORT_SUMS / width;
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), tiles = fa_round_up(keys, tile_keys) / tile_keys;
     float sums[FA_PANEL_ROWS * SHORT_SUMS];
@@ -155,13 +156,13 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
             const int64_t key = t * tile_keys + i < keys ? t * tile_keys + i : keys - 1;
             x.key[i] = tile_row(k, key);
             x.later[i] = tile_later(k, key);
-            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * fa_size_of(dtype) - 1))); /* the line that a row ends in */
+            if (asks) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * fa_size_of(dtype) - 1))); /* the line that a row ends in */
         }
         for (int row = 0; row < rows; row += width) {
             simd_f sum[SHORT_SUMS];
             float *const to = sums + (row * tiles + t * width) * tile_keys;
             FA_UNROLL for (int r = 0; r < width; r++) x.q[r] = q + (row + r < rows ? row + r : rows - 1) * pitch;
-            short_tile(width, sum, &x, row == 0, head_dim, dtype);
+            short_tile(width, sum, &x, asks && row == 0, head_dim, dtype);
             FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) simd_store(to + i, simd_sum_lanes(sum + i));
         }
     }
@@ -172,17 +173,18 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
 }
 
 FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+    const int others = rows % SHORT_TILE == 1 ? rows - 1 : rows; /* than a last one that would be alone in its tile */
+    float *const last_s = s + others * ld;
+    const float *const last_q = q + others * fa_round_up(head_dim, FA_ROW_STEP);
     for (int64_t j = 0; j < keys; j += SHORT_SUMS) {
         const char *first_row;
         const tile_rows places = tile_rows_of(fa_rows_from(k, j), &first_row);
         const int64_t n = keys - j < SHORT_SUMS ? keys - j : SHORT_SUMS;
-        if (rows == 1) {
-            if (n <= SHORT_SUMS / 4) few_scores(s + j, q, &places, n, head_dim, dtype);
-            else short_scores(1, s + j, ld, q, rows, &places, n, head_dim, dtype);
-        } else if (rows == 2)
-            short_scores(2, s + j, ld, q, rows, &places, n, head_dim, dtype);
-        else
-            short_scores(SHORT_TILE, s + j, ld, q, rows, &places, n, head_dim, dtype);
+        if (others == 2) short_scores(2, s + j, ld, q, 2, &places, n, 1, head_dim, dtype);
+        else if (others > 0) short_scores(SHORT_TILE, s + j, ld, q, others, &places, n, 1, head_dim, dtype);
+        if (others == rows) continue;
+        if (n <= SHORT_SUMS / 4) few_scores(last_s + j, last_q, &places, n, head_dim, dtype);
+        else short_scores(1, last_s + j, ld, last_q, 1, &places, n, others == 0, head_dim, dtype);
     }
 }
 
