@@ -235,12 +235,12 @@ static void quantise(char *to, const float *row, int64_t dim, fastattn_dtype dty
 
 /* Numbers `apart` vectors from each other, of so many, become their sums and differences. */
 FA_INLINE void butterflies(simd_f *x, int vectors, int apart) {
-    FA_UNROLL for (int i = 0; i < vectors; i++) {
-        if (i & apart) continue;
-        const simd_f a = x[i], b = x[i + apart];
-        x[i] = simd_add(a, b);
-        x[i + apart] = simd_sub(a, b);
-    }
+    FA_UNROLL for (int first = 0; first < vectors; first += 2 * apart)
+        FA_UNROLL for (int i = first; i < first + apart; i++) {
+            const simd_f a = x[i], b = x[i + apart];
+            x[i] = simd_add(a, b);
+            x[i + apart] = simd_sub(a, b);
+        }
 }
 
 /* A block of so many vectors, a constant, in registers: its halves, the halves of these, and so on within each vector. */
