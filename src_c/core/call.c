@@ -407,8 +407,10 @@ static int64_t at_once(const fa_call *call) {
     enum { TURNS_A_THREAD = 8 };
     if (call->team.threads < 2) return 1;
     const fa_entry *longest = call->entries;
-    const double turn = work_of_part(call, &longest->shape) * (double)longest->bundle;
-    return fa_min((int64_t)(worth_a_thread / turn), call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
+    const fa_fpenv found = fa_fpenv_default();
+    const int64_t worth = (int64_t)(worth_a_thread / (work_of_part(call, &longest->shape) * (double)longest->bundle));
+    fa_fpenv_restore(found);
+    return fa_min(worth, call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
 }
 
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
