@@ -185,7 +185,8 @@ typedef struct dot_few_keys {
 /* sum[key][row] of the pairs of 32 numbers, or fewer, from d on. */
 FA_INLINE void dot_few_step(int width, int asks, simd_f *sum, const float *q, int64_t pitch, const dot_few_keys *k, int first, int64_t d,
                             __mmask32 there) {
-    FA_UNROLL for (int i = 0; i < SIMD_LANES / width; i++) {
+    const int keys = SIMD_LANES / width;
+    FA_UNROLL for (int i = 0; i < keys; i++) {
         const char *const at = k->key[first + i] + d * 2;
         const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(there, at);
         const simd_f pairs = _mm512_castsi512_ps(bits);
