@@ -133,7 +133,8 @@ static int any_moved(const float *alpha, int rows) {
 /* What slots may rely on, whatever they are called with for this rectangle. */
 static int as_promised(const fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_products *products = x->products;
-    return rows > 0 && keys > 0 && row + rows <= w->panel.padded && w->panel.padded <= products->panel_rows && w->ld % FA_ROW_STEP == 0 &&
+    return rows > 0 && keys > 0 && row + rows <= w->panel.padded && w->panel.rows <= products->panel_rows &&
+           w->panel.padded <= fa_round_up(products->panel_rows, FA_ROW_STEP) && w->ld % FA_ROW_STEP == 0 &&
            (products->by_rows ? keys <= w->ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->ld) &&
            from >= 0 && from + keys <= FA_MOST_BLOCK_KEYS && (x->skip + from) % FA_SUM_RUN == 0 &&
            FA_ALIGNED(scores_at(w, x, row, 0)) && FA_ALIGNED(powers_at(w, x, row, 0)) && FA_ALIGNED(queries_at(w, x, row)) &&
