@@ -126,18 +126,13 @@ typedef struct fa_totals {
 /* Multiplications that a panel takes as long as, besides its own. */
 static const double work_of_panel = 5e4;
 
-/* Those of an item that is a panel and a part of the keys. */
-static double work_of_part(const fa_call *call, const fa_shape *shape) {
-    const double dims = (double)(call->args->head_dim + call->args->v_head_dim);
-    return work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims;
-}
-
 static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
     const fastattn_attention_args *a = call->args;
     if (shape->q_len == 0) return;
     const double parts = (double)entries * (double)(call->heads.sequences * shape->rows.panels * shape->splits);
+    const double dims = (double)(a->head_dim + a->v_head_dim);
     t->parts += parts;
-    t->work += parts * work_of_part(call, shape);
+    t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
     if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
     t->ld = t->ld > shape->rows.ld ? t->ld : shape->rows.ld;
     t->queries = fa_max(t->queries, shape->q_len);
@@ -402,15 +397,15 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
     }
 }
 
-/* A thread takes short items several at a time: they are neighbours in memory, so that it knows what it will read next. */
+/* A thread takes short items several at a time: they are neighbours in memory, so that it knows what it will read next. In integers: the
+ * floating-point environment is the caller's here. */
 static int64_t at_once(const fa_call *call) {
     enum { TURNS_A_THREAD = 8 };
-    if (call->team.threads < 2) return 1;
-    const fa_entry *longest = call->entries;
-    const fa_fpenv found = fa_fpenv_default();
-    const int64_t worth = (int64_t)(worth_a_thread / (work_of_part(call, &longest->shape) * (double)longest->bundle));
-    fa_fpenv_restore(found);
-    return fa_min(worth, call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
+    const fa_shape *longest = &call->entries->shape;
+    const int64_t enough = (int64_t)worth_a_thread, of_key = longest->rows.ld * (call->args->head_dim + call->args->v_head_dim);
+    if (call->team.threads < 2 || fa_product_exceeds(longest->split_keys, of_key, enough)) return 1;
+    const int64_t turn = ((int64_t)work_of_panel + longest->split_keys * of_key) * call->entries->bundle;
+    return fa_min(enough / turn, call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
 }
 
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
