@@ -14,8 +14,8 @@ static inline int fa_product_exceeds(int64_t a, int64_t b, int64_t most) { retur
 static inline int64_t fa_divide(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
 /* Positions and windows are cut to 2**60, so that their sums cannot overflow. */
 static inline int64_t fa_reach(int64_t x) {
-    const int64_t far = (int64_t)1 << 60;
-    return fa_max(-far, fa_min(far, x));
+    const int64_t furthest = (int64_t)1 << 60;
+    return fa_max(-furthest, fa_min(furthest, x));
 }
 
 #endif
