@@ -20,15 +20,12 @@ source=$here/../src_c
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-# compile NAME COMPILER FLAG...: the library, and the program with it, as setup.py has them but for the flags.
+# compile NAME COMPILER FLAG...: the library; and link, the program with it.
 compile() {
-    name=$1 compiler=$2
-    shift 2
+    name=$1
+    shift
     mkdir "$build/$name"
-    sed "s/#.*//; /^ *$/d" "$source/sources.txt" | while read -r file; do
-        echo "$compiler -std=c11 -O2 -ffp-contract=off -fno-math-errno $* -I'$source/include' -c '$source/$file'" \
-            "-o '$build/$name/$(echo "${file%.c}" | tr / -).o'"
-    done | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}'
+    sh "$here/../tests/c/objects.sh" "$build/$name" "$@"
 }
 link() { # NAME COMPILER OUTPUT FLAG...
     name=$1 compiler=$2 output=$3

@@ -20,11 +20,7 @@ source=$here/../src_c
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-# The flags are those of setup.py, but for OpenMP: slots know nothing of threads.
-sed "s/#.*//; /^ *$/d" "$source/sources.txt" | while read -r file; do
-    echo "$cc -std=c11 -O2 -ffp-contract=off -fno-math-errno -I'$source/include' -c '$source/$file'" \
-        "-o '$build/$(echo "${file%.c}" | tr / -).o'"
-done | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}' || exit 1
+sh "$here/../tests/c/objects.sh" "$build" "$cc"
 fixture=$(printf "$here/../tests/c/%s.c " chain slots guard system oracle)
 # shellcheck disable=SC2086 # the files are words
 $cc -std=c11 -O2 -Wall -Wextra -Werror -I"$source/include" -I"$source" "$here/slots.c" $fixture "$build"/*.o -lm -o "$build/slots"

@@ -124,7 +124,7 @@ typedef struct fa_totals {
 } fa_totals;
 
 /* Multiplications that a panel takes as long as, besides its own. */
-static const double work_of_panel = 5e4;
+enum { WORK_OF_PANEL = 50000 };
 
 static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
     const fastattn_attention_args *a = call->args;
@@ -132,7 +132,7 @@ static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape
     const double parts = (double)entries * (double)(call->heads.sequences * shape->rows.panels * shape->splits);
     const double dims = (double)(a->head_dim + a->v_head_dim);
     t->parts += parts;
-    t->work += parts * (work_of_panel + (double)shape->rows.ld * (double)shape->split_keys * dims);
+    t->work += parts * (WORK_OF_PANEL + (double)shape->rows.ld * (double)shape->split_keys * dims);
     if (shape->splits > 1) t->partials += parts * (double)fastattn_state_bytes(shape->rows.ld, a->v_head_dim);
     t->ld = t->ld > shape->rows.ld ? t->ld : shape->rows.ld;
     t->queries = fa_max(t->queries, shape->q_len);
@@ -211,12 +211,12 @@ static void plan_abreast(fa_call *call, const fa_totals *totals) {
 
 /* Threads cost microseconds to wake, far more on a busy machine; each must have so many multiplications to do, some 20
  * microseconds. Nobody needs to interrupt what ends in milliseconds. Results do not depend on either. */
-static const double worth_a_thread = 2e6;
+enum { WORTH_A_THREAD = 2000000 };
 
 static void plan_team(fa_call *call, double work) {
     const double worth_interrupting = 1e9;
     const fastattn_attention_args *a = call->args;
-    const double threads = work / worth_a_thread;
+    const double threads = work / WORTH_A_THREAD;
     call->team = (fa_team){.threads = a->num_threads < 2 || threads < 2 ? 1 : threads < a->num_threads ? (int)threads : a->num_threads,
                            .threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading,
                            .interrupted = work < worth_interrupting ? NULL : a->interrupted,
@@ -402,10 +402,10 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
 static int64_t at_once(const fa_call *call) {
     enum { TURNS_A_THREAD = 8 };
     const fa_shape *longest = &call->entries->shape;
-    const int64_t enough = (int64_t)worth_a_thread, of_key = longest->rows.ld * (call->args->head_dim + call->args->v_head_dim);
-    if (call->team.threads < 2 || fa_product_exceeds(longest->split_keys, of_key, enough)) return 1;
-    const int64_t turn = ((int64_t)work_of_panel + longest->split_keys * of_key) * call->entries->bundle;
-    return fa_min(enough / turn, call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
+    const int64_t of_key = longest->rows.ld * (call->args->head_dim + call->args->v_head_dim);
+    if (call->team.threads < 2 || fa_product_exceeds(longest->split_keys, of_key, WORTH_A_THREAD)) return 1;
+    const int64_t turn = (WORK_OF_PANEL + longest->split_keys * of_key) * call->entries->bundle;
+    return fa_min(WORTH_A_THREAD / turn, call->items[FA_COMPUTE] / (call->team.threads * TURNS_A_THREAD));
 }
 
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {

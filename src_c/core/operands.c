@@ -106,8 +106,9 @@ static void prepare(fa_work *w, fa_operands *x, int way, int64_t block_keys) {
     }
     x->products = by->products;
     x->q = w->q[way];
-    x->k = by->k_room || x->careful ? &by->k : x->source_k;
-    x->v = by->v_room || x->careful ? &by->v : x->source_v;
+    const int as_stored = !by->k_room && !x->careful;
+    x->k = as_stored ? x->source_k : &by->k;
+    x->v = as_stored ? x->source_v : &by->v;
     if (x->careful) { /* for this panel alone */
         x->skip = 0;
         by->made = 0;
@@ -116,7 +117,7 @@ static void prepare(fa_work *w, fa_operands *x, int way, int64_t block_keys) {
         return;
     }
     x->skip = x->before;
-    if (by->made || !by->k_room) return;
+    if (as_stored || by->made) return;
     by->k = by->products->keys(by->k_room, *x->source_k, run->keys, a->head_dim);
     const int for_both = call->stored.v_in_k && by->products->values == by->products->keys;
     by->v = for_both ? by->k : by->products->values(by->v_room, *x->source_v, run->keys, a->v_head_dim);

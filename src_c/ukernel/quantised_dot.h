@@ -45,16 +45,6 @@ FA_INLINE simd_f to_quarters(__m128 x) {
     return _mm512_permutexvar_ps(quarter, _mm512_castps128_ps512(x));
 }
 
-/* Four vectors of quarters: quarter g of each becomes vector g. */
-FA_INLINE void turn_quarters(simd_f v[4]) {
-    const simd_f low0 = _mm512_shuffle_f32x4(v[0], v[1], 0x44), high0 = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
-    const simd_f low1 = _mm512_shuffle_f32x4(v[2], v[3], 0x44), high1 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);
-    v[0] = _mm512_shuffle_f32x4(low0, low1, 0x88);
-    v[1] = _mm512_shuffle_f32x4(low0, low1, 0xdd);
-    v[2] = _mm512_shuffle_f32x4(high0, high1, 0x88);
-    v[3] = _mm512_shuffle_f32x4(high0, high1, 0xdd);
-}
-
 /* Queries as bfloat16 in the order in which keys are unpacked: of int8 that of memory, of int4 in four vectors for four groups, of the
  * first 8, the third, the second and the last 8 of each. */
 FA_INLINE void dot_queries(uint16_t *to, int64_t step, const float *q, int64_t pitch, int rows, int64_t dim, fastattn_dtype dtype) {
@@ -223,7 +213,7 @@ FA_INLINE void dot_int4_values(int rows, int upper, float *o, int64_t pitch, con
         }
     }
     FA_UNROLL for (int r = 0; r < rows; r++) {
-        turn_quarters(sum[r]);
+        simd_exchange_quads(sum[r]);
         FA_UNROLL for (int g = 0; g < 4; g++)
             if (d + g * FA_GROUP < dim) dot_add(o + r * pitch + d + g * FA_GROUP + upper * 16, alpha[r], sum[r][g]);
     }

@@ -101,13 +101,12 @@ FA_INLINE void quantised_products(int rows, simd_f *sum, int apart, const float 
 /* The scores of `rows` rows as short_scores makes them. */
 FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int64_t pitch, const tile_rows *k, int64_t keys, int64_t dim,
                                 fastattn_dtype dtype) {
-    enum { SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8 };
-    const int tile_keys = SUMS / rows;
+    const int tile_keys = SHORT_SUMS / rows;
     for (int64_t first = 0; first < keys; first += tile_keys) {
-        simd_f sum[SUMS];
+        simd_f sum[SHORT_SUMS];
         if (rows == 4)
-            FA_UNROLL for (int j = 0; j < SUMS / 4; j++)
-                quantised_products(4, sum + j, SUMS / 4, q, pitch, k, first + j, keys, dim, dtype);
+            FA_UNROLL for (int j = 0; j < SHORT_SUMS / 4; j++)
+                quantised_products(4, sum + j, SHORT_SUMS / 4, q, pitch, k, first + j, keys, dim, dtype);
         else
             for (int j = 0; j < tile_keys; j++)
                 quantised_products(rows, sum + j, tile_keys, q, pitch, k, first + j, keys, dim, dtype);
@@ -261,7 +260,8 @@ FA_INLINE void hadamard_block(float *to, const float *from, int vectors, simd_f 
  * other. Rounding is the same: butterflies that are half a block apart come first. */
 static void hadamard(float *to, const float *from, int64_t dim) {
     const int64_t block = dim & -dim;
-    const simd_f factor = simd_set1((float)(1.0 / sqrt((double)block)));
+    const float scale = (float)(1.0 / sqrt((double)block));
+    const simd_f factor = simd_set1(scale);
     int64_t apart = block / 2;
     for (; apart > 0 && (2 * apart > 8 * SIMD_LANES || 2 * apart < SIMD_LANES); apart /= 2, from = to)
         for (int64_t d = 0; d < dim; d += 2 * apart)
@@ -277,7 +277,7 @@ static void hadamard(float *to, const float *from, int64_t dim) {
         case 4: hadamard_block(to + d, from + d, 4, factor); break;
         case 8: hadamard_block(to + d, from + d, 8, factor); break;
         }
-    for (int64_t d = 0; d < dim && apart == 0; d++) to[d] = from[d] * (float)(1.0 / sqrt((double)block));
+    for (int64_t d = 0; d < dim && apart == 0; d++) to[d] = from[d] * scale;
 }
 
 #define FA_QUANTISED_TABLE(suffix)                                                                                                  \

@@ -1,32 +1,24 @@
 /* Template: rotary position embedding. Each number is read and written once, and that is nearly all its price: cosines and sines are
  * loaded once for all heads of a bundle. */
 
-FA_INLINE void turn(simd_f *a, simd_f *b, simd_f c, simd_f s, int interleaved) {
-    if (interleaved) simd_unzip(a, b);
+FA_INLINE void turn(simd_f *a, simd_f *b, simd_f c, simd_f s) {
     const simd_f turned = simd_fms(*a, c, simd_mul(*b, s));
     *b = simd_fma(*b, c, simd_mul(*a, s));
     *a = turned;
-    if (interleaved) simd_zip(a, b);
 }
 
-/* `pairs` pairs, SIMD_LANES at most, by their angles from x to out; the second numbers lie `apart` bytes behind the first, or they
- * alternate. All is read before anything is written, for out may be x. */
-FA_INLINE void rotate_pairs(char *out, const char *x, simd_f c, simd_f s, int64_t pairs, int64_t apart, int interleaved,
-                            fastattn_dtype dtype) {
+/* The last pairs of a row, fewer than lanes; the second numbers lie `apart` bytes behind the first, or they alternate. */
+static FA_NOINLINE void rotate_last(char *out, const char *x, const char *cos, const char *sin, int64_t pairs, int64_t apart,
+                                    int interleaved, fastattn_dtype dtype) {
     const int64_t first = !interleaved ? pairs : pairs < SIMD_LANES / 2 ? 2 * pairs : SIMD_LANES;
     const int64_t second = !interleaved ? pairs : 2 * pairs - first;
     const int64_t split = interleaved ? SIMD_LANES * fa_size_of(dtype) : apart;
     simd_f a = load_as(x, first, dtype), b = load_as(x + split, second, dtype);
-    turn(&a, &b, c, s, interleaved);
+    if (interleaved) simd_unzip(&a, &b);
+    turn(&a, &b, load_as(cos, pairs, FASTATTN_FLOAT32), load_as(sin, pairs, FASTATTN_FLOAT32));
+    if (interleaved) simd_zip(&a, &b);
     store_as(out, a, first, dtype);
     store_as(out + split, b, second, dtype);
-}
-
-/* The last pairs of a row, fewer than lanes. */
-static FA_NOINLINE void rotate_last(char *out, const char *x, const char *cos, const char *sin, int64_t pairs, int64_t apart,
-                                    int interleaved, fastattn_dtype dtype) {
-    const simd_f c = load_as(cos, pairs, FASTATTN_FLOAT32), s = load_as(sin, pairs, FASTATTN_FLOAT32);
-    rotate_pairs(out, x, c, s, pairs, apart, interleaved, dtype);
 }
 
 /* SIMD_LANES pairs of each of these heads. All is read before anything is written, for out may be x, and heads whose distance is that of
@@ -44,10 +36,10 @@ FA_INLINE void turn_bundle(simd_f *a, simd_f *b, const char *cos, const char *si
                            int interleaved, fastattn_dtype dtype, int native) {
     const simd_f c = load_full(cos, FASTATTN_FLOAT32), s = load_full(sin, FASTATTN_FLOAT32);
     FA_UNROLL for (int h = 0; h < heads; h++, out += r->out_head) {
-        simd_f first = simd_fms(a[h], c, simd_mul(b[h], s)), second = simd_fma(b[h], c, simd_mul(a[h], s));
-        if (interleaved && !native) simd_zip(&first, &second);
-        if (interleaved) store_two(out, first, second, dtype, native);
-        else store_both(out, out + r->pairs * fa_size_of(dtype), first, second, dtype, native);
+        turn(&a[h], &b[h], c, s);
+        if (interleaved && !native) simd_zip(&a[h], &b[h]);
+        if (interleaved) store_two(out, a[h], b[h], dtype, native);
+        else store_both(out, out + r->pairs * fa_size_of(dtype), a[h], b[h], dtype, native);
     }
 }
 

@@ -236,10 +236,10 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
 enum { FEWEST_OF_QUADS = 2, QUAD_ROWS = 4, QUAD_NUMBERS = 256, QUAD_KEYS = 16, QUAD_STEP = 16 };
 
 /* panel[number][row], where the last row is repeated. */
-FA_INLINE void pack_quads(float *panel, const float *q, int64_t pitch, int rows, int64_t head_dim) {
+FA_INLINE void pack_quads(float *panel, const float *q, int rows, int64_t head_dim) {
     for (int64_t d = 0; d < head_dim; d += QUAD_STEP) {
         simd_f v[QUAD_ROWS];
-        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++) v[r] = simd_load(q + (r < rows ? r : rows - 1) * pitch + d);
+        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++) v[r] = simd_load(q + (r < rows ? r : rows - 1) * head_dim + d);
         simd_transpose_quads(v);
         simd_exchange_quads(v);
         FA_UNROLL for (int i = 0; i < 4; i++) simd_store(panel + QUAD_ROWS * d + i * SIMD_LANES, v[i]);
@@ -253,7 +253,7 @@ FA_INLINE void quads_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
     float panel[QUAD_ROWS * QUAD_NUMBERS];
     const char *first_row;
     const tile_rows places = tile_rows_of(k, &first_row);
-    pack_quads(panel, q, head_dim, rows, head_dim);
+    pack_quads(panel, q, rows, head_dim);
     for (int64_t j = 0; j < keys; j += QUAD_KEYS) {
         key_places x;
         simd_f sum[4], part[4], numbers[4][4]; /* of keys 4 apart, so that scores turn within quads */

@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-source=$(cd "$(dirname "$0")/../../src_c" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
 tools=${cc%gcc}
 case $cc in *-gcc) ;; *) tools='' ;; esac
 build=$(mktemp -d)
@@ -29,10 +29,7 @@ library() {
     name=$1 most=$2
     shift 2
     mkdir "$build/$name"
-    sed "s/#.*//; /^ *$/d" "$source/sources.txt" | while read -r file; do
-        echo "$cc -O2 -std=c11 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno $* -I'$source/include' -I'$source'" \
-            "-c '$source/$file' -o '$build/$name/$(echo "${file%.c}" | tr / -).o'"
-    done | xargs -P "$(nproc)" -d '\n' -I{} sh -c '{}'
+    sh "$here/objects.sh" "$build/$name" "$cc" -fPIC -fvisibility=hidden "$@"
     "${tools}strip" --strip-unneeded "$build/$name"/*.o
     kib=$("${tools}size" "$build/$name"/*.o | awk 'NR > 1 { bytes += $1 + $2 } END { print int(bytes / 1024 + 0.999) }')
     echo "$name $kib KiB${most:+ (at most $most)}"
