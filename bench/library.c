@@ -3,8 +3,9 @@
  *     library QUERIES KEYS ROUNDS CALLS SIDE...
  *
  * prints for each side the smallest mean of CALLS calls in nanoseconds; the sides take turns ROUNDS times. A side is an instruction
- * set ("best", "neon", ...), with "+bfloat16" on arrays of that type, with "+planned" run again and again by a plan made once; "plain", the online softmax as a C programmer writes it down;
- * or, where the program is linked with OpenBLAS, "gemms", its two products with a softmax between. */
+ * set ("best", "neon", ...), with "+bfloat16" on arrays of that type, with "+planned" run again and again by a plan made once; "plain",
+ * the online softmax as a C programmer writes it down; or, where the program is linked with OpenBLAS, "gemms", its two products with a
+ * softmax between. */
 #define _POSIX_C_SOURCE 199309L
 
 #include <fastattn.h>
