@@ -54,6 +54,19 @@ double stored_number(fa_matrix stored, int64_t key, int64_t d) { return load(sto
 
 double rounding_of_sum(int64_t terms) { return FLT_EPSILON * (2 + sqrt((double)terms)); }
 
+/* The product is exact in double precision. Their sum is rounded to odd there (Boldo and Melquiond 2008), which is harmless
+ * to the rounding that follows, since double precision has more than twice the digits. */
+float fused(float a, float b, float c) {
+    const volatile double product = (double)a * b, sum = product + c, of_c = sum - product;
+    const volatile double of_product = sum - of_c, missing = (product - of_product) + (c - of_c);
+    uint64_t bits;
+    double odd = sum;
+    memcpy(&bits, &odd, sizeof bits);
+    if (missing != 0 && bits % 2 == 0) bits = (missing > 0) == (odd > 0) ? bits + 1 : bits - 1;
+    memcpy(&odd, &bits, sizeof bits);
+    return (float)odd;
+}
+
 void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance) {
     CHECK(isnan(wanted) ? isnan(got) : got == wanted || fabs(got - wanted) <= tolerance,
           "%s[%lld][%lld] is %.9g, should be %.9g", what, (long long)row, (long long)column, got, wanted);

@@ -55,6 +55,7 @@ static inline void add(struct sum *sum, double term) {
     sum->magnitude += fabs(term);
 }
 double rounding_of_sum(int64_t terms); /* relative to the magnitudes */
+float fused(float a, float b, float c); /* a b + c, rounded once; not every system's fmaf does that (MinGW-w64's) */
 
 void check_close(const char *what, int64_t row, int64_t column, double got, double wanted, double tolerance);
 

@@ -568,7 +568,7 @@ static void check_mix(const fa_ukernel *uk) {
             double wanted, magnitude = 0;
             for (int64_t n = 0; n < parts; n++) {
                 const float x = (float)load(dtype, (const char *)rows_of[n] + i * item), weight = weights[n * FA_ROW_STEP + i / dim];
-                sum = fmaf(weight, x, sum);
+                sum = fused(weight, x, sum);
                 magnitude += fabs((double)weight * x);
             }
             store(dtype, &wanted, sum);
@@ -608,7 +608,7 @@ static void check_rotate(const fa_ukernel *uk) {
                 const double ulp = uk->products->isa == FASTATTN_ISA_PORTABLE || uk->products->isa == FASTATTN_ISA_WASM
                                        ? (fabs((double)a) + fabs((double)b)) * 0x1p-8 : 0;
                 double wanted[2];
-                store(dtype, &wanted[0], fmaf(a, c, -bs)), store(dtype, &wanted[1], fmaf(b, c, as));
+                store(dtype, &wanted[0], fused(a, c, -bs)), store(dtype, &wanted[1], fused(b, c, as));
                 check_close("first", row, n, load(dtype, out + first * item), load(dtype, &wanted[0]), ulp);
                 check_close("second", row, n, load(dtype, out + second * item), load(dtype, &wanted[1]), ulp);
             }
