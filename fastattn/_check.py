@@ -12,6 +12,7 @@ import numpy as np
 from ._arrays import as_array
 from ._quantized import kind_of
 
+_FLOAT32 = np.dtype(np.float32)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_OFFSET = 2**56  # positions, distances and window edges then stay far inside int64
 
@@ -39,9 +40,10 @@ def kernel_ready(array):
 def as_float32(name, value):
     """`value` as a native, aligned, contiguous float32 array."""
     array = as_array(name, value)
-    if array.dtype.kind not in "fiu" and dtype_name(array.dtype) != "bfloat16":
-        raise TypeError(f"{name} must hold real numbers; got {array.dtype}")
-    return as_dense(array, np.dtype(np.float32))
+    dtype = array.dtype
+    if dtype is not _FLOAT32 and dtype.kind not in "fiu" and dtype_name(dtype) != "bfloat16":
+        raise TypeError(f"{name} must hold real numbers; got {dtype}")
+    return as_dense(array, _FLOAT32)
 
 
 def as_dense(array, dtype):

@@ -452,7 +452,7 @@ def merge_states(outs, lses, np.ndarray out, np.ndarray lse):
     cdef engine_settings found
     memset(&args, 0, sizeof(args))
     args.size = sizeof(args)
-    args.num_parts, args.rows, args.v_head_dim = parts, out.shape[0], out.shape[1]
+    args.num_parts, args.rows, args.v_head_dim = parts, np.PyArray_SIZE(lse), out.shape[out.ndim - 1]
     args.dtype = dtype_code(out)
     args.out = np.PyArray_DATA(out)
     args.lse = <float *>np.PyArray_DATA(lse)

@@ -351,20 +351,15 @@ def merge_states(outs: Iterable[Array], lses: Iterable[Array]) -> tuple[NDArray[
     if first.ndim < 1:
         raise ValueError("outs[0] must have shape (..., Dv); got a scalar")
     check_dtype("outs[0]", first, backend)
+    shape, stored = first.shape, first.dtype
     for n, (part, part_lse) in enumerate(zip(outs, lses)):
-        if part.shape != first.shape:
-            raise ValueError(f"outs[{n}] must have the shape of outs[0], {first.shape}; got {part.shape}")
-        if dtype_name(part.dtype) != dtype_name(first.dtype):
-            raise TypeError(f"outs[{n}] must have the dtype of outs[0], {first.dtype}; got {part.dtype}")
-        if part_lse.shape != first.shape[:-1]:
-            raise ValueError(f"lses[{n}] must have shape {first.shape[:-1]}; got {part_lse.shape}")
-    dtype = first.dtype.newbyteorder("=")
-    out, lse = np.empty(first.shape, dtype), np.empty(first.shape[:-1], np.float32)
-    rows, v_head_dim = lse.size, first.shape[-1]
-    backend.merge_states(
-        [as_dense(part, dtype).reshape(rows, v_head_dim) for part in outs],
-        [part_lse.reshape(rows) for part_lse in lses],
-        out.reshape(rows, v_head_dim),
-        lse.reshape(rows),
-    )
+        if part.shape != shape:
+            raise ValueError(f"outs[{n}] must have the shape of outs[0], {shape}; got {part.shape}")
+        if part.dtype is not stored and dtype_name(part.dtype) != dtype_name(stored):
+            raise TypeError(f"outs[{n}] must have the dtype of outs[0], {stored}; got {part.dtype}")
+        if part_lse.shape != shape[:-1]:
+            raise ValueError(f"lses[{n}] must have shape {shape[:-1]}; got {part_lse.shape}")
+    dtype = stored.newbyteorder("=")
+    out, lse = np.empty(shape, dtype), np.empty(shape[:-1], np.float32)
+    backend.merge_states([as_dense(part, dtype) for part in outs], lses, out, lse)
     return out, lse

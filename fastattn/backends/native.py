@@ -31,7 +31,7 @@ def attention(call):
 
 
 def merge_states(outs, lses, out, lse):
-    """Fill `out` ``(rows, Dv)`` and `lse` ``(rows,)`` with the combination of the parts."""
+    """Fill `out` ``(..., Dv)`` and `lse` ``(...)`` with the combination of the parts."""
     _raise_unless_ok(_native.merge_states(outs, lses, out, lse))
 
 

@@ -120,8 +120,8 @@ def _is_for_numpy(call):
 
 
 def merge_states(outs, lses, out, lse):
-    """Fill `out` ``(rows, Dv)`` and `lse` ``(rows,)`` with the combination of the parts."""
-    n_rows, width = out.shape
+    """Fill `out` ``(..., Dv)`` and `lse` ``(...)`` with the combination of the parts."""
+    n_rows, width = lse.size, out.shape[-1]
     kernel = _kernel(_numba_kernels.build_merge, _MERGE_ROWS)
     parts = np.array([_address(array) for array in (*outs, *lses)], np.int64)
 

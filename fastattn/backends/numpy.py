@@ -78,7 +78,7 @@ def scores(call, stage, heads, rows):
 
 
 def merge_states(outs, lses, out, lse):
-    """Fill `out` ``(rows, Dv)`` and `lse` ``(rows,)`` with the combination of the parts."""
+    """Fill `out` ``(..., Dv)`` and `lse` ``(...)`` with the combination of the parts."""
     dtype = _compute_dtype(out.dtype)
     with np.errstate(all="ignore"):
         m = np.max(lses, axis=0, initial=-np.inf)
@@ -86,8 +86,8 @@ def merge_states(outs, lses, out, lse):
         l = sum(weights, np.zeros(lse.shape, dtype))
         acc, largest = np.zeros(out.shape, dtype), np.zeros(out.shape, dtype)
         for part, part_lse, weight in zip(outs, lses, weights):
-            part = np.where((part_lse == -np.inf)[:, None], 0, part.astype(dtype))
-            acc += (weight / np.where(l == 0, 1, l))[:, None] * part
+            part = np.where((part_lse == -np.inf)[..., None], 0, part.astype(dtype))
+            acc += (weight / np.where(l == 0, 1, l))[..., None] * part
             largest = np.maximum(largest, np.abs(part))
         lse[...] = m + np.log(l)
         out[...] = np.where(np.isfinite(largest), np.clip(acc, -largest, largest), acc)  # a mean; rounding could overflow

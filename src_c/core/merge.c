@@ -5,6 +5,7 @@
 #include "memory.h"
 #include "threads.h"
 
+#include "../cpu/atomic.h"
 #include "../ukernel/storage.h"
 #include "../ukernel/ukernel.h"
 #include "fastattn.h"
@@ -12,14 +13,15 @@
 #include <float.h>
 #include <math.h>
 
-/* Of the parts and the result together: what pays for taking an item, and for waking a thread. */
-enum { ITEM_BYTES = 1 << 16, THREAD_BYTES = 1 << 18, LINE = 64 };
+/* Of the parts and the result together: what pays for taking rows, and for waking a thread. */
+enum { TURN_BYTES = 1 << 16, THREAD_BYTES = 1 << 18, LINE = 64 };
 
 typedef struct fa_merge {
     const fastattn_merge_args *args;
     const fa_ukernel *uk;
-    int64_t row_bytes, item_rows; /* the latter a multiple of FA_ROW_STEP */
-    char *memory;      /* of_worker bytes for each thread */
+    int64_t row_bytes;
+    int64_t shares, share_rows, turn_rows; /* the last two multiples of FA_ROW_STEP */
+    char *memory; /* of_worker bytes for each share and thread: how many rows were taken of it, and a line further on a mixture */
     size_t of_worker;
 } fa_merge;
 
@@ -64,19 +66,31 @@ static void mix_row(const fa_merge *x, const fa_mixture *of, int64_t i, int64_t 
         mix_exactly(a, of, (char *)a->out + at, parts);
 }
 
+static void merge_rows(const fa_merge *x, const fa_mixture *of, int64_t first, int64_t end) {
+    const fastattn_merge_args *a = x->args;
+    for (int64_t i = first; i < end; i += FA_ROW_STEP) {
+        const int64_t rows = fa_min(FA_ROW_STEP, end - i);
+        const int all = x->uk->weigh(of->weights, a->lse + i, a->lses, a->num_parts, i, rows);
+        if (a->v_head_dim == 0) continue;
+        for (int64_t n = 0; n < a->num_parts; n++) of->rows_of[n] = (const char *)a->outs[n] + i * x->row_bytes;
+        if (all && x->uk->mix((char *)a->out + i * x->row_bytes, of->weights, of->rows_of, a->num_parts, rows, a->v_head_dim, a->dtype))
+            continue;
+        for (int64_t r = 0; r < rows; r++) mix_row(x, of, i + r, r);
+    }
+}
+
+static int64_t *taken_of(const fa_merge *x, int64_t share) { return (int64_t *)(void *)(x->memory + (size_t)share * x->of_worker); }
+
+/* Each thread has a share of its own, rows that follow each other: it finds in its cache what it has left there, and in fresh memory no
+ * page is cleared for two. Whoever is done helps with the shares of others. */
 static void merge_item(const void *context, int64_t item, int worker) {
     const fa_merge *x = context;
-    const fastattn_merge_args *a = x->args;
-    const fa_mixture of = mixture_in(x->memory + (size_t)worker * x->of_worker, a->num_parts);
-    const int64_t end = fa_min((item + 1) * x->item_rows, a->rows);
-    for (int64_t i = item * x->item_rows; i < end; i += FA_ROW_STEP) {
-        const int64_t rows = fa_min(FA_ROW_STEP, end - i);
-        const int all = x->uk->weigh(of.weights, a->lse + i, a->lses, a->num_parts, i, rows);
-        if (a->v_head_dim == 0) continue;
-        for (int64_t n = 0; n < a->num_parts; n++) of.rows_of[n] = (const char *)a->outs[n] + i * x->row_bytes;
-        if (all && x->uk->mix((char *)a->out + i * x->row_bytes, of.weights, of.rows_of, a->num_parts, rows, a->v_head_dim, a->dtype))
-            continue;
-        for (int64_t r = 0; r < rows; r++) mix_row(x, &of, i + r, r);
+    const fa_mixture of = mixture_in(x->memory + (size_t)worker * x->of_worker + LINE, x->args->num_parts);
+    for (int64_t n = 0; n < x->shares; n++) {
+        const int64_t share = (item + n) % x->shares, first = share * x->share_rows;
+        const int64_t rows = fa_min(x->share_rows, x->args->rows - first);
+        for (int64_t at; (at = fa_atomic_add(taken_of(x, share), x->turn_rows)) < rows;)
+            merge_rows(x, &of, first + at, first + fa_min(at + x->turn_rows, rows));
     }
 }
 
@@ -106,17 +120,20 @@ fastattn_status fastattn_merge(const fastattn_merge_args *given) {
 
     x.row_bytes = args.v_head_dim * fa_size_of(args.dtype);
     const double of_row = (double)(args.num_parts + 1) * (double)(x.row_bytes + 4);
-    x.item_rows = fa_round_up((int64_t)(ITEM_BYTES / of_row) + 1, FA_ROW_STEP);
+    x.turn_rows = fa_round_up((int64_t)(TURN_BYTES / of_row) + 1, FA_ROW_STEP);
     const double paying = of_row * (double)args.rows / THREAD_BYTES;
     fa_team team = {.threads = paying < args.num_threads ? (int)paying : args.num_threads, .threading = args.threading};
     if (team.threads < 1) team.threads = 1;
+    x.shares = team.threads;
+    x.share_rows = fa_round_up(fa_ceil_div(args.rows, x.shares), FA_ROW_STEP);
 
     const size_t parts = (size_t)args.num_parts, threads = (size_t)team.threads;
     if (parts > SIZE_MAX / 2 / threads / mixture_bytes(1)) return FASTATTN_ERROR_MEMORY;
-    x.of_worker = (mixture_bytes(parts) / LINE + 2) * LINE; /* no thread writes to another's line, wherever memory begins */
+    x.of_worker = (mixture_bytes(parts) / LINE + 3) * LINE; /* no thread writes to another's line, wherever memory begins */
     x.memory = FASTATTN_MALLOC(threads * x.of_worker);
     if (!x.memory) return FASTATTN_ERROR_MEMORY;
-    status = fastattn_for_each(fa_ceil_div(args.rows, x.item_rows), &team, merge_item, &x);
+    for (int64_t share = 0; share < x.shares; share++) *taken_of(&x, share) = 0;
+    status = fastattn_for_each(x.shares, &team, merge_item, &x);
     FASTATTN_FREE(x.memory);
     return status;
 }
