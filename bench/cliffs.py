@@ -4,7 +4,7 @@
     python bench/cliffs.py --only mask --rounds 31
 
 Each line is a ratio of two calls that alternate in one process (`fastattn._bench`), medians over medians: the call at the cliff over the
-one beside it, or ours over a peer's. Peers are PyTorch and onnxruntime's `Attention`, where they are installed.
+one beside it, or ours over PyTorch's, where that is installed.
 """
 
 import argparse
@@ -92,27 +92,7 @@ def tiny():
         yield name, 1.0, calling(q, k, v), peers.torch(case, q, k, v, None).call
 
 
-def short():
-    """Batches of short sequences, against onnxruntime."""
-    if not importlib.util.find_spec("onnxruntime") or not importlib.util.find_spec("onnx"):
-        return
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    shape = (8, 12, 128, 64)
-    q, k, v = (normal(*shape) for _ in range(3))
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "qkvo"]
-    graph = helper.make_graph([helper.make_node("Attention", list("qkv"), ["o"])], "attention", infos[:3], infos[3:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = fastattn.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = dict(zip("qkv", (q, k, v)))
-    yield "8 x 12 heads, 128 tokens of 64, against onnxruntime", 1 / 1.2, calling(q, k, v), lambda: session.run(None, feed)
-
-
-CLIFFS = {cliff.__name__: cliff for cliff in (strides, mask, mass, rows, tiny, short)}
+CLIFFS = {cliff.__name__: cliff for cliff in (strides, mask, mass, rows, tiny)}
 
 
 def main():

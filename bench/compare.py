@@ -3,6 +3,7 @@
     python bench/compare.py                              # float32 against every peer that is installed
     python bench/compare.py --peer torch --dtype bfloat16 --only square
     python bench/compare.py --isa avx2 --peer torch      # both sides limited to AVX2
+    python bench/compare.py --before ../old              # what has changed since another build, in the tree ../old
     python bench/compare.py --list
 
 `fastattn._bench` says how it measures. The exit status is 1 when a target is missed.
@@ -48,7 +49,10 @@ def main():
     if args.list:
         _bench.print_table(_HEADER[:3], [_names(case) for case in cases])
         return 0
-    duels = [(case, peer) for case in cases for peer in args.peer or peers.installed() if _sensible(case, peer)]
+    if args.before:
+        peers.PEERS["before"] = peers.other_build(args.before)
+    sides = args.peer or (["before"] if args.before else peers.installed())
+    duels = [(case, peer) for case in cases for peer in sides if peers.sensible(case, peer)]
     results = []
     with peers.same_threads(args.threads), _bench.Progress(len(duels)) as progress:
         for case, peer in duels:
@@ -146,13 +150,10 @@ def _selected(case, args):
     return case.dtype in args.dtype and case.precision in args.precision and re.search(args.only, case.name) is not None
 
 
-def _sensible(case, peer):
-    return peer != "fastattn-float32" or (case.dtype, case.precision) != ("float32", "highest")
-
-
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", choices=peers.PEERS, help="may be repeated; default: all installed")
+    parser.add_argument("--before", metavar="FOLDER", help="the tree of another build, as the only peer unless others are named")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     parser.add_argument(
         "--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16", "float16"), help="storage types"

@@ -1,11 +1,15 @@
 """The implementations that fastattn is measured against, each bound to its inputs as a `Side`."""
 
 import contextlib
+import importlib
+import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import replace
 
 import numpy as np
 
+import fastattn
 from fastattn import _bench
 from fastattn._bench import Side
 
@@ -55,12 +59,67 @@ def fastattn_float32(case, q, k, v, mask):
     return Side("fastattn-float32", side.call)
 
 
-PEERS = {"torch": torch, "numpy": numpy, "fastattn-float32": fastattn_float32}
+def onnxruntime(case, q, k, v, mask):
+    """The operator ``Attention`` of ONNX's opset 23, as onnxruntime computes it; `sensible` says for which cases."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    arrays = dict(zip("qkv", (q, k, v)))
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape) for name, array in arrays.items()]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, q.shape)
+    node = helper.make_node("Attention", list(arrays), ["out"], is_causal=int(case.causal))
+    model = helper.make_model(
+        helper.make_graph([node], "attention", inputs, [output]), opset_imports=[helper.make_opsetid("", 23)], ir_version=10
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = fastattn.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return Side("onnxruntime", lambda: session.run(None, arrays)[0])
+
+
+def other_build(folder):
+    """The peer that is another build of this package, whose folder `fastattn` lies in `folder`: what has a change cost?"""
+
+    def modules():
+        return [name for name in sys.modules if name.partition(".")[0] == "fastattn"]
+
+    ours = {name: sys.modules.pop(name) for name in modules()}
+    sys.path.insert(0, folder)
+    try:
+        other = importlib.import_module("fastattn")
+        row = np.zeros((1, 1, 1, 4), np.float32)
+        other.attention(row, row, row)  # whatever it loads late is its own as well
+    finally:
+        sys.path.remove(folder)
+        for name in modules():
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+    def bind(case, q, k, v, mask):
+        other.set_num_threads(ours["fastattn"].get_num_threads())
+        return replace(_bench.fastattn_side(case, q, k, v, mask, attention=other.attention), name="before")
+
+    return bind
+
+
+PEERS = {"torch": torch, "onnxruntime": onnxruntime, "numpy": numpy, "fastattn-float32": fastattn_float32}
+_NEEDS = {"torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx")}
 
 
 def installed():
     """The names of the peers that can run here."""
-    return [name for name in PEERS if name != "torch" or importlib.util.find_spec("torch")]
+    return [name for name in PEERS if all(importlib.util.find_spec(package) for package in _NEEDS.get(name, ()))]
+
+
+def sensible(case, peer):
+    """Whether `peer` computes what `case` asks for, and not just what our own side computes."""
+    if peer == "fastattn-float32":
+        return (case.dtype, case.precision) != ("float32", "highest")
+    if peer == "onnxruntime":
+        aligned = not case.causal or case.shape[3] == case.shape[4]
+        return (case.dtype, case.precision, case.mask) == ("float32", "highest", None) and aligned and case.layout == "BHLD"
+    return True
 
 
 @contextlib.contextmanager
@@ -77,8 +136,11 @@ def same_threads(n):
 
 def versions():
     """Which peers are installed, and what they run on."""
-    if not importlib.util.find_spec("torch"):
-        return {}
-    import torch
+    found = {}
+    if importlib.util.find_spec("torch"):
+        import torch
 
-    return {"torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"}
+        found["torch"] = f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+    if importlib.util.find_spec("onnxruntime"):
+        found["onnxruntime"] = importlib.metadata.version("onnxruntime")
+    return found

@@ -17,6 +17,10 @@ _MORE = (
     Case("peaked", (1, 8, 8, 1024, 1024, 64), logits=25.0),
     Case("long", (1, 2, 2, 64, 65536, 128)),
     Case("long-peaked", (1, 2, 2, 64, 65536, 128), logits=25.0),
+    Case("tokens-4", (256, 12, 12, 4, 4, 32)),
+    Case("tokens-8", (128, 12, 12, 8, 8, 32)),
+    Case("tokens-16", (16, 12, 12, 16, 16, 128)),
+    Case("keys-77", (1, 16, 16, 1024, 77, 80)),
 )
 
 _FLOAT32 = (*_bench.CASES, *_MORE)
@@ -31,6 +35,8 @@ _TORCH_FLOAT32 = {
     "masked": 1.3,
     "call": 2.0,
 }
+
+_ONNXRUNTIME_FLOAT32 = {"batch": 1.2, "tokens-4": 1.1, "tokens-8": 1.1, "tokens-16": 1.1, "keys-77": 1.2}
 
 # With AMX: bfloat16, float16, and float32 at precision="high", which competes with torch's float32.
 _TORCH_AMX = {
@@ -61,6 +67,10 @@ def target(case, peer, isa):
     exact = case.dtype == "float32" and case.precision == "highest"
     if peer == "numpy":
         return 4.0 if exact and large and case in _bench.CASES else None
+    if peer == "onnxruntime":
+        return _ONNXRUNTIME_FLOAT32.get(case.name)
+    if peer == "before":
+        return 1 / 1.03
     if peer == "fastattn-float32":
         without_amx = {"bfloat16": 1.3, "float16": 0.95}
         return without_amx.get(case.dtype) if case.name == "square-128" and isa == "avx512" else None

@@ -6,7 +6,9 @@ import importlib
 import json
 import math
 import pathlib
+import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,6 +204,32 @@ def test_judge(judge, clock, monkeypatch, ours, our_error, missed):
     result = judge.judge(Case("x", (1, 2, 1, 5, 7, 8)), "torch", args)
     assert result["ratio"] == pytest.approx(3.0 / ours)
     assert (result["target"], result["missed"]) == (2.0, missed)
+
+
+def test_another_build_is_a_peer(judge, tmp_path):
+    package = tmp_path / "fastattn"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from fastattn._answer import ANSWER\n"
+        "def set_num_threads(n): pass\n"
+        "def attention(q, k, v, **keywords): return ANSWER, sorted(keywords)\n"
+    )
+    (package / "_answer.py").write_text("ANSWER = 'of the other build'\n")
+    before = dict(sys.modules), list(sys.path)
+    bind = judge.peers.other_build(str(tmp_path))
+    assert (dict(sys.modules), list(sys.path)) == before
+    side = bind(Case("x", (1, 1, 1, 1, 1, 1), causal=True), None, None, None, None)
+    assert (side.name, side.call()) == ("before", ("of the other build", ["causal"]))
+
+
+def test_peers_are_asked_for_what_they_compute(judge):
+    case = Case("x", (1, 1, 1, 4, 8, 8))
+    assert judge.peers.sensible(case, "onnxruntime")
+    for change in ({"causal": True}, {"mask": "bool"}, {"dtype": "bfloat16"}, {"precision": "high"}, {"layout": "BLHD"}):
+        assert not judge.peers.sensible(replace(case, **change), "onnxruntime")
+        assert judge.peers.sensible(replace(case, **change), "torch")
+    assert not judge.peers.sensible(case, "fastattn-float32")
+    assert judge.peers.sensible(replace(case, dtype="float16"), "fastattn-float32")
 
 
 def test_targets(judge):
