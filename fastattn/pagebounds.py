@@ -17,14 +17,14 @@ _NUMBERS = 1 << 22  # that are looked through at a time
 
 
 def bounds_of(keys):
-    """``[high, low]`` over the rows of pages ``(n, H, rows, D)``, as ``(n, H, 1, 2 * D)`` of their dtype; of quantised ones in float32."""
+    """``[high, low]`` over the rows of pages ``(n, H, rows, D)``, as ``(H, n, 2 * D)`` of their dtype; of quantised ones in float32."""
     if kind_of(keys.dtype) is not None:
         keys = decoded(keys)
+    keys = keys.swapaxes(0, 1)
     if keys.dtype.itemsize != 2:
-        return np.concatenate([keys.max(axis=2, keepdims=True), keys.min(axis=2, keepdims=True)], axis=3)
+        return np.concatenate([keys.max(axis=2), keys.min(axis=2)], axis=2)
     ordered = _in_order(keys.view(np.int16))  # NumPy compares integers far faster than halves
-    found = np.concatenate([ordered.max(axis=2, keepdims=True), ordered.min(axis=2, keepdims=True)], axis=3)
-    return _in_order(found).view(keys.dtype)
+    return _in_order(np.concatenate([ordered.max(axis=2), ordered.min(axis=2)], axis=2)).view(keys.dtype)
 
 
 def _in_order(bits):
@@ -37,17 +37,18 @@ def renew(bounds, k, pages):
     step = max(1, _NUMBERS // max(k[:1].size, 1))
     for n in range(0, len(pages), step):
         some = pages[n : n + step]
-        bounds[some] = bounds_of(k[some])
+        bounds[:, some] = bounds_of(k[some])
 
 
 def select_pages(q, bounds, table, position, lengths, count, page_size, causal, keep_first, keep_recent):
     """The pages of most promise to each query row and kv head: ``(rows, Hkv, count)`` int32, their places in the row's sequence.
 
-    `q` is ``(rows, Hq, D)``, times the sign of the scale; `table` ``(rows, most)``, `position` and `lengths` ``(rows,)``. A group shares
-    its pages: its heads' bounds are summed.
+    `q` is ``(rows, Hq, D)``, times the sign of the scale; `bounds` ``(Hkv, pages, 2 * D)``, which a head reads one after the other;
+    `table` ``(rows, most)``, `position` and `lengths` ``(rows,)``. A group shares its pages: its heads' bounds are summed.
     """
     rows, num_heads, head_dim = q.shape
-    heads = bounds.shape[1]
+    heads = bounds.shape[0]
+    of_pages = bounds.swapaxes(0, 1)[:, :, None]
     of_group = q.reshape(rows, heads, num_heads // max(heads, 1), head_dim).astype(np.float32)
     signed = np.concatenate([np.maximum(of_group, 0).sum(axis=2), np.minimum(of_group, 0).sum(axis=2)], axis=2)[:, :, None]
     seen = np.minimum(position + 1, lengths) if causal else lengths
@@ -60,7 +61,7 @@ def select_pages(q, bounds, table, position, lengths, count, page_size, causal, 
         own = np.flatnonzero(recent == kept)
         part = np.empty((own.size, heads, 1, count), np.int32)
         select = Selection(
-            signed[own], bounds, None, False, False, pages[own] - 1, pages[own], np.ascontiguousarray(table[own]), 0,
+            signed[own], of_pages, None, False, False, pages[own] - 1, pages[own], np.ascontiguousarray(table[own]), 0,
             -(-keep_first // page_size), int(kept), part,
         )  # fmt: skip
         runtime.backend().select_keys(select)

@@ -116,7 +116,7 @@ class PagedKVCache:
         # A head's keys of a page lie together, as they are read together.
         self._k, self._v = cache_rows((pages, heads, rows), head_dim, v_head_dim, dtype, v_dtype, self._rotate)
         of_bounds = self._k.dtype if dim_of(self._k) == self._k.shape[3] else np.float32
-        self._bounds = np.zeros((pages, heads, 1, 2 * head_dim), of_bounds) if flag("bounds", bounds) else None
+        self._bounds = np.zeros((heads, pages, 2 * head_dim), of_bounds) if flag("bounds", bounds) else None
         self._references = np.zeros(pages, np.int64)
         self._free = list(range(pages - 1, -1, -1))
 
@@ -501,11 +501,11 @@ class PagedKVCache:
 
     def _with_last_pages(self, table, lengths):
         """The bounds of these pages alone, those of last pages that are not full among them, and a table of their places."""
-        bounds = self._bounds[table]  # where there is no page, of some: nobody looks
+        bounds = self._bounds[:, table]  # where there is no page, of some: nobody looks
         for b in np.flatnonzero(lengths % self.page_size):
             last = lengths[b] // self.page_size
-            bounds[b, last] = pagebounds.bounds_of(self._k[table[b, last], None, :, : lengths[b] % self.page_size])[0]
-        return bounds.reshape(-1, *bounds.shape[2:]), np.arange(table.size, dtype=np.int32).reshape(table.shape)
+            bounds[:, b, last] = pagebounds.bounds_of(self._k[table[b, last], None, :, : lengths[b] % self.page_size])[:, 0]
+        return bounds.reshape(bounds.shape[0], table.size, bounds.shape[3]), np.arange(table.size, dtype=np.int32).reshape(table.shape)
 
     def _attend_levels(self, levels, q, starts, table, lengths, causal, keywords):
         """Attention level by level of a tree of shared pages, merged."""

@@ -113,24 +113,28 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 
-/* Pointers to rows in pages from `key` on, page after page; beyond the entry's last key they stay there. The first are those that the last
- * so many of before have been, as of runs that follow each other. */
-static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key, int64_t known,
-                            const char **rows) {
-    const fastattn_attention_args *a = call->args;
-    const char *head = (const char *)base + p->kv_head * strides[1];
-    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
-    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
+void fastattn_paged_rows(const char **rows, int64_t wanted, int64_t known, int64_t count, const char *head, const int64_t strides[3],
+                         const int32_t *table, int64_t page_size, int64_t key) {
     int64_t n = known;
     memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
     if (n < count) {
-        int64_t page = (p->entry->key + key + n) / a->page_size, row = (p->entry->key + key + n) % a->page_size;
+        int64_t page = (key + n) / page_size, row = (key + n) % page_size;
         for (; n < count; page++, row = 0) {
             const char *at = head + table[page] * strides[0] + row * strides[2];
-            for (const int64_t end = fa_min(n + a->page_size - row, count); n < end; n++, at += strides[2]) rows[n] = at;
+            for (const int64_t end = fa_min(n + page_size - row, count); n < end; n++, at += strides[2]) rows[n] = at;
         }
     }
     for (; n < wanted; n++) rows[n] = rows[n - 1];
+}
+
+/* Those of an entry's keys or values from `key` on. */
+static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key, int64_t known,
+                            const char **rows) {
+    const fastattn_attention_args *a = call->args;
+    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
+    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
+    fastattn_paged_rows(rows, wanted, known, count, (const char *)base + p->kv_head * strides[1], strides, table, a->page_size,
+                        p->entry->key + key);
 }
 
 /* The same of listed keys from a place on, in pages or not; where there is none, and beyond the list, it is the entry's first. */

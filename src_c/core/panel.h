@@ -47,6 +47,11 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, int64_t known,
                                     const char **k_rows, const char **v_rows);
 
+/* `wanted` pointers to rows in pages from `key` on, page after page; there are `count` keys, 1 or more, and beyond the last they stay there.
+ * The first are those that the last `known` of before have been, as of runs that follow each other. */
+void fastattn_paged_rows(const char **rows, int64_t wanted, int64_t known, int64_t count, const char *head, const int64_t strides[3],
+                         const int32_t *table, int64_t page_size, int64_t key);
+
 /* Pointers for the keys of a block and of the next. */
 static inline int64_t fastattn_row_pointers(int64_t block_keys) { return 2 * block_keys; }
 

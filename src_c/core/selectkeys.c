@@ -10,6 +10,7 @@
 #include "check.h"
 #include "ints.h"
 #include "memory.h"
+#include "panel.h"
 #include "threads.h"
 
 #include "../ukernel/storage.h"
@@ -154,18 +155,22 @@ static int64_t end_of(const fastattn_select_args *a, int64_t position, int64_t l
     return a->causal ? fa_max(0, fa_min(length, position + 1)) : length;
 }
 
-/* Rows of keys from `key` on: where they lie, or, in pages, pointers, as many more as products by rows look ahead. */
+/* Rows of keys from `key` on: where they lie, or, in pages, pointers, and what is read next a run further on. */
 static fa_matrix rows_of(const fa_select *x, const fa_chooser *who, int64_t key, const char **pointers) {
     const fastattn_select_args *a = &x->args;
     const char *head = (const char *)a->k + who->kv_head * a->k_strides[1];
-    if (!a->block_table) return fa_matrix_at(head + who->batch * a->k_strides[0] + key * a->k_strides[2], a->k_strides[2], a->k_dtype);
     const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, who->batch);
-    for (int64_t n = 0; n < 2 * x->run_keys; n++) {
-        const int64_t j = fa_min(key + n, who->end - 1);
-        pointers[n] = head + table[j / a->page_size] * a->k_strides[0] + j % a->page_size * a->k_strides[2];
+    const int64_t wanted = fastattn_row_pointers(x->run_keys);
+    fa_matrix rows = fa_matrix_at(head, a->k_strides[2], a->k_dtype);
+    if (table) {
+        fastattn_paged_rows(pointers, wanted, key > who->first ? x->run_keys : 0, fa_min(wanted, who->end - key), head, a->k_strides, table,
+                            a->page_size, key);
+        rows.rows = pointers;
+        rows.rows_ahead = x->run_keys;
+    } else {
+        rows.at += who->batch * a->k_strides[0] + key * a->k_strides[2];
+        rows.ahead = (int64_t)((uint64_t)x->run_keys * (uint64_t)a->k_strides[2]);
     }
-    fa_matrix rows = fa_matrix_at(head, 0, a->k_dtype);
-    rows.rows = pointers;
     return rows;
 }
 
@@ -409,7 +414,7 @@ static void plan(fa_select *x) {
     x->turned = take(&x->bytes, x->panel_rows * x->line, sizeof(float));
     x->sums = take(&x->bytes, x->tile_queries * x->line, sizeof(float));
     x->weights = take(&x->bytes, x->panels * x->panel_rows, sizeof(float));
-    x->pointers = take(&x->bytes, a->block_table ? 2 * x->run_keys : 0, sizeof(char *));
+    x->pointers = take(&x->bytes, a->block_table ? fastattn_row_pointers(x->run_keys) : 0, sizeof(char *));
     x->candidates_bytes = (size_t)x->room * (sizeof(float) + sizeof(int32_t));
     x->candidates = take(&x->bytes, x->tile_queries, x->candidates_bytes);
     x->partial_bytes = sizeof(int64_t) + (size_t)fa_round_up(x->wanted, 2) * (sizeof(float) + sizeof(int32_t));
