@@ -142,11 +142,13 @@ def test_what_is_not_finite(engine):
 
 def test_choices_do_not_depend_on_threads_or_company(engine):
     q, k = arrays(3, 8, 2, 2, 9000, 16)
-    expected = fastattn.select_keys(q, k, 500)
-    with fastattn.threads(3):
-        np.testing.assert_array_equal(fastattn.select_keys(q, k, 500), expected)
-    for b in range(3):
-        np.testing.assert_array_equal(fastattn.select_keys(q[b : b + 1], k[b : b + 1], 500)[0], expected[b])
+    with fastattn.threads(1):
+        expected = fastattn.select_keys(q, k, 500)
+    for threads in 2, 7:  # keys are in parts, where there are too few entries for all of these
+        with fastattn.threads(threads):
+            np.testing.assert_array_equal(fastattn.select_keys(q, k, 500), expected)
+            for b in range(3):
+                np.testing.assert_array_equal(fastattn.select_keys(q[b : b + 1], k[b : b + 1], 500)[0], expected[b])
     padded = np.concatenate([k, np.full((3, 2, 3000, 16), np.nan, np.float32)], axis=2)
     np.testing.assert_array_equal(fastattn.select_keys(q, padded, 500, kv_lengths=9000), expected)
 

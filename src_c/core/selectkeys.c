@@ -5,8 +5,8 @@
  *     candidates of the query: those with a larger score than its num_keys-th so far
  *
  * Candidates are collected in ascending order until their room is full, and then all but the best are dropped. Where there are too few
- * tiles the keys are split, by the shape alone, and the candidates of the parts are put together in a second phase: which keys are
- * the best depends on no split. */
+ * tiles for the threads the keys are split, and the candidates of the parts are put together in a second phase: which keys are the
+ * best depends on no split. */
 #include "check.h"
 #include "ints.h"
 #include "memory.h"
@@ -20,9 +20,10 @@
 #include <string.h>
 
 enum {
-    WANTED_ITEMS = 64,
+    ITEMS_OF_A_THREAD = 2,    /* and fewer, where there are many tiles, are not worth parts, each of which begins with any candidates */
     FEWEST_KEYS = 2048,       /* of a part; and eight times as many as it keeps */
-    LOOK = 64,                /* scores that are looked at together: most hold no candidate */
+    COUNTED = 64,             /* scores that are counted together */
+    LOOK = 16,                /* that are looked at together: most hold no candidate */
     FEWEST_SPARE = 1024,      /* room for candidates beyond the best, lest these are looked for all the time */
     WORK_OF_A_THREAD = 2000000 /* multiplications for which it pays to wake one */
 };
@@ -69,26 +70,45 @@ static float score_of(int32_t rank) { return fa_from_bits((uint32_t)(rank < 0 ? 
 /* The number of candidates above a score, in runs that compilers turn into vectors. */
 static int64_t count_above(const fa_candidates *c, float score) {
     int64_t above = 0, i = 0;
-    for (; i + LOOK <= c->count; i += LOOK) {
+    for (; i + COUNTED <= c->count; i += COUNTED) {
         int32_t run = 0;
-        for (int n = 0; n < LOOK; n++) run += c->score[i + n] > score;
+        for (int n = 0; n < COUNTED; n++) run += c->score[i + n] > score;
         above += run;
     }
     for (; i < c->count; i++) above += c->score[i] > score;
     return above;
 }
 
+/* The smallest and the largest score of candidates, of which there are some, likewise. */
+static void extremes(const fa_candidates *c, float *smallest, float *largest) {
+    enum { LANES = 16 };
+    float low[LANES], high[LANES];
+    int64_t i = 0;
+    for (int n = 0; n < LANES; n++) low[n] = high[n] = c->score[0];
+    for (; i + LANES <= c->count; i += LANES)
+        for (int n = 0; n < LANES; n++) {
+            const float score = c->score[i + n];
+            low[n] = score < low[n] ? score : low[n];
+            high[n] = score > high[n] ? score : high[n];
+        }
+    for (; i < c->count; i++) {
+        low[0] = c->score[i] < low[0] ? c->score[i] : low[0];
+        high[0] = c->score[i] > high[0] ? c->score[i] : high[0];
+    }
+    *smallest = low[0], *largest = high[0];
+    for (int n = 1; n < LANES; n++) {
+        *smallest = low[n] < *smallest ? low[n] : *smallest;
+        *largest = high[n] > *largest ? high[n] : *largest;
+    }
+}
+
 /* A score that n candidates are above, or, where equals forbid that, the one for which fewer are above it and more if it counts as well:
  * by halving, which takes a dozen turns where scores differ. There are at least n. */
 static float separator(const fa_candidates *c, int64_t n, int64_t *above) {
-    int32_t low = INT32_MAX, high = INT32_MIN; /* at least n are above or at low, and fewer above high */
-    for (int64_t i = 0; i < c->count; i++) {
-        const int32_t rank = rank_of(c->score[i]);
-        low = rank < low ? rank : low;
-        high = rank > high ? rank : high;
-    }
-    *above = 0;
-    for (int64_t bottom = (int64_t)low - 1, top = high; ;) {
+    float smallest, largest;
+    extremes(c, &smallest, &largest);
+    /* At least n are above the bottom, and fewer above the top. */
+    for (int64_t bottom = (int64_t)rank_of(smallest) - 1, top = rank_of(largest);;) {
         const int64_t middle = bottom + (top - bottom) / 2;
         if (top - bottom == 1) {
             *above = count_above(c, score_of((int32_t)top));
@@ -105,29 +125,32 @@ static float separator(const fa_candidates *c, int64_t n, int64_t *above) {
 static void keep_best(fa_candidates *c, int64_t n) {
     if (c->count < n || n == 0) return;
     int64_t above, kept = 0;
+    float unused;
     const float edge = separator(c, n, &above);
-    int64_t equals = n - above;
-    float least = INFINITY;
-    for (int64_t i = 0; i < c->count; i++) {
+    for (int64_t i = 0, equals = n - above; i < c->count; i++) {
         const float score = c->score[i];
-        const int keep = score > edge || (score == edge && equals > 0);
-        equals -= keep && score == edge;
-        least = keep && score < least ? score : least;
+        const int64_t equal = (score == edge) & (equals > 0);
         c->score[kept] = score;
         c->at[kept] = c->at[i];
-        kept += keep;
+        kept += (score > edge) | equal;
+        equals -= equal;
     }
-    c->threshold = least;
     c->count = kept;
+    extremes(c, &c->threshold, &unused);
+}
+
+/* Whether any of LOOK scores is above a threshold. */
+static int any_above(const float *score, float threshold) {
+    int32_t any = 0;
+    for (int n = 0; n < LOOK; n++) any |= score[n] > threshold;
+    return any;
 }
 
 /* Candidates from `at` on that follow each other. */
 static void offer(const fa_select *x, fa_candidates *c, const float *score, int64_t at, int64_t count) {
     for (int64_t j = 0; j < count; j += LOOK) {
         const int64_t end = fa_min(j + LOOK, count);
-        int any = 0;
-        for (int64_t i = j; i < end; i++) any |= score[i] > c->threshold;
-        if (!any) continue;
+        if (end - j == LOOK && !any_above(score + j, c->threshold)) continue;
         if (c->count + LOOK > x->room) keep_best(c, x->wanted);
         for (int64_t i = j; i < end; i++) {
             c->score[c->count] = score[i];
@@ -384,7 +407,7 @@ static fastattn_status check_tables(fastattn_select_args *a) {
 
 static int64_t common_factor(int64_t a, int64_t b) { return b == 0 ? a : common_factor(b, a % b); }
 
-static void plan(fa_select *x) {
+static void plan(fa_select *x, int64_t threads) {
     const fastattn_select_args *a = &x->args;
     x->group = a->num_heads / a->num_kv_heads;
     x->products = fastattn_products_select(a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
@@ -401,7 +424,8 @@ static void plan(fa_select *x) {
     x->unit = fa_max(a->block_size, 1);
     x->wanted = a->num_keys / x->unit;
     x->room = x->wanted + fa_max(2 * x->wanted, FEWEST_SPARE);
-    const int64_t lines = a->batch * a->num_kv_heads, wanted = fa_min(fa_ceil_div(WANTED_ITEMS, a->num_kv_heads * x->tiles), a->kv_len / fa_max(FEWEST_KEYS, 8 * a->num_keys));
+    const int64_t lines = a->batch * a->num_kv_heads, items = threads > 1 ? ITEMS_OF_A_THREAD * threads : 1;
+    const int64_t wanted = fa_min(fa_ceil_div(items, lines * x->tiles), a->kv_len / fa_max(FEWEST_KEYS, 8 * a->num_keys));
     /* Whole runs and whole blocks: a score has the same bits whatever the parts. */
     x->split_keys = wanted > 1 ? fa_round_up(fa_ceil_div(a->kv_len, wanted), x->run_keys * (x->unit / common_factor(x->unit, x->run_keys))) : a->kv_len;
     x->splits = x->split_keys > 0 ? fa_ceil_div(a->kv_len, x->split_keys) : 1;
@@ -438,11 +462,11 @@ fastattn_status fastattn_select_keys(const fastattn_select_args *given) {
         a->head_dim = 0;
         a->weights = NULL;
     }
-    plan(&x);
     const double work = (double)a->batch * (double)a->num_heads * (double)a->q_len * (double)a->kv_len * (double)(a->head_dim + 16);
-    const double threads = work / WORK_OF_A_THREAD;
-    const fa_team team = {.threads = threads < 2 ? 1 : (int)fa_max(1, fa_min(threads < a->num_threads ? (int64_t)threads : a->num_threads, x.items)),
-                          .threading = a->threading};
+    const double paid = work / WORK_OF_A_THREAD;
+    const int64_t threads = paid < 2 ? 1 : fa_max(1, paid < a->num_threads ? (int64_t)paid : a->num_threads);
+    plan(&x, threads);
+    const fa_team team = {.threads = (int)fa_min(threads, x.items), .threading = a->threading};
     const int64_t queries = a->batch * a->num_kv_heads * a->q_len;
     const size_t partials = x.splits > 1 ? x.partial_bytes * (size_t)(queries * x.splits) : 0;
     char *memory = FASTATTN_MALLOC(x.bytes * (size_t)team.threads + partials + 63);

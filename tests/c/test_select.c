@@ -139,9 +139,9 @@ TEST_EACH_ISA(selection_on_each_way_of_taking_rows) {
 
 TEST_EACH_ISA(selection_in_parts_and_pages) {
     for (int page_size = 0; page_size < 40; page_size += 13) {
-        const struct selection s = {.name = "parts", .batch = 2, .heads = 2, .kv_heads = 2, .q_len = 1, .kv_len = 4500, .head_dim = 8,
-                                    .num_keys = 700, .block_size = page_size == 13 ? 100 : 0, .lengths = page_size > 0,
-                                    .page_size = page_size, .num_threads = 2, .keep_recent = 3};
+        const struct selection s = {.name = "parts", .batch = 2, .heads = 32, .kv_heads = 1, .q_len = 1, .kv_len = 9000, .head_dim = 8,
+                                    .num_keys = 200, .block_size = page_size == 13 ? 100 : 0, .lengths = page_size > 0,
+                                    .page_size = page_size, .num_threads = 4, .keep_recent = 3};
         check_selection(&s, (uint64_t)page_size, GUARD_BEHIND);
     }
 }
