@@ -310,6 +310,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
                          ? call->exact
                          : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
     call->few = args->additive ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
+    if (call->products->few && args->kv_dtype == FASTATTN_BFLOAT16 && !args->invariant) call->few = call->products->few;
     if (call->stored.quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) {

@@ -182,27 +182,45 @@ typedef struct dot_few_keys {
     uintptr_t later[FEW_KEYS];
 } dot_few_keys;
 
-/* sum[key][row] of the pairs of 32 numbers, or fewer, from d on. */
-FA_INLINE void dot_few_step(int width, int asks, simd_f *sum, const float *q, int64_t pitch, const dot_few_keys *k, int first, int64_t d,
-                            __mmask32 there) {
-    const int keys = SIMD_LANES / width;
+/* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. */
+FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int64_t j, int64_t keys, int asks, int64_t head_dim) {
+    dot_few_keys x;
+    FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) {
+        const int64_t key = j + i < keys ? j + i : keys - 1;
+        x.key[i] = tile_row(rows, key);
+        x.later[i] = tile_later(rows, key);
+        if (asks) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1))); /* rows need not begin with a line */
+    }
+    return x;
+}
+
+/* sum[key * of_key + row * of_row] of the pairs of 32 numbers, or fewer, from d on, for `keys` keys from the first and `width` rows. */
+FA_INLINE void dot_few_step(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
+                            const dot_few_keys *k, int first, int64_t d, __mmask32 there) {
     FA_UNROLL for (int i = 0; i < keys; i++) {
         const char *const at = k->key[first + i] + d * 2;
         const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(there, at);
         const simd_f pairs = _mm512_castsi512_ps(bits);
         if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)(d * 2)));
         FA_UNROLL for (int r = 0; r < width; r++)
-            sum[i * width + r] = simd_dot_bf16(pairs, simd_load(q + r * pitch + d / 2), sum[i * width + r]);
+            sum[i * of_key + r * of_row] = simd_dot_bf16(pairs, simd_load(q + r * pitch + d / 2), sum[i * of_key + r * of_row]);
     }
+}
+
+/* All numbers of these keys and rows. */
+FA_INLINE void dot_few_steps(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
+                             const dot_few_keys *k, int first, int64_t head_dim) {
+    int64_t d = 0;
+    for (; d + HALVES <= head_dim; d += HALVES)
+        dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, 0xffffffffu);
+    if (d < head_dim) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
 }
 
 /* The scores of `width` rows, a constant as `first` and `asks` are, with as many keys as fill a vector. */
 FA_INLINE simd_f dot_few_tile(int width, int asks, const float *q, int64_t pitch, const dot_few_keys *k, int first, int64_t head_dim) {
     simd_f sum[SIMD_LANES];
-    int64_t d = 0;
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) sum[i] = simd_set1(0.0f);
-    for (; d + HALVES <= head_dim; d += HALVES) dot_few_step(width, asks, sum, q, pitch, k, first, d, 0xffffffffu);
-    if (d < head_dim) dot_few_step(width, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
+    dot_few_steps(width, SIMD_LANES / width, width, 1, asks, sum, q, pitch, k, first, head_dim);
     return simd_sum_lanes(sum);
 }
 
@@ -227,13 +245,7 @@ static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, 
     const char *first_row;
     const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
     for (int64_t j = 0; j < keys; j += FEW_KEYS) {
-        dot_few_keys x;
-        FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) {
-            const int64_t key = j + i < keys ? j + i : keys - 1;
-            x.key[i] = tile_row(&places, key);
-            x.later[i] = tile_later(&places, key);
-            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1))); /* rows need not begin with a line */
-        }
+        const dot_few_keys x = dot_few_places(&places, j, keys, 1, head_dim);
         for (int row = 0; row < rows; row += SIMD_LANES) {
             float *const to = s + j * ld + row;
             const float *const of = q + row * pitch, *const last = of + FEW_WIDTH * pitch;
@@ -243,6 +255,78 @@ static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, 
             else if (left > 0) dot_few_scores(FEW_WIDTH / 2, 0, to + FEW_WIDTH, ld, last, pitch, left, &x, head_dim);
         }
     }
+}
+
+/* Fewer still: panels lie by rows, as those of the float32 products for so few, whose second product this is, too. */
+
+enum { ROWS_WIDTH = 4 }; /* rows of a tile, at most */
+
+/* Those of `width` rows, a constant, and SIMD_LANES keys from j on: few keys at a time, that they are read nearly in the order of memory. */
+FA_INLINE void dot_by_rows_scores(int width, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
+                                  int64_t head_dim) {
+    const int tile_keys = width > 2 ? SIMD_LANES / ROWS_WIDTH : SIMD_LANES / width;
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), end = j + SIMD_LANES < keys ? j + SIMD_LANES : keys;
+    for (; j < end; j += tile_keys) {
+        simd_f sum[SIMD_LANES];
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) sum[i] = simd_set1(0.0f);
+        FA_UNROLL for (int i = 0; i < tile_keys; i += FEW_KEYS) {
+            const dot_few_keys x = dot_few_places(places, j + i, keys, asks, head_dim);
+            dot_few_steps(width, FEW_KEYS, 1, tile_keys, asks, sum + i, q, pitch, &x, 0, head_dim);
+        }
+        const simd_f sums = simd_sum_lanes(sum);
+        if (width == 1) simd_store(s + j, sums);
+        else if (width == 2) {
+            _mm256_storeu_si256((__m256i *)(void *)(s + j), simd_first_halves(sums));
+            _mm256_storeu_si256((__m256i *)(void *)(s + j + ld), simd_last_halves(sums));
+        } else {
+            const __m128 of_row[ROWS_WIDTH] = {_mm512_castps512_ps128(sums), _mm512_extractf32x4_ps(sums, 1),
+                                               _mm512_extractf32x4_ps(sums, 2), _mm512_extractf32x4_ps(sums, 3)};
+            FA_UNROLL for (int r = 0; r < width; r++) _mm_storeu_ps(s + j + r * ld, of_row[r]);
+        }
+    }
+}
+
+/* The scores of rows that have keys of their own, beside each other: whole keys one after the other, for so they lie in memory. */
+static void dot_beside_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    const char *first_row;
+    const tile_rows places = tile_rows_of(k, &first_row);
+    simd_f sum[SIMD_LANES] = {simd_set1(0.0f)};
+    for (int64_t j = 0; j < keys; j += FEW_KEYS) {
+        float sums[SIMD_LANES];
+        dot_few_keys x = dot_few_places(&places, j, keys, 0, head_dim);
+        for (int i = 0; i < FEW_KEYS; i++)
+            for (int r = 0; r < rows; r++, x.key[i] += k.beside, x.later[i] += (uintptr_t)k.beside) {
+                simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1)));
+                sum[r * FEW_KEYS + i] = simd_set1(0.0f);
+                dot_few_steps(1, 1, 1, 1, 1, sum + r * FEW_KEYS + i, q + r * pitch, pitch, &x, i, head_dim);
+            }
+        simd_store(sums, simd_sum_lanes(sum));
+        for (int r = 0; r < rows; r++) memcpy(s + r * ld + j, sums + r * FEW_KEYS, FEW_KEYS * sizeof(float));
+    }
+}
+
+static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
+    const char *first_row;
+    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
+    if (k.beside) {
+        dot_beside_qk(s, q, ld, rows, fa_rows_from(k, from), keys, head_dim);
+        return;
+    }
+    for (int64_t j = 0; j < keys; j += SIMD_LANES)
+        for (int row = 0; row < rows; row += ROWS_WIDTH) {
+            float *const to = s + row * ld;
+            const float *const of = q + row * pitch;
+            if (row == 0 && rows == 1) dot_by_rows_scores(1, 1, to, ld, of, &places, j, keys, head_dim);
+            else if (row == 0 && rows == 2) dot_by_rows_scores(2, 1, to, ld, of, &places, j, keys, head_dim);
+            else if (row == 0 && rows == 3) dot_by_rows_scores(3, 1, to, ld, of, &places, j, keys, head_dim);
+            else if (row == 0) dot_by_rows_scores(4, 1, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 1) dot_by_rows_scores(1, 0, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 2) dot_by_rows_scores(2, 0, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 3) dot_by_rows_scores(3, 0, to, ld, of, &places, j, keys, head_dim);
+            else dot_by_rows_scores(4, 0, to, ld, of, &places, j, keys, head_dim);
+        }
 }
 
 #define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
@@ -259,13 +343,17 @@ const fa_products fastattn_products_bfloat16_rows_avx512 = {
     .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512, .qk = dot_rows_qk, DOT_LANES,
     DOT_ALONE};
 
+static const fa_products dot_few = {
+    .name = "bfloat16_by_rows_avx512", .most_beside = TILE_MOST_BESIDE, .pack = dot_few_pack, .qk = dot_by_rows_qk, .softmax = rows_softmax,
+    FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, rows_pv)};
+
 static const fa_products dot_few_quantised = {
-    .name = "bfloat16_quantised_rows_avx512", .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
+    .name = "bfloat16_quantised_rows_avx512", .pack = rows_pack, .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
     FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, fastattn_quantised_pv_bfloat16_avx512)};
 
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
-    .alone = &fastattn_products_bfloat16_rows_avx512, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
+    .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
     .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_LANES};
 
 #undef DOT_ALONE

@@ -50,11 +50,11 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MO
 #define FA_FLOAT32_LANES(instructions, block_size)                                                                       \
     .isa = instructions, .panel_rows = FA_PANEL_ROWS, .block_keys = block_size, .score_keys = block_size, .pair_rows = 2, \
     .in_place = 1, .pack = pack, .keys = widened, .values = widened, .softmax = softmax, .pv = pv, .power = power, FA_LANES_SLOTS
-#define FA_FLOAT32_ROWS(instructions, block_size) FA_ROWS(instructions, block_size, rows_pv)
+#define FA_FLOAT32_ROWS(instructions, block_size) .pack = rows_pack, FA_ROWS(instructions, block_size, rows_pv)
 #define FA_ROWS(instructions, block_size, second)                                                                        \
     .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
-    .score_keys = block_size, .pair_rows = 2, .in_place = 1, .pack = rows_pack, .keys = as_stored, .values = as_stored,  \
-    .pv = second, .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
+    .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = as_stored, .values = as_stored, .pv = second,       \
+    .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
@@ -67,8 +67,8 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MO
         .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_products suffix##_few_quantised = {                                                                  \
-        .name = "quantised_rows_" #suffix, .qk = fastattn_quantised_qk_##suffix, .softmax = rows_softmax,                \
-        FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                                              \
+        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = fastattn_quantised_qk_##suffix,                      \
+        .softmax = rows_softmax, FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                     \
     static const fa_products suffix##_additive = {                                                                       \
         .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,         \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \

@@ -142,6 +142,7 @@ typedef struct fa_products {
     int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
     const struct fa_products *fewer; /* in the place of these, for still fewer rows, whose bits may differ from those among many; or null */
+    const struct fa_products *few; /* as exact, by rows for few of them over bfloat16 keys, in the place of the table's; or null */
     const struct fa_products *few_quantised; /* as exact as these, for few rows over quantised keys, in the place of the table's; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */

@@ -294,13 +294,12 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
 }
 
 /* Rows with keys and values of their own, beside each other, get the bits that each gets from its own alone. */
-TEST_EACH_ISA(products_of_rows_beside_each_other) {
+static void check_beside(const fa_products *by, const fastattn_dtype *kinds, size_t count) {
     static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 3, 4, 5, 16, 17, 40, 64};
     enum { ROWS = 4, DIM = 160, KEYS = 64 };
-    const fa_products *by = table()->few;
     CHECK(by->most_beside <= ROWS, "%d rows", by->most_beside);
     for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3 * 2; e++) {
-        const fastattn_dtype dtype = dtypes[e % 3];
+        const fastattn_dtype dtype = kinds[e % count];
         const int in_pages = e / 3 % 2, rows = 1 + (int)(e / 6 % (size_t)by->most_beside);
         const int64_t dim = dims[e / 6 % COUNT(dims)], keys = blocks[e / 6 / COUNT(dims)], beside = dim * (int64_t)dtype_size(dtype);
         const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
@@ -329,6 +328,15 @@ TEST_EACH_ISA(products_of_rows_beside_each_other) {
         guard_check();
         guard_release();
     }
+}
+
+TEST_EACH_ISA(products_of_rows_beside_each_other) {
+    check_beside(table()->few, dtypes, COUNT(dtypes));
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    static const fastattn_dtype pairs[] = {FASTATTN_BFLOAT16};
+    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
+        check_beside(fastattn_products_bfloat16_avx512.few, pairs, COUNT(pairs));
+#endif
 }
 
 /* Blocks of integers fit as long as what they share leaves enough to each. */

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu/cpu.h"
+
 static const int64_t edges[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12,  13,  15,
                                 16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
 
@@ -228,25 +230,36 @@ static struct few few_case(const char *slot, size_t e) {
                         stored_rows("stored", keys, dim, stride, dtype)};
 }
 
-TEST_EACH_ISA(slot_rows_qk) {
-    const fa_ukernel *uk = table();
+static void check_rows_qk(const fa_products *by, fastattn_dtype q_dtype, const char *slot, int any_keys) {
     for (size_t e = 0; e < FEW_CASES; e++) {
-        const struct few x = few_case("qk by rows", e);
+        const struct few x = few_case(slot, e);
+        const void *rows_of[FA_PANEL_ROWS];
+        if (!any_keys && x.stored.dtype != q_dtype) {
+            guard_release();
+            continue;
+        }
         float *q = panel("q", x.rows, (int)x.pitch), *s = panel("s", x.rows, (int)x.s_pitch);
-        for (int r = 0; r < x.rows; r++)
-            for (int64_t d = 0; d < x.pitch; d++)
-                q[r * x.pitch + d] = d < x.dim ? (float)random_signed(&rng) : 0.0f;
+        random_rows(rows_of, x.rows, x.rows, x.dim, x.dim * (int64_t)dtype_size(q_dtype), q_dtype);
         guard_seal();
-        uk->few->qk(s, q, (int)x.s_pitch, x.rows, x.stored, 0, x.keys, x.dim);
+        by->pack(q, (int)x.s_pitch, rows_of, x.rows, x.dim, q_dtype, 1.0f);
+        by->qk(s, q, (int)x.s_pitch, x.rows, x.stored, 0, x.keys, x.dim);
         for (int64_t j = 0; j < x.keys; j++)
             for (int r = 0; r < x.rows; r++) {
                 struct sum sum = {0, 0};
                 for (int64_t d = 0; d < x.dim; d++)
-                    add(&sum, stored_number(x.stored, j, d) * (double)q[r * x.pitch + d]);
+                    add(&sum, stored_number(x.stored, j, d) * load(q_dtype, (const char *)rows_of[r] + d * (int64_t)dtype_size(q_dtype)));
                 check_close("s", j, r, s[r * x.s_pitch + j], sum.value, rounding_of_sum(x.dim) * sum.magnitude);
             }
         check_outside("s", s, x.rows, (struct columns){(int)x.s_pitch, 0, (int)fa_round_up(x.keys, FA_ROW_STEP)});
     }
+}
+
+TEST_EACH_ISA(slot_rows_qk) {
+    check_rows_qk(table()->few, FASTATTN_FLOAT32, "qk by rows", 1);
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
+        check_rows_qk(fastattn_products_bfloat16_avx512.few, FASTATTN_BFLOAT16, "bfloat16 qk by rows", 0);
+#endif
 }
 
 TEST_EACH_ISA(slot_rows_pv) {
