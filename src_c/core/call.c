@@ -81,7 +81,7 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
-    const int fewest = call->stored.quantised ? SHARE_WHAT_IS_DECODED : many ? products->fewest_rows_over_many : products->fewest_rows;
+    const int fewest = call->stored.quantised ? SHARE_WHAT_IS_DECODED : fa_fewest_rows(products, call->args->head_dim, kv_len);
     shape->few_below = any_rows ? 1 : fewest;
     shape->full_lanes = products == call->uk->products && !call->stored.quantised;
     plan_splits(call, shape);

@@ -411,7 +411,7 @@ static void plan(fa_select *x, int64_t threads) {
     const fastattn_select_args *a = &x->args;
     x->group = a->num_heads / a->num_kv_heads;
     x->products = fastattn_products_select(a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
-    const int fewest = a->kv_len >= FA_MANY_KEYS ? x->products->fewest_rows_over_many : x->products->fewest_rows;
+    const int fewest = fa_fewest_rows(x->products, a->head_dim, a->kv_len);
     if (fa_min(a->q_len, fa_max(1, x->products->panel_rows / x->group)) * x->group < fewest) x->products = x->uk->few;
     const int64_t most = x->products->panel_rows;
     x->tile_queries = fa_max(1, fa_min(a->q_len, most / x->group));

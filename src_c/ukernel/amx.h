@@ -318,7 +318,7 @@ AMX_SOFTMAX(2)
     }                                                                                                                \
     const fa_products fastattn_products_##suffix = {                                                                 \
         .name = #suffix, .isa = FASTATTN_ISA_AMX, .fewest_rows = FEWEST_LANES,                       \
-        .fewest_rows_over_many = FEWEST_LANES, .panel_rows = 2 * AMX_ROWS,                                           \
+        .fewest_rows_wide = FEWEST_LANES, .panel_rows = 2 * AMX_ROWS,                                           \
         .block_keys = block_size, .score_keys = score_size, .pair_rows = planes,                                     \
         .sums = planes == 1, .in_parts = planes > 1, .enter = amx_enter, .leave = amx_leave, .pack = pairs_pack_##planes, \
         .keys = suffix##_keys, .values = suffix##_values, .qk = suffix##_qk, .softmax = pairs_softmax_##planes, \

@@ -90,9 +90,9 @@ static void bfdot_pv(float *o, const float *alpha, const float *p, int ld, int r
 }
 
 const fa_products fastattn_products_bfloat16_neon = {
-    .name = "bfloat16_neon", .isa = FASTATTN_ISA_NEON, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES_OVER_MANY,
-    .panel_rows = FA_PANEL_ROWS, .block_keys = BFDOT_KEYS, .score_keys = BFDOT_KEYS, .pair_rows = 2, .sums = 1, .pack = bfdot_pack,
-    .keys = bfdot_keys, .values = bfdot_values, .qk = bfdot_qk, .softmax = bfdot_softmax, .pv = bfdot_pv, .power = bfdot_power,
-    FA_LANES_SLOTS};
+    .name = "bfloat16_neon", .isa = FASTATTN_ISA_NEON, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES_WIDE,
+    .wide = WIDE, .panel_rows = FA_PANEL_ROWS, .block_keys = BFDOT_KEYS, .score_keys = BFDOT_KEYS, .pair_rows = 2, .sums = 1,
+    .pack = bfdot_pack, .keys = bfdot_keys, .values = bfdot_values, .qk = bfdot_qk, .softmax = bfdot_softmax, .pv = bfdot_pv,
+    .power = bfdot_power, FA_LANES_SLOTS};
 
 #endif

@@ -332,7 +332,7 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
 #define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
 #define DOT_LANES .pack = pairs_pack_1, .keys = dot_keys, DOT_SLOTS
 #define DOT_ALONE                                                                                                                  \
-    .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_over_many = FEWEST_ALONE,                \
+    .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_wide = FEWEST_ALONE,                \
     .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack
 
 const fa_products fastattn_products_bfloat16_few_avx512 = {
@@ -352,7 +352,7 @@ static const fa_products dot_few_quantised = {
     FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, fastattn_quantised_pv_bfloat16_avx512)};
 
 const fa_products fastattn_products_bfloat16_avx512 = {
-    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,
+    .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,
     .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
     .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_LANES};
 

@@ -238,7 +238,7 @@ static float fixed_power(const float *p, int ld, int row, int64_t key) {
 
 const fa_products fastattn_products_int16_avx512 = {
     .name = "int16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = SIMD_LANES + 1,
-    .fewest_rows_over_many = SIMD_LANES + 1, .panel_rows = FA_PANEL_ROWS,
+    .fewest_rows_wide = SIMD_LANES + 1, .panel_rows = FA_PANEL_ROWS,
     .block_keys = FIXED_KEYS, .score_keys = FIXED_KEYS, .pair_rows = 1,
     .pack = fixed_pack, .keys = fixed_keys, .values = fixed_values, .fits = fixed_fits,
     .qk = fixed_qk, .softmax = fixed_softmax, .pv = fixed_pv, .power = fixed_power, FA_LANES_SLOTS};

@@ -41,10 +41,11 @@
 /* What is around the products of panels whose lanes are rows, whatever they multiply. */
 #define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
 
-/* Where lanes of rows pay off: over keys that come from memory later, for by rows these are read front to back. */
-enum { FEWEST_LANES = 13, FEWEST_LANES_OVER_MANY = 61, MOST_ROWS = FA_PANEL_ROWS };
+/* Where lanes of rows pay off: later where heads are wide, for by rows neither queries nor outputs are turned, and keys that come from
+ * memory are read front to back. */
+enum { FEWEST_LANES = 13, FEWEST_LANES_WIDE = 61, WIDE = SIMD_LANES == 16 ? 128 : INT32_MAX, MOST_ROWS = FA_PANEL_ROWS };
 
-FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MOST_ROWS + 1, any_number_of_rows_has_products);
+FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_ROWS + 1, any_number_of_rows_has_products);
 
 /* The slots of float32 products whose lanes are rows, and by rows, but for the first product. */
 #define FA_FLOAT32_LANES(instructions, block_size)                                                                       \
@@ -58,8 +59,8 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MO
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
-        .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES_OVER_MANY,        \
-        .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
+        .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES_WIDE,        \
+        .wide = WIDE, .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
     static const fa_products suffix##_few = {                                                                            \
         .name = "float32_rows_" #suffix, .most_beside = TILE_MOST_BESIDE, .qk = rows_qk, .softmax = rows_softmax,                 \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
@@ -70,7 +71,7 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_OVER_MANY <= MO
         .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = fastattn_quantised_qk_##suffix,                      \
         .softmax = rows_softmax, FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                     \
     static const fa_products suffix##_additive = {                                                                       \
-        .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_over_many = FEWEST_LANES,         \
+        .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,         \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
     static const fa_products suffix##_additive_few = {                                                                   \
         .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, .softmax = rows_softmax,                       \

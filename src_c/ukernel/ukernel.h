@@ -50,6 +50,7 @@ enum {
     FA_MOST_BLOCK_KEYS = 256, /* of any products' block_keys */
     FA_ROTATED_HEADS = 4,     /* heads whose rows are best turned together, by angles that are loaded once */
     FA_MANY_KEYS = 2048,      /* which no near cache holds: reading them decides */
+    FA_WIDE_OVER_MANY = 64,   /* numbers of a head that is read front to back rather than turned, if rows are few */
     FA_SUM_RUN = 16           /* keys whose powers the softmax sums before it adds them to the rest */
 };
 
@@ -139,7 +140,8 @@ typedef struct fa_products {
     int q_by_rows;   /* q does: the lanes of the first product are numbers, and its sums lie as ever */
     int o_by_rows;   /* o does, although the others do not: values are read front to back */
     int fewest_rows; /* of a panel, for which they pay off; fewer are for the products by rows */
-    int fewest_rows_over_many; /* the same over FA_MANY_KEYS or more */
+    int fewest_rows_wide; /* the same of wide heads */
+    int wide;        /* numbers of such a head, at least, but over FA_MANY_KEYS or more, where FA_WIDE_OVER_MANY do */
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
     const struct fa_products *fewer; /* in the place of these, for still fewer rows, whose bits may differ from those among many; or null */
     const struct fa_products *few; /* as exact, by rows for few of them over bfloat16 keys, in the place of the table's; or null */
@@ -226,6 +228,9 @@ typedef struct fa_rotation {
 } fa_rotation;
 
 /* Where things lie in the panels of a table, in floats. */
+static inline int fa_fewest_rows(const fa_products *by, int64_t head_dim, int64_t keys) {
+    return head_dim >= (keys >= FA_MANY_KEYS ? FA_WIDE_OVER_MANY : by->wide) ? by->fewest_rows_wide : by->fewest_rows;
+}
 static inline int64_t fa_row_of_scores(const fa_products *by, int ld) { return by->by_rows ? ld : 1; }
 static inline int64_t fa_key_of_scores(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
 /* Of q; and of o, where the sums of powers come after the numbers, rounded up. */
