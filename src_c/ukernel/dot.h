@@ -114,7 +114,7 @@ static void dot_pv(float *o, const float *alpha, const float *p, int ld, int row
 
 /* 32 numbers of all rows. */
 static void dot_strip(int rows, tile_operands x) {
-    const tile_kind kind = {TILE_BFLOAT16, FASTATTN_BFLOAT16, 1, 0, 1, 0};
+    const tile_kind kind = {TILE_BFLOAT16, 1, 0, 1, 0};
     tile_strip(kind, 2, rows, x);
 }
 

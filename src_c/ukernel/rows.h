@@ -323,10 +323,11 @@ static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int
 
 FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
-    const tile_kind kind = {TILE_FLOAT32, dtype, 1, 0, 0, beside}, ragged = {TILE_FLOAT32, dtype, 1, 1, 0, beside};
+    const tile_kind kind = {TILE_FLOAT32, 1, 0, 0, beside}, ragged = {TILE_FLOAT32, 1, 1, 0, beside};
     const char *first_row;
     tile_operands x = {.c = o, .c_ld = fa_round_up(v_head_dim, FA_ROW_STEP), .alpha = alpha, .a = p, .across = ld, .along = 1,
-                       .rows = tile_rows_of(v, &first_row), .steps = keys, .run = keys > 0 ? keys : 1, .ahead = keys};
+                       .rows = tile_rows_of(v, &first_row), .storage = dtype, .steps = keys, .run = keys > 0 ? keys : 1,
+                       .ahead = keys};
     int vectors = SIMD_TILE_VECTORS;
     for (int64_t left = v_head_dim; left > 0; left -= vectors * SIMD_LANES) {
         while (vectors > 1 && left < vectors * SIMD_LANES) vectors /= 2;
@@ -353,7 +354,11 @@ FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
+#ifdef SIMD_CONSTANT_STORAGE
     FA_BY_STORAGE(v.dtype, rows_pv_of, fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim)
+#else
+    rows_pv_of(fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim, v.dtype);
+#endif
 }
 
 /* Scores beyond the keys, in the last vector of a row, become -inf. */

@@ -21,15 +21,13 @@ enum { TILE_FLOAT32, TILE_BFLOAT16, TILE_INT16 };
 /* By rows, what a tile asks memory for: the first half of what will be read in the place of its strip, the last, and the line that it ends in. */
 enum { TILE_ASKS_FIRST = 1, TILE_ASKS_LAST = 2, TILE_ASKS_END = 4 };
 
-/* What is a constant wherever a tile is inlined. Legal are any storage type with numbers, by rows or not, ragged or not; pairs of
- * halves are a panel of float32 to this file. */
+/* What is a constant wherever a tile is inlined. Pairs of halves are a panel of float32 to this file. */
 typedef struct tile_kind {
     int multiply;
-    fastattn_dtype storage; /* of the panel */
-    int by_rows;            /* elements across are rows, which alpha is for, not for the lanes */
-    int ragged;             /* the only vector of the panel has fewer lanes */
-    int paired;             /* by rows: a step is of two rows of the panel, whose bfloat16 become pairs; of an even number of vectors */
-    int beside;             /* by rows: each element across has a panel of its own, beside that of the one before */
+    int by_rows; /* elements across are rows, which alpha is for, not for the lanes */
+    int ragged;  /* the only vector of the panel has fewer lanes */
+    int paired;  /* by rows: a step is of two rows of the panel, whose bfloat16 become pairs; of an even number of vectors */
+    int beside;  /* by rows: each element across has a panel of its own, beside that of the one before */
 } tile_kind;
 
 FA_INLINE simd_f tile_multiply(int multiply, simd_f a, simd_f b, simd_f c) {
@@ -82,7 +80,8 @@ typedef struct tile_operands {
     int64_t across, along;
     const char *panel;
     int64_t stride;      /* bytes from one step of the panel to the next */
-    tile_rows rows;      /* by rows, in place of these two */
+    tile_rows rows;      /* by rows, in place of these two, */
+    fastattn_dtype storage; /* and what their numbers are: the panel is of float32 else */
     int64_t lanes;       /* of a ragged panel */
     int64_t steps, run;
     int64_t ahead; /* rows of elements (whose `along` is 1) from those in use to what will be read next, which memory is asked for
@@ -107,12 +106,12 @@ FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t
 
 /* By rows, what will be read in the place of a row. Else rows of elements come as their lines are used up: one line with each step, those
  * of up to 16 rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
-FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n, int w) {
+FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n, int w, fastattn_dtype storage) {
     enum { LINE = 16 };
     if (!x->ahead) return;
     if (kind.by_rows) {
         const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)(kind.beside ? w * x->rows.beside : 0);
-        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(kind.storage), half = bytes / 128 * 64;
+        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(storage), half = bytes / 128 * 64;
         if (x->asks & TILE_ASKS_FIRST)
             FA_UNROLL for (int64_t at = 0; at < half; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
         if (x->asks & TILE_ASKS_LAST)
@@ -125,13 +124,13 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
 }
 
 /* A step's vectors of the panel, or of that of element w. */
-FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile_operands *x, int64_t step, int w) {
-    const int64_t bytes = SIMD_LANES * fa_size_of(kind.storage);
+FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile_operands *x, int64_t step, int w, fastattn_dtype storage) {
+    const int64_t bytes = SIMD_LANES * fa_size_of(storage);
 #ifdef SIMD_PAIRS
     if (kind.paired) {
         const char *even = tile_panel(kind, x, 2 * step, w), *odd = tile_panel(kind, x, 2 * step + 1, w);
-        tile_fetch(kind, vectors, x, 2 * step, w);
-        tile_fetch(kind, vectors, x, 2 * step + 1, w);
+        tile_fetch(kind, vectors, x, 2 * step, w, storage);
+        tile_fetch(kind, vectors, x, 2 * step + 1, w, storage);
         FA_UNROLL for (int v = 0; v < vectors; v += 2) {
             b[v] = load_full(even + v * bytes, FASTATTN_FLOAT32);
             b[v + 1] = load_full(odd + v * bytes, FASTATTN_FLOAT32);
@@ -141,20 +140,29 @@ FA_INLINE void tile_vectors(tile_kind kind, int vectors, simd_f b[4], const tile
     }
 #endif
     const char *panel = tile_panel(kind, x, step, w);
-    tile_fetch(kind, vectors, x, step, w);
+    tile_fetch(kind, vectors, x, step, w, storage);
     FA_UNROLL for (int v = 0; v < vectors; v++)
-        b[v] = kind.ragged ? load_as(panel, x->lanes, kind.storage) : load_full(panel + v * bytes, kind.storage);
+        b[v] = kind.ragged ? load_as(panel, x->lanes, storage) : load_full(panel + v * bytes, storage);
 }
 
-FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step) {
+FA_INLINE void tile_step(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step,
+                         fastattn_dtype storage) {
     const float *a = x->a + step * x->along;
     simd_f b[4];
-    if (!kind.beside) tile_vectors(kind, vectors, b, x, step, 0);
+    if (!kind.beside) tile_vectors(kind, vectors, b, x, step, 0, storage);
     FA_UNROLL for (int w = 0; w < width; w++) {
-        if (kind.beside) tile_vectors(kind, vectors, b, x, step, w);
+        if (kind.beside) tile_vectors(kind, vectors, b, x, step, w, storage);
         const simd_f element = simd_set1(a[w * x->across]);
         FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = tile_multiply(kind.multiply, element, b[v], acc[w][v]);
     }
+}
+
+FA_INLINE void tile_steps(tile_kind kind, int width, int vectors, simd_f acc[FA_TILE_MAX_WIDTH][4], const tile_operands *x, int64_t step,
+                          int64_t end, fastattn_dtype storage) {
+    if (width == SIMD_TILE_WIDTH(vectors) && !kind.by_rows)
+        for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
+            FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++) tile_step(kind, width, vectors, acc, x, step + u, storage);
+    for (; step < end; step++) tile_step(kind, width, vectors, acc, x, step, storage);
 }
 
 /* Sums of integers as numbers, and those of pairs that were made within quarters in order. */
@@ -172,16 +180,17 @@ FA_INLINE void tile_sums(tile_kind kind, int width, int vectors, simd_f acc[FA_T
     }
 }
 
-/* By rows, each number of rows up to the widest has a tile of its own, so that what is read is read once. Else, and for the last vector of
- * a row, there are the narrow ones and the widest, which are nearly as good. */
+/* By rows, each number of rows up to the widest has a tile of its own, so that what is read is read once. Else there are the narrow ones and
+ * the widest, which are nearly as good; and for the last vectors of a row the narrow ones, which keep the multipliers busy. */
 FA_INLINE int tile_widest(tile_kind kind, int vectors) {
     const int widest = kind.beside ? TILE_MOST_BESIDE : SIMD_TILE_WIDTH(vectors);
     (void)vectors;
-    return kind.ragged && widest > FA_TILE_NARROW ? FA_TILE_NARROW : widest;
+    return kind.by_rows && !kind.paired && widest > FA_TILE_NARROW ? FA_TILE_NARROW : widest;
 }
 
 /* width, vectors, and across or along are constants, too. What becomes of c is asked once for a tile, not for each of its vectors: those
- * questions would be most of the code. */
+ * questions would be most of the code. So is how numbers are stored: each type has its steps, but what is around them, which is most of a
+ * tile, they share. */
 FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands *x) {
     for (int64_t step = 0;;) {
         const int64_t end = step + x->run < x->steps ? step + x->run : x->steps;
@@ -189,10 +198,12 @@ FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands 
         simd_f acc[FA_TILE_MAX_WIDTH][4];
         FA_UNROLL for (int w = 0; w < width; w++)
             FA_UNROLL for (int v = 0; v < vectors; v++) acc[w][v] = simd_set1(0.0f);
-        if (width == SIMD_TILE_WIDTH(vectors) && !kind.by_rows)
-            for (; step + FA_TILE_UNROLL <= end; step += FA_TILE_UNROLL)
-                FA_UNROLL for (int u = 0; u < FA_TILE_UNROLL; u++) tile_step(kind, width, vectors, acc, x, step + u);
-        for (; step < end; step++) tile_step(kind, width, vectors, acc, x, step);
+        if (kind.by_rows && !kind.paired) {
+            FA_BY_STORAGE(x->storage, tile_steps, kind, width, vectors, acc, x, step, end)
+        } else {
+            tile_steps(kind, width, vectors, acc, x, step, end, kind.paired ? FASTATTN_BFLOAT16 : FASTATTN_FLOAT32);
+        }
+        step = end;
         tile_sums(kind, width, vectors, acc, x);
         float *to = x->c;
         if (!first || x->alpha || x->adds) {
@@ -254,7 +265,7 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
 
 /* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
 FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
-    const tile_kind kind = {multiply, FASTATTN_FLOAT32, 0, 0, 0, 0};
+    const tile_kind kind = {multiply, 0, 0, 0, 0};
     for (int row = 0; row < rows;) {
         int vectors = SIMD_TILE_VECTORS;
         while (vectors * SIMD_LANES > rows - row) vectors /= 2;
