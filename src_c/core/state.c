@@ -45,6 +45,14 @@ static float merged(float a, float b, float mine, float theirs, int taken) {
     return taken == (MINE | THEIRS) ? a * mine + b * theirs : taken == THEIRS ? b : a;
 }
 
+/* o = o * mine + added * theirs, a few at a time, for which compilers have vectors. */
+static void scale_and_add(float *restrict o, float mine, const float *restrict added, float theirs, int64_t n) {
+    enum { STEP = 16 };
+    for (; n >= STEP; n -= STEP, o += STEP, added += STEP)
+        for (int i = 0; i < STEP; i++) o[i] = o[i] * mine + added[i] * theirs;
+    for (int64_t i = 0; i < n; i++) o[i] = o[i] * mine + added[i] * theirs;
+}
+
 void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
     float mine[FA_PANEL_ROWS], theirs[FA_PANEL_ROWS];
     int taken[FA_PANEL_ROWS]; /* which of the two have seen a key */
@@ -74,6 +82,10 @@ void fastattn_state_merge(fa_state *state, const fa_state *other, float c) {
     for (int64_t r = 0; r < state->rows; r++) {
         float *o = state->o + r * state->of_row;
         const float *added = other->o + r * state->of_row;
+        if (state->of_number == 1 && taken[r] == (MINE | THEIRS)) {
+            scale_and_add(o, mine[r], added, theirs[r], state->v_head_dim);
+            continue;
+        }
         for (int64_t d = 0; d < state->v_head_dim; d++) {
             const int64_t at = d * state->of_number;
             o[at] = merged(o[at], added[at], mine[r], theirs[r], taken[r]);

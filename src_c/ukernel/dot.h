@@ -210,7 +210,12 @@ FA_INLINE void dot_few_step(int width, int keys, int of_key, int of_row, int ask
 /* All numbers of these keys and rows. */
 FA_INLINE void dot_few_steps(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
                              const dot_few_keys *k, int first, int64_t head_dim) {
+    enum { OF_A_KEY = 4 * HALVES }; /* numbers of one key that come before those of the next, if one row alone reads them: so they lie in memory */
     int64_t d = 0;
+    for (; width == 1 && d + OF_A_KEY <= head_dim; d += OF_A_KEY)
+        FA_UNROLL for (int i = 0; i < keys; i++)
+            FA_UNROLL for (int n = 0; n < OF_A_KEY; n += HALVES)
+                dot_few_step(1, 1, of_key, of_row, asks, sum + i * of_key, q, pitch, k, first + i, d + n, 0xffffffffu);
     for (; d + HALVES <= head_dim; d += HALVES)
         dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, 0xffffffffu);
     if (d < head_dim) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
