@@ -8,7 +8,7 @@
 
 #define SIMD_LANES 16
 #define SIMD_TILE_VECTORS 4
-#define SIMD_TILE_WIDTH(vectors) ((vectors) == 4 ? 6 : 12)
+#define SIMD_TILE_WIDTH(vectors) ((vectors) == 4 ? 6 : (vectors) == 3 ? 8 : 12)
 
 typedef __m512 simd_f;
 typedef __mmask16 simd_m;

@@ -117,7 +117,7 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
         if (x->asks & TILE_ASKS_LAST)
             FA_UNROLL for (int64_t at = half; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
         if (x->asks & TILE_ASKS_END) simd_fetch((const char *)(later + (uintptr_t)(bytes - 1))); /* a row need not end with a line */
-    } else if (vectors <= 2) {
+    } else if (vectors <= 3) {
         const int64_t element = n + (n % LINE + x->ahead) * x->across;
         simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)element * sizeof(float)));
     }
@@ -263,12 +263,21 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
     }
 }
 
+/* Whether strips of three vectors pay for their code: those of pairs of 48 rows, where a vector is as many as rows come in. */
+FA_INLINE int tile_takes_three(int multiply) { return SIMD_TILE_VECTORS == 4 && SIMD_LANES == FA_ROW_STEP && multiply == TILE_BFLOAT16; }
+
+/* Vectors of the next strip of so many rows. */
+FA_INLINE int tile_strip_vectors(int multiply, int rows) {
+    const int most = rows / SIMD_LANES;
+    if (most >= SIMD_TILE_VECTORS) return SIMD_TILE_VECTORS;
+    return most == 3 && !tile_takes_three(multiply) ? 2 : most;
+}
+
 /* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
 FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
     const tile_kind kind = {multiply, 0, 0, 0, 0};
     for (int row = 0; row < rows;) {
-        int vectors = SIMD_TILE_VECTORS;
-        while (vectors * SIMD_LANES > rows - row) vectors /= 2;
+        const int vectors = tile_strip_vectors(multiply, rows - row);
         tile_operands strip = x;
         strip.c += row;
         strip.panel += row * (int64_t)sizeof(float);
@@ -277,6 +286,7 @@ FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
         case 4: tile_strip(kind, 4, count, strip); break;
+        case 3: if (tile_takes_three(multiply)) tile_strip(kind, 3, count, strip); break;
 #endif
         case 2: tile_strip(kind, 2, count, strip); break;
         case 1: tile_strip(kind, 1, count, strip); break;
