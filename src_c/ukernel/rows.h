@@ -152,7 +152,7 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
     float sums[FA_PANEL_ROWS * SHORT_SUMS];
     for (int64_t t = 0; t < tiles; t++) {
         short_operands x;
-        FA_UNROLL for (int i = 0; i < tile_keys; i++) {
+        for (int i = 0; i < tile_keys; i++) {
             const int64_t key = t * tile_keys + i < keys ? t * tile_keys + i : keys - 1;
             x.key[i] = tile_row(k, key);
             x.later[i] = tile_later(k, key);
@@ -184,7 +184,7 @@ FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
         else if (others > 0) short_scores(SHORT_TILE, s + j, ld, q, others, &places, n, 1, head_dim, dtype);
         if (others == rows) continue;
         if (n <= SHORT_SUMS / 4) few_scores(last_s + j, last_q, &places, n, head_dim, dtype);
-        else short_scores(1, last_s + j, ld, last_q, 1, &places, n, others == 0, head_dim, dtype);
+        else short_scores(1, last_s + j, ld, last_q, 1, &places, n, others == 0 && tile_looks_ahead(&places), head_dim, dtype);
     }
 }
 

@@ -68,6 +68,9 @@ FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
     return (uintptr_t)x->at[n * x->pointers + x->skip] + (uintptr_t)(n * x->stride + x->column + x->ahead);
 }
 
+/* Whether anything will be read later but the rows themselves. */
+FA_INLINE int tile_looks_ahead(const tile_rows *x) { return x->ahead != 0 || x->skip != 0; }
+
 /* One product: c[w][lane] = alpha * c[w][lane] + sum over steps of a[w * across + step * along] * panel[step][lane]; without alpha
  * the sum alone, or with `adds` alpha is 1. The sum is formed in runs of `run` steps, each from 0 and then added, for its rounding
  * error grows with their length. Of integers there is one run, and the sum is times units[w * across] * lane_units[lane]. */
