@@ -99,7 +99,7 @@ int main(int argc, char **argv) {
         if (!fastattn_isa_available(test_isa)) continue;
         const fa_ukernel *uk = table();
         for (size_t n = 0; n < COUNT(kinds); n++) {
-            const fa_products *by = fastattn_products_select(isas[i], kinds[n].dtype, kinds[n].precision, 0);
+            const fa_products *by = fastattn_products_select(uk, isas[i], kinds[n].dtype, kinds[n].precision, 0);
             const int again = by->isa != isas[i] || (kinds[n].precision != FASTATTN_PRECISION_HIGHEST && by == uk->products);
             for (int d = 2; d < argc && !again; d++) report(by, kinds[n].dtype, atoi(argv[d]), rounds);
         }

@@ -34,10 +34,6 @@ static int finite_queries(fa_work *w) {
     return finite;
 }
 
-static int ld_by(const fa_products *products, const fa_shape *shape) {
-    return products->by_rows ? (int)fa_round_up(shape->block_keys, FA_ROW_STEP) : shape->rows.ld;
-}
-
 static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, int64_t head, int64_t query) {
     return (float *)((char *)a->lse + entry->batch * a->lse_strides[0] + head * a->lse_strides[1] +
                      (entry->query + query) * a->lse_strides[2]);
@@ -47,28 +43,26 @@ static float *lse_at(const fastattn_attention_args *a, const fa_entry *entry, in
  * it has to be computed again so. */
 static int finish(const fa_call *call, fa_panel *p, const fa_state *state, float v_scale) {
     const fastattn_attention_args *a = call->args;
-    const fa_products *products = fastattn_panel_products(call, p);
     float factor[FA_PANEL_ROWS];
     for (int r = p->rows; r < p->padded; r++) factor[r] = 0.0f;
     for (int r = 0; r < p->rows; r++) {
         const int64_t head = p->head_of[r];
-        float *lse = a->lse ? lse_at(a, p->entry, head, p->query[r]) : NULL;
+        float *lse = FA_UNLIKELY(a->lse) ? lse_at(a, p->entry, head, p->query[r]) : NULL;
         factor[r] = a->activation != FASTATTN_SOFTMAX
                         ? state->seen[r]
-                        : fastattn_state_finish(state, r, call->scoring.unit, a->sinks ? a->sinks + head : NULL, lse);
+                        : fastattn_state_finish(state, r, call->scoring.unit, FA_UNLIKELY(a->sinks) ? a->sinks + head : NULL, lse);
     }
-    if (a->segments) {
+    if (FA_UNLIKELY(a->segments)) {
         fastattn_mass_finish(call, p, state, factor);
         return 0;
     }
-    if (v_scale != 1.0f) {
+    if (FA_UNLIKELY(v_scale != 1.0f)) {
         fastattn_replace_means(call, p, state, factor);
         return 0;
     }
-    const int finite =
-        products->unpack(p->outputs, p->rows, state->o, ld_by(products, &p->entry->shape), factor, a->v_head_dim, a->q_dtype);
+    const int finite = p->products->unpack(p->outputs, p->rows, state->o, p->ld, factor, a->v_head_dim, a->q_dtype);
     /* Weights that no sum divides give what the formula does, which may overflow. */
-    return !finite && a->activation == FASTATTN_SOFTMAX && fastattn_sums_overflow(call, p, state);
+    return FA_UNLIKELY(!finite) && a->activation == FASTATTN_SOFTMAX && fastattn_sums_overflow(call, p, state);
 }
 
 /* The workspace: the plan with its entries, scratch for each worker, and the states of the items where keys are split. */
@@ -77,8 +71,7 @@ static char *scratch_of(const fa_call *call, int worker) {
 }
 
 static void state_at(fa_state *state, const fa_call *call, const fa_panel *p, void *memory) {
-    const fa_products *products = fastattn_panel_products(call, p);
-    fastattn_state_at(state, memory, products, p->padded, ld_by(products, &p->entry->shape), call->args->v_head_dim);
+    fastattn_state_at(state, memory, p->products, p->padded, p->ld, call->args->v_head_dim);
 }
 
 static void *partial_memory(const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part) {
@@ -90,6 +83,7 @@ static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
     const fastattn_attention_args *a = call->args;
     const double keys = (double)fa_max(entry->keys, 1);
     fa_activation activation = {a->activation, a->power, (float)call->scoring.unit, 0.0f, 1.0f};
+    if (FA_LIKELY(a->activation == FASTATTN_SOFTMAX)) return activation;
     if (a->activation == FASTATTN_SIGMOID) activation.bias = a->activation_bias ? a->activation_bias[entry->batch] : (float)-log(keys);
     if (a->activation == FASTATTN_RELU) activation.factor = (float)(1 / keys);
     if (a->activation == FASTATTN_POLYNOMIAL) activation.factor = (float)(1 / sqrt(keys));
@@ -97,12 +91,12 @@ static fa_activation activation_of(const fa_call *call, const fa_entry *entry) {
 }
 
 /* Whether an item takes several parts, one after the other. */
-static int by_turns(const fa_shape *shape) { return shape->split_keys > shape->state_keys; }
+static int by_turns(const fa_shape *shape) { return FA_UNLIKELY(shape->split_keys > shape->state_keys); }
 
 /* The state of the keys that come next. */
 static void begin_state(fa_work *w) {
     fastattn_state_clear(&w->state);
-    if (w->activation.kind == FASTATTN_SOFTMAX) return;
+    if (FA_LIKELY(w->activation.kind == FASTATTN_SOFTMAX)) return;
     for (int r = 0; r < w->panel.padded; r++) /* no maximum moves, so that states merge by adding */
         w->state.m[r] = 0.0f, w->panel.alpha[r] = w->panel.fade[r] = 1.0f;
 }
@@ -135,9 +129,6 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
         w->packed[way] = 0;
     }
     fastattn_panel_of(&w->panel, call, entry, panel, part, own + at->panel.rows);
-    w->way = fastattn_way_of(&entry->shape, w->panel.rows);
-    w->products = run->ways[w->way].products;
-    w->ld = ld_by(w->products, &entry->shape);
     state_at(&w->state, call, &w->panel, entry->shape.splits > 1 ? partial_memory(call, entry, panel, part) : own + at->panel.o);
     w->state_end = w->panel.first_key + entry->shape.state_keys;
     begin_state(w);
@@ -145,8 +136,8 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
         state_at(&w->total, call, &w->panel, own + at->panel.total);
         fastattn_state_clear(&w->total);
     }
-    if (call->args->segments) fastattn_mass_begin(&w->panel, &w->state);
-    w->q_finite = !w->products->in_parts || finite_queries(w);
+    if (FA_UNLIKELY(call->args->segments)) fastattn_mass_begin(&w->panel, &w->state);
+    w->q_finite = !w->panel.products->in_parts || finite_queries(w);
     fastattn_key_blocks(&w->blocks, call, &w->panel);
     w->pending = fastattn_next_key_block(&w->blocks, &w->block);
 }
@@ -170,7 +161,7 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
     const fa_shape *shape = &entry->shape;
     const fa_ways ways = fastattn_ways(call, shape);
     char *scratch = scratch_of(call, worker);
-    const int64_t runs = panels > 1 && shape->rows.panels == 1 ? panels : 1; /* heads abreast have their own */
+    const int64_t runs = FA_UNLIKELY(panels > 1) && shape->rows.panels == 1 ? panels : 1; /* heads abreast have their own */
     fa_run run[FA_MOST_ABREAST];
     for (int64_t n = 0; n < runs; n++) {
         run[n].first = run[n].keys = 0;
@@ -188,14 +179,14 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
     }
     fa_work works[FA_MOST_BUNDLE];
     uint32_t overflown = 0;
-    if (shape->products->enter) shape->products->enter();
+    if (FA_UNLIKELY(shape->products->enter)) shape->products->enter();
     for (int64_t n = 0; n < panels; n++) start(&works[n], call, entry, first + n, part, n, worker, &run[n < runs ? n : 0], v_scale);
     for (;;) {
         fa_work *next = NULL;
         for (fa_work *w = works; w < works + panels; w++)
             if (w->pending && (!next || w->block.first < next->block.first)) next = w;
         if (!next) break;
-        if (next->block.first >= next->state_end) next_state(next, next->block.first);
+        if (FA_UNLIKELY(next->block.first >= next->state_end)) next_state(next, next->block.first);
         fastattn_run_block(next, &next->block);
         next->pending = fastattn_next_key_block(&next->blocks, &next->block);
     }
@@ -204,7 +195,7 @@ static uint32_t run_panels(const fa_call *call, const fa_entry *entry, int64_t f
         if (by_turns(shape)) fastattn_state_merge(&w->total, &w->state, call->scoring.exponent);
         if (finish(call, &w->panel, by_turns(shape) ? &w->total : &w->state, v_scale)) overflown |= (uint32_t)1 << n;
     }
-    if (shape->products->leave) shape->products->leave();
+    if (FA_UNLIKELY(shape->products->leave)) shape->products->leave();
     return overflown;
 }
 
@@ -231,7 +222,7 @@ static void run_again(const fa_call *call, const fa_entry *entry, int64_t panel,
 /* Phase 0: attention of a bundle of panels over one part of the keys. */
 static void run_item(const void *context, int64_t item, int worker) {
     const fa_call *call = context;
-    if (item >= call->items[FA_COMPUTE]) {
+    if (FA_UNLIKELY(item >= call->items[FA_COMPUTE])) {
         clear_padding(call, call->entries + (item - call->items[FA_COMPUTE]));
         return;
     }
@@ -242,7 +233,7 @@ static void run_item(const void *context, int64_t item, int worker) {
     const int64_t first = bundle * entry->bundle, panels = fa_min(entry->bundle, entry->line - first);
     const int64_t panel = line * entry->line + first;
     uint32_t overflown = run_panels(call, entry, panel, panels, part, worker, 1.0f);
-    for (int64_t n = 0; overflown; n++, overflown >>= 1)
+    for (int64_t n = 0; FA_UNLIKELY(overflown); n++, overflown >>= 1)
         if (overflown & 1) run_again(call, entry, panel + n, worker);
 }
 
@@ -269,7 +260,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
     fastattn_status status = fastattn_call_prepare(prepared, args);
     if (status != FASTATTN_OK || prepared->room.entries == 0) return status;
     void *own = NULL;
-    if (!workspace) {
+    if (FA_UNLIKELY(!workspace)) {
         own = FASTATTN_MALLOC(prepared->room.bytes + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         workspace = (void *)(((uintptr_t)own + 63) / 64 * 64);
@@ -278,7 +269,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
     const fa_call *call = fastattn_call_enter(prepared, workspace);
     status = fastattn_for_each(phase_items(call, FA_COMPUTE), &call->team, run_item, call);
     if (status == FASTATTN_OK) status = fastattn_for_each(phase_items(call, FA_MERGE), &call->team, merge_item, call);
-    FASTATTN_FREE(own);
+    if (FA_UNLIKELY(own)) FASTATTN_FREE(own);
     return status;
 }
 

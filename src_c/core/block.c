@@ -10,13 +10,13 @@
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
-    if (a->indices) return fastattn_bias_of_list(w->call, &w->panel, block, w->products, w->ld, w->bias);
-    if (a->mask) {
+    if (FA_UNLIKELY(a->indices)) return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
+    if (FA_UNLIKELY(a->mask)) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
-        found = w->products->mask(w->bias, w->ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
+        found = w->panel.products->mask(w->bias, w->panel.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
     }
-    if (fa_hides(block) && found & FA_MASK_SHOWS) {
-        const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->products, w->ld, w->bias, w->keys_of);
+    if (FA_UNLIKELY(fa_hides(block)) && found & FA_MASK_SHOWS) {
+        const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias, w->keys_of);
         found = (found | of_bits) & (of_bits & FA_MASK_SHOWS ? ~0u : ~(unsigned)FA_MASK_SHOWS);
     }
     return found;
@@ -32,7 +32,7 @@ static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_bl
     const fa_panel *p = &w->panel;
     rules->scale = w->call->scoring.natural && !a->score_function ? a->scale : 1.0f; /* a function has been given finished scores */
     rules->softcap = a->score_function ? 0.0f : a->softcap;
-    const int sloped = a->alibi_slopes && !a->indices;
+    const int sloped = FA_UNLIKELY(a->alibi_slopes) && !a->indices;
     rules->slopes = sloped ? p->slopes : NULL;
     rules->offset = sloped ? p->offset_of : NULL;
     rules->begin = block->partial ? p->begin_of : NULL;
@@ -48,15 +48,15 @@ static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_bl
 
 /* The powers of a row and key. */
 static float *powers_at(const fa_work *w, const fa_operands *x, int row, int64_t key) {
-    return x->p + key / 2 * x->products->pair_rows * fa_key_of_scores(x->products, w->ld) +
-           row * fa_row_of_scores(x->products, w->ld);
+    return x->p + key / 2 * x->products->pair_rows * fa_key_of_scores(x->products, w->panel.ld) +
+           row * fa_row_of_scores(x->products, w->panel.ld);
 }
 
 /* The scores of a row and key, the first of its part: where the powers will be, or in two places by turns. */
 static float *scores_at(const fa_work *w, const fa_operands *x, int row, int64_t key) {
     if (x->products->in_place) return powers_at(w, x, row, key);
     const int64_t place = key / x->products->score_keys % 2 * x->products->score_keys;
-    return w->s + place * fa_key_of_scores(x->products, w->ld) + row * fa_row_of_scores(x->products, w->ld);
+    return w->s + place * fa_key_of_scores(x->products, w->panel.ld) + row * fa_row_of_scores(x->products, w->panel.ld);
 }
 
 static const float *queries_at(const fa_work *w, const fa_operands *x, int row) {
@@ -72,7 +72,7 @@ static int rows_there(const fa_work *w, const fa_operands *x, int row, int rows)
 static void add_values(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
                        int64_t keys) {
     fa_state *t = &w->state;
-    x->products->pv(t->o + row * t->of_row, alpha, p, w->ld, rows_there(w, x, row, rows), *x->v, x->skip + from, keys, t->v_head_dim);
+    x->products->pv(t->o + row * t->of_row, alpha, p, w->panel.ld, rows_there(w, x, row, rows), *x->v, x->skip + from, keys, t->v_head_dim);
 }
 
 /* Whether the rules change or hide some score of these rows and keys. */
@@ -87,7 +87,7 @@ static void call_score_function(fa_work *w, const fa_operands *x, float *s, int 
     const fastattn_attention_args *a = w->call->args;
     const fa_panel *p = &w->panel;
     const fa_products *products = x->products, *in_float32 = w->call->uk->products;
-    const int ld = w->ld, real = (int)fa_min(rows, p->rows - row), bends = a->softcap != 0.0f || products->by_rows;
+    const int ld = w->panel.ld, real = (int)fa_min(rows, p->rows - row), bends = a->softcap != 0.0f || products->by_rows;
     float *run_of[FA_PANEL_ROWS], factor[FA_PANEL_ROWS], unused[FA_PANEL_ROWS] = {0};
     if (bends) {
         const fa_score_rules rules = {.scale = a->scale, .softcap = a->softcap};
@@ -109,11 +109,11 @@ static void call_score_function(fa_work *w, const fa_operands *x, float *s, int 
 
 /* From products to finished scores. */
 static void finish_scores(fa_work *w, const fa_operands *x, float *s, int row, int rows, int64_t from, int64_t keys) {
-    if (x->mended) fastattn_mend_scores(w, x, s, row, rows, from, keys);
-    if (w->call->args->score_function) call_score_function(w, x, s, row, rows, from, keys);
+    if (FA_UNLIKELY(x->mended)) fastattn_mend_scores(w, x, s, row, rows, from, keys);
+    if (FA_UNLIKELY(w->call->args->score_function)) call_score_function(w, x, s, row, rows, from, keys);
     if (rules_matter(x, row, rows, from, keys)) {
-        const fa_score_rules rules = fa_rules_at(x, row, from, w->ld);
-        x->products->scores(s, w->ld, rows, from, keys, &rules, w->state.seen + row);
+        const fa_score_rules rules = fa_rules_at(x, row, from, w->panel.ld);
+        x->products->scores(s, w->panel.ld, rows, from, keys, &rules, w->state.seen + row);
     } else
         for (int r = row; r < row + rows; r++) w->state.seen[r] = 1.0f;
 }
@@ -121,7 +121,7 @@ static void finish_scores(fa_work *w, const fa_operands *x, float *s, int row, i
 /* Scores become weights each by itself: nothing moves, and earlier weights stay. */
 static void activate(fa_work *w, const fa_operands *x, float *s, int rows, int64_t keys) {
     const int by_rows = x->products->by_rows;
-    w->call->uk->activate(s, w->ld, by_rows ? rows : keys, by_rows ? fa_round_up(keys, FA_ROW_STEP) : rows, &w->activation);
+    w->call->uk->activate(s, w->panel.ld, by_rows ? rows : keys, by_rows ? fa_round_up(keys, FA_ROW_STEP) : rows, &w->activation);
 }
 
 static int any_moved(const float *alpha, int rows) {
@@ -134,8 +134,8 @@ static int any_moved(const float *alpha, int rows) {
 static int as_promised(const fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_products *products = x->products;
     return rows > 0 && keys > 0 && row + rows <= w->panel.padded && w->panel.rows <= products->panel_rows &&
-           w->panel.padded <= fa_round_up(products->panel_rows, FA_ROW_STEP) && w->ld % FA_ROW_STEP == 0 &&
-           (products->by_rows ? keys <= w->ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->ld) &&
+           w->panel.padded <= fa_round_up(products->panel_rows, FA_ROW_STEP) && w->panel.ld % FA_ROW_STEP == 0 &&
+           (products->by_rows ? keys <= w->panel.ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->panel.ld) &&
            from >= 0 && from + keys <= FA_MOST_BLOCK_KEYS && (x->skip + from) % FA_SUM_RUN == 0 &&
            FA_ALIGNED(scores_at(w, x, row, 0)) && FA_ALIGNED(powers_at(w, x, row, 0)) && FA_ALIGNED(queries_at(w, x, row)) &&
            FA_ALIGNED(w->state.o);
@@ -150,7 +150,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
     const fa_call *call = w->call;
     const fa_products *products = x->products;
     const int64_t dim = call->args->head_dim;
-    const int ld = w->ld;
+    const int ld = w->panel.ld;
     fa_state *t = &w->state;
     float *l = products->sums && !call->args->lse ? NULL : t->l + row; /* sums are the better divisor */
     float *alpha = w->panel.alpha + row, *fade = w->panel.fade + row;
@@ -164,31 +164,31 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         float *s = scores_at(w, x, row, j - from), *p = powers_at(w, x, row, j - from);
         if (!there) products->qk(s, queries_at(w, x, row), ld, rows_there(w, x, row, rows), *x->k, x->skip + j, n, dim);
         finish_scores(w, x, s, row, rows, j, n);
-        if (w->activation.kind != FASTATTN_SOFTMAX) {
+        if (FA_UNLIKELY(w->activation.kind != FASTATTN_SOFTMAX)) {
             activate(w, x, s, rows, n);
-            if (call->args->segments) fastattn_mass_add(w, x, alpha, s, row, rows, j, n);
+            if (FA_UNLIKELY(call->args->segments)) fastattn_mass_add(w, x, alpha, s, row, rows, j, n);
             continue;
         }
         there = products->softmax_beside && after > 0;
-        if (there) {
+        if (FA_UNLIKELY(there)) {
             const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, *x->k,
                                     x->skip + j + n, after, dim};
             products->softmax_beside(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha, &next);
         } else
             products->softmax(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha);
-        if (call->args->segments) {
+        if (FA_UNLIKELY(call->args->segments)) {
             fastattn_mass_add(w, x, alpha, p, row, rows, j, n);
             continue;
         }
         if (j > from && !any_moved(alpha, rows)) continue;
-        if (j > added) add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, j - added);
+        if (FA_UNLIKELY(j > added)) add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, j - added);
         float *const spare = fade;
         fade = alpha;
         alpha = spare;
         added = j;
     }
     add_values(w, x, fade, powers_at(w, x, row, added - from), row, rows, added, end - added);
-    if (x->careful) fastattn_add_non_finite(w, x, row, rows, from, keys);
+    if (FA_UNLIKELY(x->careful)) fastattn_add_non_finite(w, x, row, rows, from, keys);
 }
 
 /* What of a block some row sees, in rectangles. At an edge, where it saves a quarter of the work or more, every FA_ROW_STEP rows take
@@ -229,9 +229,9 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
     const fastattn_attention_args *a = call->args;
     const unsigned found = block_bias(w, block);
-    if (!(found & FA_MASK_SHOWS)) return;
+    if (FA_UNLIKELY(!(found & FA_MASK_SHOWS))) return;
     const int biased = found & FA_MASK_HIDES || (a->mask && a->mask_dtype != FASTATTN_BOOL) || (a->indices && a->alibi_slopes);
-    const int in_parts = w->products->in_parts;
+    const int in_parts = w->panel.products->in_parts;
     fa_run *run = fastattn_run_of(w, block);
     fa_operands x;
     fastattn_source_of(w, &x);

@@ -29,9 +29,6 @@ typedef struct fa_run {
 /* What a worker has at hand while it computes one panel of an item. */
 typedef struct fa_work {
     const fa_call *call;
-    int way;                   /* the products that the panel's number of rows asks for */
-    const fa_products *products;
-    int ld;                    /* of the panel, as these products lay it out */
     fa_run *run;
     fa_panel panel;
     fa_state state, total; /* of a part, and of those before it that the item has taken */

@@ -15,7 +15,7 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
     fa_rows r;
     const fastattn_block_mask *blocks = call->args->block_mask;
     r.count = q_len * call->heads.group;
-    const int64_t queries = blocks ? blocks->block_size : call->args->indices ? 1 : q_len; /* that see the same blocks, or keys */
+    const int64_t queries = FA_UNLIKELY(blocks) ? blocks->block_size : FA_UNLIKELY(call->args->indices) ? 1 : q_len; /* that see the same blocks, or keys */
     r.segment = fa_min(queries, q_len) * call->heads.group;
     r.panels_a_segment = fa_ceil_div(r.segment, most);
     /* Panels of a long sequence are full; those of a segment share it evenly, or a ragged one would come with each. */
@@ -40,7 +40,7 @@ static void plan_splits(const fa_call *call, fa_shape *shape) {
     shape->split_keys = keys;
     if (wanted > 1 && !call->args->invariant) shape->split_keys = fa_round_up(fa_ceil_div(keys, wanted), shape->block_keys);
     if (wanted > 1 && call->args->invariant && partials < MOST_PARTIALS) shape->split_keys = FEWEST_KEYS;
-    if (call->args->segments) shape->split_keys = keys; /* sums are in the output, which parts would share */
+    if (FA_UNLIKELY(call->args->segments)) shape->split_keys = keys; /* sums are in the output, which parts would share */
     shape->splits = shape->split_keys > 0 ? fa_ceil_div(keys, shape->split_keys) : 1;
     shape->state_keys = call->args->invariant ? FEWEST_KEYS : fa_max(shape->split_keys, 1);
 }
@@ -51,8 +51,8 @@ static int apart(int64_t stride, int64_t bytes) { return stride > bytes || strid
 /* Whether keys and values are multiplied where they lie. Rows apart are not, if more than one panel reads them: distances are
  * often such that all rows want the same few lines of a cache; and those in pages, or chosen, have no stride. (Products by rows need none.) */
 static int as_stored(const fa_call *call, const fa_shape *shape, const fa_products *products) {
-    if (call->stored.quantised) return products->in_place;
-    if (call->args->block_table || call->args->indices) return 0;
+    if (FA_UNLIKELY(call->stored.quantised)) return products->in_place;
+    if (FA_UNLIKELY(call->args->block_table || call->args->indices)) return 0;
     return products->in_place && call->args->kv_dtype == FASTATTN_FLOAT32 && !(call->stored.apart && shape->rows.panels > 1);
 }
 
@@ -61,7 +61,7 @@ enum { SHARE_WHAT_IS_DECODED = 49 };
 
 static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int64_t kv_len) {
     const fa_products *products = call->products;
-    if (q_len == 0) {
+    if (FA_UNLIKELY(q_len == 0)) {
         *shape = (fa_shape){.kv_len = kv_len, .products = products, .splits = 1};
         return;
     }
@@ -69,11 +69,11 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     /* Lanes give a row the same bits however few there are, and none other do but float32 where keys are turned. */
     const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->stored.quantised;
     const int any_rows = call->args->invariant && (products != call->exact || decodes);
-    const int64_t together = (call->args->indices ? 1 : q_len) * call->heads.group; /* rows that could be in one panel */
+    const int64_t together = (FA_UNLIKELY(call->args->indices) ? 1 : q_len) * call->heads.group; /* rows that could be in one panel */
     if (alone && alone->fewer && !call->args->invariant && together <= alone->fewer->panel_rows) alone = alone->fewer;
     if (alone && (many || any_rows) && together <= alone->panel_rows) products = alone;
     shape->rows = plan_rows(call, q_len, products->panel_rows);
-    if (shape->rows.panel_rows < products->fewest_rows && !any_rows) {
+    if (products != call->exact && shape->rows.panel_rows < products->fewest_rows && !any_rows) {
         products = call->exact;
         shape->rows = plan_rows(call, q_len, products->panel_rows);
     }
@@ -91,24 +91,24 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
 }
 
 static int64_t keys_of(const fastattn_attention_args *a, int64_t b) {
-    return (a->kv_lengths ? a->kv_lengths[b] : fastattn_kv_room(a, b)) - (a->kv_starts ? a->kv_starts[b] : 0);
+    return (FA_UNLIKELY(a->kv_lengths) ? a->kv_lengths[b] : fastattn_kv_room(a, b)) - (FA_UNLIKELY(a->kv_starts) ? a->kv_starts[b] : 0);
 }
 
 /* The shape of entry b, as far as the caller gives it. */
 static void lengths_of(const fastattn_attention_args *a, int64_t b, int64_t *q_len, int64_t *kv_len) {
-    *q_len = a->q_lengths ? a->q_lengths[b] : fastattn_q_room(a, b);
-    *kv_len = a->indices ? a->num_indices : keys_of(a, b);
+    *q_len = FA_UNLIKELY(a->q_lengths) ? a->q_lengths[b] : fastattn_q_room(a, b);
+    *kv_len = FA_UNLIKELY(a->indices) ? a->num_indices : keys_of(a, b);
 }
 
 /* Where entry b lies: what is not its shape. */
 static void place(const fastattn_attention_args *a, int64_t b, fa_entry *entry) {
     entry->batch = b;
-    entry->query = a->cu_seqlens_q ? a->cu_seqlens_q[b] : 0;
+    entry->query = FA_UNLIKELY(a->cu_seqlens_q) ? a->cu_seqlens_q[b] : 0;
     entry->q_room = fastattn_q_room(a, b);
-    entry->start = a->kv_starts ? a->kv_starts[b] : 0;
-    entry->key = (a->cu_seqlens_k ? a->cu_seqlens_k[b] : 0) + entry->start;
+    entry->start = FA_UNLIKELY(a->kv_starts) ? a->kv_starts[b] : 0;
+    entry->key = (FA_UNLIKELY(a->cu_seqlens_k) ? a->cu_seqlens_k[b] : 0) + entry->start;
     entry->keys = keys_of(a, b);
-    entry->offset = a->query_offset ? fa_reach(a->query_offset[b]) - entry->start : entry->keys - entry->shape.q_len;
+    entry->offset = FA_UNLIKELY(a->query_offset) ? fa_reach(a->query_offset[b]) - entry->start : entry->keys - entry->shape.q_len;
 }
 
 static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
@@ -128,7 +128,7 @@ enum { WORK_OF_PANEL = 50000 };
 
 static void count_shape(const fa_call *call, fa_totals *t, const fa_shape *shape, int64_t entries) {
     const fastattn_attention_args *a = call->args;
-    if (shape->q_len == 0) return;
+    if (FA_UNLIKELY(shape->q_len == 0)) return;
     const double parts = (double)entries * (double)(call->heads.sequences * shape->rows.panels * shape->splits);
     const double dims = (double)(a->head_dim + a->v_head_dim);
     t->parts += parts;
@@ -149,7 +149,7 @@ static fa_totals survey(fa_call *call) {
     fa_totals t = {0};
     int64_t entries = 0; /* of this shape, not counted yet */
     if (!fastattn_ragged(a)) {
-        plan_shape(shape, call, a->q_len, a->indices ? a->num_indices : a->kv_len);
+        plan_shape(shape, call, a->q_len, FA_UNLIKELY(a->indices) ? a->num_indices : a->kv_len);
         entries = a->batch;
     }
     for (int64_t b = 0; b < a->batch && fastattn_ragged(a); b++) {
@@ -252,7 +252,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
         m->panel.q[way] = take(&panel, wanted * tiled_dim * ld, sizeof(float));
     }
     m->panel.q[FA_FEW] = m->panel.q[FA_PREFERRED]; /* a panel takes one of these ways */
-    call->pointers = a->block_table || a->indices ? fastattn_row_pointers(keys) : 0;
+    call->pointers = FA_UNLIKELY(a->block_table || a->indices) ? fastattn_row_pointers(keys) : 0;
     m->k_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->v_rows = take(&bytes, call->abreast * call->pointers, sizeof(char *));
     m->wide_k = take(&bytes, call->stored.quantised * keys * a->head_dim, sizeof(float));
@@ -267,7 +267,7 @@ static fastattn_status plan_memory(fa_call *call, const fa_totals *totals) {
     m->panels = take(&bytes, fa_max(call->most_bundle, call->abreast), (size_t)panel);
     m->bytes = (size_t)bytes;
     const double all = (double)a->batch * (double)sizeof(fa_entry) + (double)call->workers * (double)bytes + totals->partials;
-    if (all > most_bytes) return FASTATTN_ERROR_MEMORY;
+    if (FA_UNLIKELY(all > most_bytes)) return FASTATTN_ERROR_MEMORY;
     uint64_t room = call->room.bytes;
     call->room.entries = take(&room, a->batch, sizeof(fa_entry));
     call->room.scratch = take(&room, call->workers, m->bytes);
@@ -302,18 +302,18 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->room.bytes = (sizeof *call + 63) / 64 * 64;
     call->uk = fastattn_ukernel_select(args->isa);
     if (!call->uk) return FASTATTN_ERROR_ISA;
-    call->exact = args->additive ? call->uk->additive : call->uk->products;
+    call->exact = FA_UNLIKELY(args->additive) ? call->uk->additive : call->uk->products;
     call->stored.quantised = fa_is_quantised(args->kv_dtype);
-    call->panel_dim = args->additive ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
+    call->panel_dim = FA_UNLIKELY(args->additive) ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
-    call->products = args->additive || args->activation != FASTATTN_SOFTMAX || args->segments
+    call->products = FA_UNLIKELY(args->additive || args->activation != FASTATTN_SOFTMAX || args->segments)
                          ? call->exact
-                         : fastattn_products_select(args->isa, args->q_dtype, args->precision, args->invariant);
-    call->few = args->additive ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
+                         : fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant);
+    call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
     if (call->products->few && args->kv_dtype == FASTATTN_BFLOAT16 && !args->invariant) call->few = call->products->few;
-    if (call->stored.quantised) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
+    if (FA_UNLIKELY(call->stored.quantised)) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
-    if (args->batch == 0 || args->num_heads == 0 || args->q_len == 0) {
+    if (FA_UNLIKELY(args->batch == 0 || args->num_heads == 0 || args->q_len == 0)) {
         plan_team(call, 0);
         return FASTATTN_OK;
     }
@@ -328,7 +328,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->scoring.exponent = exponent < FLT_MAX ? (float)exponent : FLT_MAX;
 
     call->heads.a_kv_head = call->heads.group = fa_divide(args->num_heads, args->num_kv_heads);
-    if (args->block_mask && args->block_mask->head_stride != 0) call->heads.group = 1;
+    if (FA_UNLIKELY(args->block_mask) && args->block_mask->head_stride != 0) call->heads.group = 1;
     call->heads.sequences = fa_divide(args->num_heads, call->heads.group);
     call->heads.beside = call->abreast = 1;
     call->stored.v_in_k = args->v == args->k && memcmp(args->v_strides, args->k_strides, sizeof args->k_strides) == 0 &&
@@ -378,7 +378,7 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
     const fastattn_attention_args *a = call->args;
     const int sorted = a->batch > 1 && fastattn_ragged(a);
     int64_t begin[64], q_len, kv_len;
-    if (sorted) longest_first(a, begin);
+    if (FA_UNLIKELY(sorted)) longest_first(a, begin);
     const fa_shape *shape = &call->shape;
     for (int64_t b = 0; b < a->batch; b++) {
         lengths_of(a, b, &q_len, &kv_len);
@@ -390,7 +390,7 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
         shape = &entry->shape;
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
-        entry->line = abreast ? call->heads.sequences : a->indices ? shape->rows.panels_a_segment : shape->rows.panels;
+        entry->line = abreast ? call->heads.sequences : FA_UNLIKELY(a->indices) ? shape->rows.panels_a_segment : shape->rows.panels;
         const int shared = shape->prepared[FA_PREFERRED] || call->stored.quantised;
         entry->bundle = abreast ? call->abreast : shared ? fa_max(fa_min(call->most_bundle, entry->line), 1) : 1;
         entry->bundles = entry->bundle > 1 ? fa_ceil_div(entry->line, entry->bundle) : entry->line;
@@ -411,12 +411,12 @@ static int64_t at_once(const fa_call *call) {
 
 fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
     fa_call *call = workspace;
-    if (call != prepared) memcpy(call, prepared, offsetof(fa_call, entries));
+    if (FA_UNLIKELY(call != prepared)) memcpy(call, prepared, offsetof(fa_call, entries));
     call->entries = NULL;
     call->paddings = 0;
     memset(call->items, 0, sizeof call->items);
     memset(call->alike, 0, sizeof call->alike);
-    if (call->room.entries == 0) return call;
+    if (FA_UNLIKELY(call->room.entries == 0)) return call;
     const fastattn_attention_args *a = call->args;
     call->entries = (fa_entry *)((char *)workspace + call->room.entries);
     enter_all(call, call->entries);
@@ -428,7 +428,7 @@ fa_call *fastattn_call_enter(const fa_call *prepared, void *workspace) {
         if (panels > 0) call->items[FA_COMPUTE] += fa_divide(panels, entry->line) * entry->bundles * splits;
         call->items[FA_MERGE] += splits > 1 ? panels : 0;
         partials += entry->partial_bytes * (size_t)(panels * splits);
-        if (entry->shape.q_len < entry->q_room) call->paddings = a->batch;
+        if (FA_UNLIKELY(entry->shape.q_len < entry->q_room)) call->paddings = a->batch;
     }
     FA_ASSERT(partials <= call->room.bytes);
     for (int phase = 0; phase < FA_PHASES && !fastattn_ragged(a); phase++) call->alike[phase] = fa_divide(call->items[phase], a->batch);

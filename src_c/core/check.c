@@ -13,7 +13,7 @@ static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 
                      most_items = (int64_t)1 << 56;
 
 static fastattn_status check_shape(const fastattn_attention_args *a) {
-    if ((a->batch | a->num_heads | a->num_kv_heads | a->q_len | a->kv_len | a->head_dim | a->v_head_dim) < 0) /* any of them */
+    if (FA_UNLIKELY((a->batch | a->num_heads | a->num_kv_heads | a->q_len | a->kv_len | a->head_dim | a->v_head_dim) < 0)) /* any of them */
         return FASTATTN_ERROR_SHAPE;
     if (a->num_kv_heads == 0 ? a->num_heads != 0 : a->num_heads % a->num_kv_heads != 0) return FASTATTN_ERROR_SHAPE;
     if (a->head_dim > FA_MOST_DIM || a->v_head_dim > FA_MOST_DIM || a->num_heads > most_heads || a->q_len > most_length ||
@@ -21,10 +21,10 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
         return FASTATTN_ERROR_SHAPE;
     if (a->kv_dtype == FASTATTN_INT4 && a->head_dim % FA_GROUP != 0) return FASTATTN_ERROR_SHAPE;
     if (a->v_dtype == FASTATTN_INT4 && a->v_head_dim % FA_GROUP != 0) return FASTATTN_ERROR_SHAPE;
-    if (a->block_table && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
+    if (FA_UNLIKELY(a->block_table) && (a->num_pages < 0 || a->num_pages > most_length || a->page_size < 1 || a->page_size > most_length))
         return FASTATTN_ERROR_SHAPE;
-    if (a->indices && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
-    if (a->segments && (a->num_segments < 0 || a->num_segments > INT32_MAX || a->v_head_dim != 0 || a->indices))
+    if (FA_UNLIKELY(a->indices) && (a->num_indices < 0 || a->num_indices > most_length)) return FASTATTN_ERROR_SHAPE;
+    if (FA_UNLIKELY(a->segments) && (a->num_segments < 0 || a->num_segments > INT32_MAX || a->v_head_dim != 0 || a->indices))
         return FASTATTN_ERROR_SEGMENTS;
     if (a->batch > most_items || fa_product_exceeds(a->num_heads, a->q_len, most_items) ||
         fa_product_exceeds(a->batch, a->num_heads * (a->q_len > 0 ? a->q_len : 1), most_items))
@@ -32,41 +32,48 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
     return FASTATTN_OK;
 }
 
-fastattn_status fastattn_check_table(const fa_table *t) {
-    int64_t bits = (int64_t)(uintptr_t)t->pointer;
-    int empty = t->packed == 0, overlaps = 0;
-    for (int axis = 0; axis < t->axes; axis++) {
-        empty |= t->shape[axis] == 0;
-        if (t->shape[axis] == 1) t->strides[axis] = 0;
-        overlaps |= t->shape[axis] > 1 && t->strides[axis] == 0;
-        bits |= t->strides[axis];
+/* fastattn_check_table of a table that is given in parts. */
+static inline fastattn_status check_axes(const void *pointer, int64_t *strides, int axes, const int64_t *shape, int64_t packed, int64_t size,
+                                  int required, int output) {
+    int64_t bits = (int64_t)(uintptr_t)pointer;
+    int empty = packed == 0, overlaps = 0;
+    for (int axis = 0; axis < axes; axis++) {
+        const int64_t count = shape[axis];
+        strides[axis] = count == 1 ? 0 : strides[axis];
+        empty |= count == 0;
+        overlaps |= (count > 1) & (strides[axis] == 0);
+        bits |= strides[axis];
     }
-    if (empty) {
-        for (int axis = 0; axis < t->axes; axis++) t->strides[axis] = 0;
+    if (FA_UNLIKELY(empty)) {
+        for (int axis = 0; axis < axes; axis++) strides[axis] = 0;
         return FASTATTN_OK;
     }
-    if (!t->pointer) return t->required ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
-    return (t->output && overlaps) || (bits & (t->size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+    if (FA_UNLIKELY(!pointer)) return required ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+    return (output && overlaps) || (bits & (size - 1)) != 0 ? FASTATTN_ERROR_ARGUMENT : FASTATTN_OK;
+}
+
+fastattn_status fastattn_check_table(const fa_table *t) {
+    return check_axes(t->pointer, t->strides, t->axes, t->shape, t->packed, t->size, t->required, t->output);
 }
 
 static fastattn_status check_memory(fastattn_attention_args *a) {
     const int64_t batch = a->batch, heads = a->num_heads, kv_heads = a->num_kv_heads, rows = a->q_len, keys = a->kv_len;
-    const int64_t q_batch = a->cu_seqlens_q ? 1 : batch, kv_batch = a->cu_seqlens_k ? 1 : batch;
+    const int64_t q_batch = FA_UNLIKELY(a->cu_seqlens_q) ? 1 : batch, kv_batch = FA_UNLIKELY(a->cu_seqlens_k) ? 1 : batch;
     const int64_t q_size = fa_size_of(a->q_dtype), kv_size = fa_size_of(a->kv_dtype);
     const int64_t used = batch * heads * rows > 0; /* what no query needs is never read */
-    const int64_t kv_parts = a->block_table ? a->num_pages : kv_batch, kv_rows = a->block_table ? a->page_size : keys;
-    const fa_table q = {a->q, a->q_strides, 3, {q_batch, heads, rows}, a->head_dim, q_size, 1, 0};
+    const int paged = FA_UNLIKELY(a->block_table != NULL);
+    const int64_t kv_parts = paged ? a->num_pages : kv_batch, kv_rows = paged ? a->page_size : keys;
+    const int64_t q_shape[] = {q_batch, heads, rows}, kv_shape[] = {kv_parts, kv_heads, kv_rows};
     /* A quantised row without numbers still has a scale. */
     const int64_t k_bytes = fa_row_bytes(a->kv_dtype, a->head_dim), v_bytes = a->segments ? 0 : fa_row_bytes(a->v_dtype, a->v_head_dim);
-    const fa_table k = {a->k, a->k_strides, 3, {kv_parts, kv_heads, kv_rows}, used * k_bytes, kv_size, 1, 0};
-    const fa_table v = {a->v, a->v_strides, 3, {kv_parts, kv_heads, kv_rows}, used * v_bytes, kv_size, 1, 0};
     const int64_t out_dim = a->segments ? a->num_segments : a->v_head_dim, out_size = a->segments ? (int64_t)sizeof(float) : q_size;
-    const fa_table out = {a->out, a->out_strides, 3, {q_batch, heads, rows}, out_dim, out_size, 1, 1};
-    if (fastattn_check_table(&q) != FASTATTN_OK || fastattn_check_table(&k) != FASTATTN_OK ||
-        fastattn_check_table(&v) != FASTATTN_OK || fastattn_check_table(&out) != FASTATTN_OK)
+    if (check_axes(a->q, a->q_strides, 3, q_shape, a->head_dim, q_size, 1, 0) != FASTATTN_OK ||
+        check_axes(a->k, a->k_strides, 3, kv_shape, used * k_bytes, kv_size, 1, 0) != FASTATTN_OK ||
+        check_axes(a->v, a->v_strides, 3, kv_shape, used * v_bytes, kv_size, 1, 0) != FASTATTN_OK ||
+        check_axes(a->out, a->out_strides, 3, q_shape, out_dim, out_size, 1, 1) != FASTATTN_OK)
         return FASTATTN_ERROR_ARGUMENT;
-    if (!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
-        !a->block_table && !a->indices && !a->segments && !fastattn_ragged(a))
+    if (FA_LIKELY(!a->lse && !a->mask && !a->alibi_slopes && !a->sinks && !a->query_offset && !a->activation_bias && !a->additive &&
+                  !a->block_table && !a->indices && !a->segments && !fastattn_ragged(a)))
         return FASTATTN_OK;
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
@@ -95,10 +102,10 @@ static fastattn_status check_numbers(const fastattn_attention_args *a) {
     if (a->window_left < -1 || a->window_right < -1) return FASTATTN_ERROR_SHAPE;
     if ((int)a->precision < FASTATTN_PRECISION_HIGHEST || a->precision > FASTATTN_PRECISION_MEDIUM)
         return FASTATTN_ERROR_ARGUMENT;
-    for (int64_t h = 0; a->sinks && h < a->num_heads; h++)
+    for (int64_t h = 0; FA_UNLIKELY(a->sinks) && h < a->num_heads; h++)
         if (!isfinite(a->sinks[h]) && a->sinks[h] != -INFINITY) return FASTATTN_ERROR_SCALE;
     const int64_t slopes = a->alibi_strides[0] == 0 ? fa_min(a->batch, 1) : a->batch;
-    for (int64_t b = 0; a->alibi_slopes && b < slopes; b++)
+    for (int64_t b = 0; FA_UNLIKELY(a->alibi_slopes) && b < slopes; b++)
         for (int64_t h = 0; h < a->num_heads; h++)
             if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] +
                                            h * a->alibi_strides[1])))
@@ -125,13 +132,13 @@ static int in_order(const int64_t *cu_seqlens, int64_t batch, int64_t total) {
 
 /* The shape that each entry is said to have fits into what there is. */
 static fastattn_status check_lengths(const fastattn_attention_args *a) {
-    if (a->cu_seqlens_q && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
-    if (a->cu_seqlens_k && (a->mask || a->block_mask || a->block_table || a->indices)) return FASTATTN_ERROR_ARGUMENT;
-    if (a->indices && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
-    if ((a->cu_seqlens_q && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
-        (a->cu_seqlens_k && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
+    if (FA_UNLIKELY(a->cu_seqlens_q) && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
+    if (FA_UNLIKELY(a->cu_seqlens_k) && (a->mask || a->block_mask || a->block_table || a->indices)) return FASTATTN_ERROR_ARGUMENT;
+    if (FA_UNLIKELY(a->indices) && a->block_mask) return FASTATTN_ERROR_ARGUMENT;
+    if ((FA_UNLIKELY(a->cu_seqlens_q) && !in_order(a->cu_seqlens_q, a->batch, a->q_len)) ||
+        (FA_UNLIKELY(a->cu_seqlens_k) && !in_order(a->cu_seqlens_k, a->batch, a->kv_len)))
         return FASTATTN_ERROR_SEQLENS;
-    if (!a->kv_lengths && !a->kv_starts && !a->q_lengths) return FASTATTN_OK;
+    if (FA_LIKELY(!a->kv_lengths && !a->kv_starts && !a->q_lengths)) return FASTATTN_OK;
     for (int64_t b = 0; b < a->batch; b++) {
         const int64_t q_room = fastattn_q_room(a, b), kv_room = fastattn_kv_room(a, b);
         const int64_t length = a->kv_lengths ? a->kv_lengths[b] : kv_room, start = a->kv_starts ? a->kv_starts[b] : 0;
@@ -143,7 +150,7 @@ static fastattn_status check_lengths(const fastattn_attention_args *a) {
 
 /* Every page that an entry's keys are said to be in is there. */
 static fastattn_status check_block_table(const fastattn_attention_args *a) {
-    if (!a->block_table) return FASTATTN_OK;
+    if (FA_LIKELY(!a->block_table)) return FASTATTN_OK;
     const uint64_t pages = (uint64_t)a->num_pages;
     for (int64_t b = 0; b < a->batch; b++) {
         const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, b);
@@ -158,7 +165,7 @@ static fastattn_status check_block_table(const fastattn_attention_args *a) {
 
 /* Every key's segment is there, or none. */
 static fastattn_status check_segments(const fastattn_attention_args *a) {
-    if (!a->segments) return FASTATTN_OK;
+    if (FA_LIKELY(!a->segments)) return FASTATTN_OK;
     const int64_t tables = a->cu_seqlens_k || a->segments_stride == 0 ? fa_min(a->batch, 1) : a->batch;
     for (int64_t b = 0; b < tables; b++) {
         const int32_t *of_key = (const int32_t *)(const void *)((const char *)a->segments + b * a->segments_stride);
@@ -172,7 +179,7 @@ static fastattn_status check_segments(const fastattn_attention_args *a) {
 /* Every index that the engine will follow lies in its table. */
 static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const fastattn_block_mask *m = a->block_mask;
-    if (!m) return FASTATTN_OK;
+    if (FA_LIKELY(!m)) return FASTATTN_OK;
     if (fa_misaligned(m->indptr, 8) || fa_misaligned(m->indices, 4) || fa_misaligned(m->partial, 4))
         return FASTATTN_ERROR_ARGUMENT;
     if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 ||
@@ -221,7 +228,7 @@ fastattn_status fastattn_take_struct(void *to, const void *from, size_t first, c
     memcpy(&size, from, sizeof size);
     if (!fastattn_known_size(size, first, own)) return FASTATTN_ERROR_ARGUMENT;
     memcpy(to, from, size);
-    memcpy((char *)to + size, (const char *)rest + size, own - size);
+    if (FA_UNLIKELY(size < own)) memcpy((char *)to + size, (const char *)rest + size, own - size);
     memcpy(to, &own, sizeof own);
     return FASTATTN_OK;
 }
@@ -238,19 +245,19 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (!given) return FASTATTN_ERROR_ARGUMENT;
     fastattn_status status = fastattn_take_struct(a, given, FIRST_ARGS, &absent, sizeof absent);
     if (status != FASTATTN_OK) return status;
-    if (a->block_mask) {
+    if (FA_UNLIKELY(a->block_mask)) {
         status = fastattn_take_struct(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, &absent_from_mask, sizeof absent_from_mask);
         if (status != FASTATTN_OK) return status;
         a->block_mask = &args->block_mask;
     }
     const int quantised = fa_is_quantised(a->kv_dtype);
     if (a->v_dtype == FASTATTN_DTYPE_OF_KEYS) a->v_dtype = a->kv_dtype;
-    if (a->v_dtype != a->kv_dtype && !(quantised && fa_is_quantised(a->v_dtype))) return FASTATTN_ERROR_DTYPE;
+    if (FA_UNLIKELY(a->v_dtype != a->kv_dtype) && !(quantised && fa_is_quantised(a->v_dtype))) return FASTATTN_ERROR_DTYPE;
     if (!fa_is_storage(a->q_dtype) || !fa_is_cached(a->kv_dtype) || (quantised && a->additive)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
-    if (a->mask && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
+    if (FA_UNLIKELY(a->mask) && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
         return FASTATTN_ERROR_DTYPE;
-    if (a->indices && a->indices_size != 4 && a->indices_size != 8) return FASTATTN_ERROR_ARGUMENT;
+    if (FA_UNLIKELY(a->indices) && a->indices_size != 4 && a->indices_size != 8) return FASTATTN_ERROR_ARGUMENT;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     status = check_shape(a);
     if (status == FASTATTN_OK) status = check_memory(a);

@@ -4,6 +4,7 @@
 
 #include "../ukernel/storage.h"
 #include "fastattn.h"
+#include "unlikely.h"
 
 enum {
     FA_MOST_DIM = 1 << 20, /* the largest head_dim and v_head_dim */
@@ -22,15 +23,15 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
 
 /* Whether entries have lengths of their own. */
 static inline int fastattn_ragged(const fastattn_attention_args *a) {
-    return a->kv_lengths || a->kv_starts || a->q_lengths || a->cu_seqlens_q || a->cu_seqlens_k;
+    return FA_UNLIKELY(a->kv_lengths || a->kv_starts || a->q_lengths || a->cu_seqlens_q || a->cu_seqlens_k);
 }
 
 /* The rows of q, and of k and v, that are entry b's, padding included. */
 static inline int64_t fastattn_q_room(const fastattn_attention_args *a, int64_t b) {
-    return a->cu_seqlens_q ? a->cu_seqlens_q[b + 1] - a->cu_seqlens_q[b] : a->q_len;
+    return FA_UNLIKELY(a->cu_seqlens_q) ? a->cu_seqlens_q[b + 1] - a->cu_seqlens_q[b] : a->q_len;
 }
 static inline int64_t fastattn_kv_room(const fastattn_attention_args *a, int64_t b) {
-    return a->cu_seqlens_k ? a->cu_seqlens_k[b + 1] - a->cu_seqlens_k[b] : a->kv_len;
+    return FA_UNLIKELY(a->cu_seqlens_k) ? a->cu_seqlens_k[b + 1] - a->cu_seqlens_k[b] : a->kv_len;
 }
 
 /* The bytes of a row of out. */

@@ -15,7 +15,7 @@ void fastattn_key_blocks(fa_key_blocks *it, const fa_call *call, const fa_panel 
     it->run_end = it->end;
     it->mask = call->args->block_mask;
     it->bits = NULL;
-    if (it->mask) {
+    if (FA_UNLIKELY(it->mask)) {
         it->start = panel->entry->start;
         it->block_row = panel->query[0] / it->mask->block_size;
         const int64_t row = panel->entry->batch * it->mask->batch_stride + panel->head * it->mask->head_stride + it->block_row;
@@ -85,7 +85,7 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     block->bits = NULL;
     block->listed = NULL;
     if (it->next >= it->end) return 0;
-    if (it->mask && it->whole_steps) {
+    if (FA_UNLIKELY(it->mask) && it->whole_steps) {
         if (!next_step(it, block)) return 0;
         block->partial = block->first < it->full_from || it->next > it->full_to;
         return 1;
@@ -103,7 +103,7 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     }
     it->next += block->keys;
     block->partial = block->first < it->full_from || it->next > it->full_to;
-    if (it->bits) {
+    if (FA_UNLIKELY(it->bits)) {
         block->bits_stride = (it->mask->block_size + 7) / 8;
         block->bits = it->bits + (block->first - it->bits_first) * block->bits_stride;
         block->bits_query = it->block_row * it->mask->block_size;

@@ -60,7 +60,7 @@ void fastattn_mass_add(fa_work *w, const fa_operands *x, const float *alpha, con
     const fa_call *call = w->call;
     fa_panel *panel = &w->panel;
     const int real = (int)fa_min(rows, panel->rows - row);
-    const int64_t pitch = x->products->by_rows ? w->ld : fa_round_up(keys, FA_ROW_STEP);
+    const int64_t pitch = x->products->by_rows ? w->panel.ld : fa_round_up(keys, FA_ROW_STEP);
     fa_segment_run runs[FA_MOST_BLOCK_KEYS];
     int64_t end;
     const int64_t count = find_runs(runs, &end, w, x->first + from, keys);
@@ -69,7 +69,7 @@ void fastattn_mass_add(fa_work *w, const fa_operands *x, const float *alpha, con
         void *turned[FA_PANEL_ROWS];
         float ones[FA_PANEL_ROWS];
         for (int r = 0; r < rows; r++) turned[r] = w->shown + r * pitch, ones[r] = 1.0f;
-        x->products->unpack(turned, real, p, w->ld, ones, keys, FASTATTN_FLOAT32);
+        x->products->unpack(turned, real, p, w->panel.ld, ones, keys, FASTATTN_FLOAT32);
         p = w->shown;
     }
     for (int r = 0; r < real; r++) {

@@ -11,7 +11,7 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
     const fastattn_attention_args *a = call->args;
     const fa_matrix k = fa_stored_k(x);
     const int64_t q_size = fa_size_of(a->q_dtype), k_size = fa_size_of(k.dtype);
-    const int64_t of_row = fa_row_of_scores(x->products, w->ld), of_key = fa_key_of_scores(x->products, w->ld);
+    const int64_t of_row = fa_row_of_scores(x->products, w->panel.ld), of_key = fa_key_of_scores(x->products, w->panel.ld);
     int odd_row[FA_PANEL_ROWS];
     fastattn_panel_queries(call, &w->panel);
     for (int r = row; r < row + rows; r++) {
@@ -54,7 +54,7 @@ fa_matrix fastattn_finite_values(fa_work *w, fa_matrix v, int64_t keys) {
 
 void fastattn_add_non_finite(fa_work *w, const fa_operands *x, int row, int rows, int64_t from, int64_t keys) {
     const fa_state *t = &w->state;
-    const int ld = w->ld, real = (int)fa_min(rows, w->panel.rows - row);
+    const int ld = w->panel.ld, real = (int)fa_min(rows, w->panel.rows - row);
     const fa_matrix v = fa_stored_v(x);
     const int64_t dim = t->v_head_dim;
     const int64_t of_row = fa_row_of_scores(x->products, ld), of_key = fa_key_of_scores(x->products, ld);

@@ -41,7 +41,7 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const int follows = run->keys == block_keys && block->run_first == run->first + run->keys;
     run->first = block->run_first;
     run->keys = block->run_keys;
-    if (goes_beside(run)) {
+    if (FA_UNLIKELY(goes_beside(run))) {
         rows_beside(&run->stored_k, run->k_rows, &run[-1].stored_k, pointers, call->args->k_strides[1]);
         rows_beside(&run->stored_v, run->v_rows, &run[-1].stored_v, pointers, call->args->v_strides[1]);
     } else
@@ -58,10 +58,10 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
 void fastattn_source_of(fa_work *w, fa_operands *x) {
     const fastattn_attention_args *a = w->call->args;
     fa_run *run = w->run;
-    const int widens = w->call->stored.quantised && w->way != FA_FEW;
+    const int widens = w->call->stored.quantised && w->panel.way != FA_FEW;
     x->source_k = widens ? &run->widened_k : &run->stored_k;
     x->source_v = widens ? &run->widened_v : &run->stored_v;
-    if (!widens || run->widened) return;
+    if (FA_LIKELY(!widens) || run->widened) return;
     w->call->uk->quantised->widen(run->wide_k, run->stored_k, run->keys, a->head_dim);
     w->call->uk->quantised->widen(run->wide_v, run->stored_v, run->keys, a->v_head_dim);
     run->widened_k = fa_matrix_at((const char *)run->wide_k, a->head_dim * (int64_t)sizeof(float), FASTATTN_FLOAT32);
@@ -80,17 +80,17 @@ static void pack_queries(fa_work *w, const fa_products *products, float *q) {
     const fastattn_attention_args *a = call->args;
     fastattn_panel_queries(call, &w->panel);
     const void *const *rows_of = w->panel.rows_of;
-    if (!a->additive) {
-        products->pack(q, w->ld, rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->scoring.sign);
+    if (FA_LIKELY(!a->additive)) {
+        products->pack(q, w->panel.ld, rows_of, w->panel.padded, a->head_dim, a->q_dtype, call->scoring.sign);
         return;
     }
     const void *weights_of[FA_PANEL_ROWS];
     for (int r = 0; r < w->panel.padded; r++) weights_of[r] = (const char *)a->additive + w->panel.head_of[r] * a->additive_stride;
     const int64_t of_row = fa_row_of_numbers(products, call->panel_dim);
-    const int64_t behind = fa_sums_row(a->head_dim) * fa_number_of_numbers(products, w->ld);
+    const int64_t behind = fa_sums_row(a->head_dim) * fa_number_of_numbers(products, w->panel.ld);
     for (int r = 0, step = products->by_rows ? 1 : w->panel.padded; r < w->panel.padded; r += step) {
-        products->pack(q + r * of_row, w->ld, rows_of + r, step, a->head_dim, a->q_dtype, 1.0f);
-        products->pack(q + r * of_row + behind, w->ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->scoring.sign);
+        products->pack(q + r * of_row, w->panel.ld, rows_of + r, step, a->head_dim, a->q_dtype, 1.0f);
+        products->pack(q + r * of_row + behind, w->panel.ld, weights_of + r, step, a->head_dim, FASTATTN_FLOAT32, call->scoring.sign);
     }
 }
 
@@ -109,7 +109,7 @@ static void prepare(fa_work *w, fa_operands *x, int way, int64_t block_keys) {
     const int as_stored = !by->k_room && !x->careful;
     x->k = as_stored ? x->source_k : &by->k;
     x->v = as_stored ? x->source_v : &by->v;
-    if (x->careful) { /* for this panel alone */
+    if (FA_UNLIKELY(x->careful)) { /* for this panel alone */
         x->skip = 0;
         by->made = 0;
         by->k = by->products->keys(by->k_room, fa_stored_k(x), block_keys, a->head_dim);
@@ -128,10 +128,10 @@ static void prepare(fa_work *w, fa_operands *x, int way, int64_t block_keys) {
  * not tried. */
 void fastattn_choose_operands(fa_work *w, fa_operands *x, const fa_key_block *block) {
     enum { TRIALS = 4 };
-    const fa_products *products = w->products;
+    const fa_products *products = w->panel.products;
     if (!products->fits || (!x->careful && w->misfits < TRIALS)) {
-        prepare(w, x, w->way, block->keys);
-        const int fits = !products->fits || products->fits(x->q, w->ld, *x->k, w->run->keys, *x->v, w->call->args->scale);
+        prepare(w, x, w->panel.way, block->keys);
+        const int fits = !products->fits || products->fits(x->q, w->panel.ld, *x->k, w->run->keys, *x->v, w->call->args->scale);
         w->misfits = fits ? 0 : w->misfits + 1;
         if (fits) return;
     }
@@ -166,7 +166,7 @@ void fastattn_fetch_ahead(const fa_work *w, const fa_operands *x, const fa_key_b
     const int next_head = is_short(shape);
     if (next_head) fetch_next_queries(w->call, &w->panel);
     const int waits = next_head || w->panel.padded <= FA_ROW_STEP || (w->call->stored.apart && shape->rows.panels == 1);
-    if (w->products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
+    if (w->panel.products->by_rows || !waits || a->kv_dtype != FASTATTN_FLOAT32) return;
     const int64_t after = w->panel.end_key - block->first - block->keys, size = fa_size_of(a->kv_dtype);
     const fa_matrix k = fa_stored_k(x);
     fa_matrix next_k = fa_rows_from(k, block->keys);

@@ -14,18 +14,14 @@ static void *take(char **memory, int64_t count, size_t size) {
 static void visible_keys(const fastattn_attention_args *a, int64_t position, int64_t length, int64_t *lo, int64_t *hi) {
     int64_t begin = 0, end = length;
     if (a->causal) end = fa_min(end, position + 1);
-    if (a->window_right >= 0) end = fa_min(end, position + fa_reach(a->window_right) + 1);
-    if (a->window_left >= 0) begin = fa_max(begin, position - fa_reach(a->window_left));
+    if (FA_UNLIKELY(a->window_right >= 0)) end = fa_min(end, position + fa_reach(a->window_right) + 1);
+    if (FA_UNLIKELY(a->window_left >= 0)) begin = fa_max(begin, position - fa_reach(a->window_left));
     *lo = fa_min(begin, length);
     *hi = fa_max(end, 0);
 }
 
 size_t fastattn_panel_bytes(int ld) {
     return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 8 * sizeof(float));
-}
-
-const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *p) {
-    return fastattn_ways(call, &p->entry->shape).of[fastattn_way_of(&p->entry->shape, p->rows)];
 }
 
 void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory) {
@@ -38,7 +34,6 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     panel -= sequence * rows->panels;
     if (a->causal) panel = rows->panels - 1 - panel; /* the longest first: the last to finish is then short */
     p->entry = entry;
-    p->ld = ld;
     p->head = sequence * call->heads.group;
     p->kv_head = fa_divide(p->head, call->heads.a_kv_head);
 
@@ -46,7 +41,10 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
     const int64_t segment_end = fa_min(rows->count, (segment + 1) * rows->segment);
     p->first_row = segment * rows->segment + (panel - segment * rows->panels_a_segment) * rows->panel_rows;
     p->rows = (int)fa_min(rows->panel_rows, segment_end - p->first_row);
-    p->padded = fastattn_panel_products(call, p)->by_rows ? p->rows : (int)fa_round_up(p->rows, FA_ROW_STEP);
+    p->way = fastattn_way_of(shape, p->rows);
+    p->products = fastattn_ways(call, shape).of[p->way];
+    p->padded = p->products->by_rows ? p->rows : (int)fa_round_up(p->rows, FA_ROW_STEP);
+    p->ld = p->products->by_rows ? (int)fa_round_up(shape->block_keys, FA_ROW_STEP) : ld;
 
     p->first_key = part * shape->split_keys;
     p->end_key = fa_min(p->first_key + shape->split_keys, shape->kv_len);
@@ -73,13 +71,13 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
         p->head_of[r] = h;
         visible_keys(a, i + entry->offset, entry->keys, &p->begin[r], &p->end[r]);
         p->outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
-        if (a->alibi_slopes)
+        if (FA_UNLIKELY(a->alibi_slopes))
             p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
                                            h * a->alibi_strides[1]);
         if (++h == p->head + call->heads.group) h = p->head, i++;
     }
     p->list = (fa_key_list){.at = NULL};
-    if (a->indices) {
+    if (FA_UNLIKELY(a->indices)) {
         const char *list = fa_list_at(a, entry->batch, p->kv_head, entry->query + p->query[0]);
         p->list = (fa_key_list){list, a->indices_size, entry->start, p->begin[0], p->end[0]};
         for (int r = 0; r < p->rows; r++) p->begin[r] = 0, p->end[r] = shape->kv_len;
@@ -173,9 +171,9 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int64_t known,
                                     const char **k_rows, const char **v_rows) {
     const fastattn_attention_args *a = call->args;
-    if (p->list.at)
+    if (FA_UNLIKELY(p->list.at))
         find_listed_rows(call, p, key, known, k_rows, v_rows);
-    else if (a->block_table) {
+    else if (FA_UNLIKELY(a->block_table)) {
         find_paged_rows(call, p, a->k, a->k_strides, key, known, k_rows);
         find_paged_rows(call, p, a->v, a->v_strides, key, known, v_rows);
     } else

@@ -7,11 +7,13 @@
 
 typedef struct fa_panel {
     const fa_entry *entry;  /* from whose first query and key everything counts */
+    int way;                /* the products that its number of rows asks for */
+    const fa_products *products;
+    int ld;                 /* as these lay it out */
     int64_t kv_head;
     int64_t head;           /* query head of the packed sequence's first */
     int64_t first_row;      /* of the panel, in its packed sequence */
     int64_t first_key, end_key; /* keys of this part */
-    int ld;                 /* of the entry's panels */
     int rows;               /* real rows */
     int padded;             /* rows that the slots work on: where they are lanes, rounded up to FA_ROW_STEP */
     int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
@@ -34,9 +36,6 @@ size_t fastattn_panel_bytes(int ld);
 /* p becomes part `part` of the keys for panel `panel` of all of an entry (of a sequence, of all sequences); its vectors live in
  * `memory`, of fastattn_panel_bytes. */
 void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory);
-
-/* The products that its number of rows asks for. */
-const fa_products *fastattn_panel_products(const fa_call *call, const fa_panel *panel);
 
 /* rows_of becomes pointers to the rows of q, or to the mask's elements at `key`. */
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);

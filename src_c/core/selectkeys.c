@@ -410,7 +410,7 @@ static int64_t common_factor(int64_t a, int64_t b) { return b == 0 ? a : common_
 static void plan(fa_select *x, int64_t threads) {
     const fastattn_select_args *a = &x->args;
     x->group = a->num_heads / a->num_kv_heads;
-    x->products = fastattn_products_select(a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
+    x->products = fastattn_products_select(x->uk, a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
     const int fewest = fa_fewest_rows(x->products, a->head_dim, a->kv_len);
     if (fa_min(a->q_len, fa_max(1, x->products->panel_rows / x->group)) * x->group < fewest) x->products = x->uk->few;
     const int64_t most = x->products->panel_rows;

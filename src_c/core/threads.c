@@ -74,10 +74,10 @@ int fastattn_take_part(fa_share *share, int64_t turn, int worker, const fa_team 
 }
 
 fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn *work, const void *context) {
+    if (items <= 0) return FASTATTN_OK;
     const int64_t at_once = team->at_once > 1 ? team->at_once : 1, turns = fa_ceil_div(items, at_once);
     fa_share share = {work, context, items, at_once, turns, 1}; /* the caller begins with turn 0 */
     int done = 1;
-    if (items <= 0) return FASTATTN_OK;
     if (team->threads < 2) {
         done = fastattn_take_part(&share, 0, 0, team);
     } else if (team->threading == FASTATTN_THREADING_OPENMP) {

@@ -88,20 +88,27 @@ static unsigned detect(void) { return 0; }
 
 #endif
 
-/* One word, found once. Threads may race to store it, all with the same value; C99 has no _Atomic. */
+/* One word, found once. Threads may race to store it, all with the same value; C99 has no _Atomic. Finding it stays apart, so that it
+ * costs nothing where it is known. */
 #if defined(__GNUC__)
+#define APART __attribute__((noinline))
 static unsigned cached;
 static unsigned recall(void) { return __atomic_load_n(&cached, __ATOMIC_RELAXED); }
 static void keep(unsigned features) { __atomic_store_n(&cached, features, __ATOMIC_RELAXED); }
 #else
+#define APART
 static volatile unsigned cached;
 static unsigned recall(void) { return cached; }
 static void keep(unsigned features) { cached = features; }
 #endif
 
+static APART unsigned find(void) {
+    const unsigned known = 1u << 30, features = detect() | known;
+    keep(features);
+    return features;
+}
+
 int fastattn_cpu_has(unsigned features) {
-    const unsigned known = 1u << 30;
-    unsigned now = recall();
-    if (!now) keep(now = detect() | known);
-    return (now & features) == features;
+    const unsigned now = recall();
+    return ((now ? now : find()) & features) == features;
 }

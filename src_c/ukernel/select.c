@@ -41,8 +41,9 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
     }
 }
 
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision, int invariant) {
-    if (q_dtype == FASTATTN_FLOAT32 && precision == FASTATTN_PRECISION_HIGHEST) return fastattn_ukernel_select(limit)->products;
+const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
+                                            int invariant) {
+    if (q_dtype == FASTATTN_FLOAT32 && precision == FASTATTN_PRECISION_HIGHEST) return uk->products;
 #ifdef FA_HOLDS_AMX
     if (!invariant && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AMX) && fastattn_ukernel_select(FASTATTN_ISA_AMX)) {
         if (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM) return &fastattn_products_bfloat16_amx;
@@ -61,7 +62,7 @@ const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q
         (q_dtype == FASTATTN_BFLOAT16 || precision == FASTATTN_PRECISION_MEDIUM))
         return &fastattn_products_bfloat16_neon;
 #else
-    (void)invariant;
+    (void)limit, (void)invariant;
 #endif
-    return fastattn_ukernel_select(limit)->products;
+    return uk->products;
 }

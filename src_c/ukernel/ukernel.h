@@ -208,8 +208,10 @@ typedef struct fa_products {
                   fastattn_dtype dtype);
 } fa_products;
 
-/* n, at least 0, up to a multiple of step. */
-static inline int64_t fa_round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+/* n, at least 0, up to a multiple of step; without signs, as dividing by a power of two costs least. */
+static inline int64_t fa_round_up(int64_t n, int64_t step) {
+    return (int64_t)(((uint64_t)n + (uint64_t)step - 1) / (uint64_t)step * (uint64_t)step);
+}
 
 /* The first row of o that no value has, rounded up to tiles. */
 static inline int64_t fa_sums_row(int64_t v_head_dim) { return fa_round_up(v_head_dim, FA_ROW_STEP); }
@@ -326,9 +328,10 @@ typedef struct fa_ukernel {
  * names an instruction set that is not available. */
 const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 
-/* The fastest products under the same limit that are exact enough for queries of this dtype, which no key is wider than; where a row is
- * to be invariant, of those that give it bits of its own: float32, or such as give them alone as well. */
-const fa_products *fastattn_products_select(fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision, int invariant);
+/* The fastest products under the same limit, beside that table's own, that are exact enough for queries of this dtype, which no key is wider
+ * than; where a row is to be invariant, of those that give it bits of its own: float32, or such as give them alone as well. */
+const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
+                                            int invariant);
 
 /* The tables that a library holds: those of its architecture, but for what the build has left out (-DFASTATTN_NO_AVX512), which is
  * then not available. */

@@ -229,9 +229,9 @@ TEST_EACH_ISA(products_as_a_chain) {
         {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST, 0},     {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH, 0x1p-15},
         {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM, 0x1p-7}, {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST, 0x1p-16},
         {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGH, 0x1p-15},  {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST, 0}};
-    table();
+    const fa_ukernel *uk = table();
     for (size_t n = 0; n < COUNT(kinds); n++) {
-        const fa_products *by = fastattn_products_select(test_isa, kinds[n].dtype, kinds[n].precision, 0);
+        const fa_products *by = fastattn_products_select(uk, test_isa, kinds[n].dtype, kinds[n].precision, 0);
         const int rounded = strncmp(by->name, "float32_", 8) != 0 && !integers(by);
         check_table(by, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
