@@ -111,6 +111,13 @@ FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t
  * of up to 16 rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
 FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n, int w, fastattn_dtype storage) {
     enum { LINE = 16 };
+    if (kind.paired) { /* a line that has been asked for costs less than to ask whether it has */
+        const uintptr_t later = tile_later(&x->rows, n);
+        const int64_t bytes = vectors * SIMD_LANES * fa_size_of(storage);
+        FA_UNROLL for (int64_t at = 0; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
+        simd_fetch((const char *)(later + (uintptr_t)(bytes - 1)));
+        return;
+    }
     if (!x->ahead) return;
     if (kind.by_rows) {
         const uintptr_t later = tile_later(&x->rows, n) + (uintptr_t)(kind.beside ? w * x->rows.beside : 0);
