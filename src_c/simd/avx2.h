@@ -49,6 +49,13 @@ static inline void simd_store_i8(void *p, simd_f a) {
     const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(halves, halves));
 }
+static inline void simd_store_i4(void *p, simd_f low, simd_f high) { /* sums that leave no fraction have the integers in their lowest bits */
+    const __m256i lower = _mm256_castps_si256(_mm256_add_ps(low, _mm256_set1_ps(12582912.0f + 0x88)));
+    const __m256i upper = _mm256_castps_si256(_mm256_add_ps(high, _mm256_set1_ps(12582912.0f)));
+    const __m256i pairs = _mm256_add_epi32(lower, _mm256_slli_epi32(upper, 4));
+    const __m256i bytes = _mm256_shuffle_epi8(pairs, _mm256_set1_epi32(0x0c080400));
+    _mm_storel_epi64((__m128i *)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
 static inline simd_f simd_first_bf16(simd_f a) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 16)); }
 static inline simd_f simd_second_bf16(simd_f a) {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32((int)0xffff0000u)));
@@ -120,6 +127,14 @@ static inline void simd_transpose(simd_f v[8]) {
         v[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
     }
 }
+static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
+    switch (n) {
+    case 0: return _mm256_permute_ps(x, 0x00);
+    case 1: return _mm256_permute_ps(x, 0x55);
+    case 2: return _mm256_permute_ps(x, 0xaa);
+    default: return _mm256_permute_ps(x, 0xff);
+    }
+}
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const __m256 low = _mm256_permute2f128_ps(*a, *b, 0x20), high = _mm256_permute2f128_ps(*a, *b, 0x31);
     *a = _mm256_shuffle_ps(low, high, 0x88);
@@ -154,6 +169,12 @@ static inline float simd_largest(simd_f a) {
     a = _mm256_max_ps(a, _mm256_shuffle_ps(a, a, 0x4e));
     a = _mm256_max_ps(a, _mm256_shuffle_ps(a, a, 0xb1));
     return _mm256_cvtss_f32(_mm256_max_ps(a, _mm256_permute2f128_ps(a, a, 0x01)));
+}
+static inline simd_f simd_largest_of_four(const simd_f v[4]) {
+    const __m256 low = _mm256_max_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+    const __m256 high = _mm256_max_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+    const __m256 a = _mm256_max_ps(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xee));
+    return _mm256_max_ps(a, _mm256_permute2f128_ps(a, a, 0x01));
 }
 
 #endif

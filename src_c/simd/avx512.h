@@ -40,6 +40,11 @@ static inline simd_f simd_load_i4(const void *p, int upper) {
     return _mm512_permutexvar_ps(upper ? _mm512_srli_epi32(pairs, 4) : pairs, numbers);
 }
 static inline void simd_store_i8(void *p, simd_f a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+static inline void simd_store_i4(void *p, simd_f low, simd_f high) { /* sums that leave no fraction have the integers in their lowest bits */
+    const __m512i lower = _mm512_castps_si512(_mm512_add_ps(low, _mm512_set1_ps(12582912.0f + 0x88)));
+    const __m512i upper = _mm512_castps_si512(_mm512_add_ps(high, _mm512_set1_ps(12582912.0f)));
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_add_epi32(lower, _mm512_slli_epi32(upper, 4))));
+}
 static inline simd_f simd_first_bf16(simd_f a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 16)); }
 static inline simd_f simd_second_bf16(simd_f a) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32((int)0xffff0000u)));
@@ -177,16 +182,8 @@ static inline __attribute__((always_inline)) void simd_transpose(simd_f v[16]) {
     }
 }
 #define SIMD_QUADS
-/* Quads are the quarters of a vector. Four numbers in each of them; and number n of a quad in all of it. */
+/* Quads are the quarters of a vector. Four numbers in each of them. */
 static inline simd_f simd_quads(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
-static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
-    switch (n) {
-    case 0: return _mm512_permute_ps(x, 0x00);
-    case 1: return _mm512_permute_ps(x, 0x55);
-    case 2: return _mm512_permute_ps(x, 0xaa);
-    default: return _mm512_permute_ps(x, 0xff);
-    }
-}
 /* The numbers of quads change places with vectors; and the quads themselves do. */
 static inline void simd_transpose_quads(simd_f v[4]) {
     const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]);
@@ -203,6 +200,14 @@ static inline void simd_exchange_quads(simd_f v[4]) {
     v[1] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
     v[2] = _mm512_shuffle_f32x4(high01, high23, 0x88);
     v[3] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+}
+static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
+    switch (n) {
+    case 0: return _mm512_permute_ps(x, 0x00);
+    case 1: return _mm512_permute_ps(x, 0x55);
+    case 2: return _mm512_permute_ps(x, 0xaa);
+    default: return _mm512_permute_ps(x, 0xff);
+    }
 }
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -248,6 +253,13 @@ static inline float simd_largest(simd_f a) {
     a = _mm512_max_ps(a, _mm512_shuffle_ps(a, a, 0xb1));
     a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
     return _mm512_cvtss_f32(_mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e)));
+}
+static inline simd_f simd_largest_of_four(const simd_f v[4]) {
+    const __m512 low = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 high = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    __m512 a = _mm512_max_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xee));
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+    return _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
 }
 
 #endif

@@ -55,6 +55,12 @@ static inline void simd_store_i8(void *p, simd_f a) {
     const uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(halves, halves))), 0);
     memcpy(p, &four, sizeof four);
 }
+static inline void simd_store_i4(void *p, simd_f low, simd_f high) {
+    const int16x4_t pairs = vmovn_s32(vaddq_s32(vcvtnq_s32_f32(low), vshlq_n_s32(vcvtnq_s32_f32(high), 4)));
+    const uint8x8_t bytes = vadd_u8(vreinterpret_u8_s8(vmovn_s16(vcombine_s16(pairs, pairs))), vdup_n_u8(0x88));
+    const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+    memcpy(p, &four, sizeof four);
+}
 static inline simd_f simd_first_bf16(simd_f a) { return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a), 16)); }
 static inline simd_f simd_second_bf16(simd_f a) {
     return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vdupq_n_u32(0xffff0000u)));
@@ -139,6 +145,14 @@ static inline void simd_transpose(simd_f v[4]) {
     v[2] = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
     v[3] = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
 }
+static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
+    switch (n) {
+    case 0: return vdupq_laneq_f32(x, 0);
+    case 1: return vdupq_laneq_f32(x, 1);
+    case 2: return vdupq_laneq_f32(x, 2);
+    default: return vdupq_laneq_f32(x, 3);
+    }
+}
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const simd_f x = *a, y = *b;
     *a = vuzp1q_f32(x, y);
@@ -158,5 +172,8 @@ static inline simd_f simd_sum_lanes(const simd_f v[4]) {
 }
 static inline float simd_sum(simd_f a) { return vaddvq_f32(a); }
 static inline float simd_largest(simd_f a) { return vmaxvq_f32(a); }
+static inline simd_f simd_largest_of_four(const simd_f v[4]) {
+    return vpmaxq_f32(vpmaxq_f32(v[0], v[1]), vpmaxq_f32(v[2], v[3]));
+}
 
 #endif

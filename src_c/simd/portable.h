@@ -42,6 +42,13 @@ static inline simd_f simd_load_i4(const void *p, int upper) {
 static inline void simd_store_i8(void *p, simd_f a) { /* the addition leaves no fraction, and the integer in the lowest bits */
     SIMD_EACH(i) ((uint8_t *)p)[i] = (uint8_t)(fa_to_bits(a.lane[i] + 12582912.0f) & 0xffu);
 }
+/* Numbers that fit, rounded likewise: the lower and the upper halves of bytes, plus 8. */
+static inline void simd_store_i4(void *p, simd_f low, simd_f high) {
+    SIMD_EACH(i) {
+        const uint32_t upper = fa_to_bits(high.lane[i] + 12582912.0f) << 4;
+        ((uint8_t *)p)[i] = (uint8_t)((fa_to_bits(low.lane[i] + (12582912.0f + 0x88)) + upper) & 0xffu);
+    }
+}
 /* Of lanes that are pairs of bfloat16, the first numbers, which are the lower halves, and the second. */
 static inline simd_f simd_first_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) << 16); return a; }
 static inline simd_f simd_second_bf16(simd_f a) { SIMD_EACH(i) a.lane[i] = fa_from_bits(fa_to_bits(a.lane[i]) & 0xffff0000u); return a; }
@@ -90,6 +97,8 @@ static inline void simd_transpose(simd_f v[4]) {
         v[j].lane[i] = x;
     }
 }
+/* Lane n of every four, a constant, in all of these. */
+static inline simd_f simd_spread(simd_f x, int n) { return simd_set1(x.lane[n]); }
 /* Two vectors of pairs to their first numbers, in a, and their second ones, in b; and back. */
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const simd_f x = *a, y = *b;
@@ -119,6 +128,12 @@ static inline float simd_largest(simd_f a) {
     float largest = a.lane[0];
     SIMD_EACH(i) largest = a.lane[i] > largest ? a.lane[i] : largest;
     return largest;
+}
+/* Lane i is the largest lane of v[i % 4]. */
+static inline simd_f simd_largest_of_four(const simd_f v[4]) {
+    simd_f r;
+    SIMD_EACH(i) r.lane[i] = simd_largest(v[i]);
+    return r;
 }
 
 #undef SIMD_EACH

@@ -58,6 +58,11 @@ static inline void simd_store_i8(void *p, simd_f a) {
     const v128_t integers = wasm_i32x4_trunc_sat_f32x4(wasm_f32x4_nearest(a)), halves = wasm_i16x8_narrow_i32x4(integers, integers);
     wasm_v128_store32_lane(p, wasm_i8x16_narrow_i16x8(halves, halves), 0);
 }
+static inline void simd_store_i4(void *p, simd_f low, simd_f high) { /* sums that leave no fraction have the integers in their lowest bits */
+    const v128_t upper = wasm_f32x4_add(high, wasm_f32x4_splat(12582912.0f));
+    const v128_t pairs = wasm_i32x4_add(wasm_f32x4_add(low, wasm_f32x4_splat(12582912.0f + 0x88)), wasm_i32x4_shl(upper, 4));
+    wasm_v128_store32_lane(p, wasm_i8x16_shuffle(pairs, pairs, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), 0);
+}
 static inline simd_f simd_first_bf16(simd_f a) { return wasm_i32x4_shl(a, 16); }
 static inline simd_f simd_second_bf16(simd_f a) { return wasm_v128_and(a, wasm_i32x4_splat((int)0xffff0000u)); }
 static inline simd_h simd_to_f16(simd_f a) {
@@ -122,6 +127,14 @@ static inline void simd_transpose(simd_f v[4]) {
     v[2] = wasm_i64x2_shuffle(high0, high1, 0, 2);
     v[3] = wasm_i64x2_shuffle(high0, high1, 1, 3);
 }
+static inline __attribute__((always_inline)) simd_f simd_spread(simd_f x, int n) {
+    switch (n) {
+    case 0: return wasm_i32x4_shuffle(x, x, 0, 0, 0, 0);
+    case 1: return wasm_i32x4_shuffle(x, x, 1, 1, 1, 1);
+    case 2: return wasm_i32x4_shuffle(x, x, 2, 2, 2, 2);
+    default: return wasm_i32x4_shuffle(x, x, 3, 3, 3, 3);
+    }
+}
 static inline void simd_unzip(simd_f *a, simd_f *b) {
     const simd_f x = *a, y = *b;
     *a = wasm_i32x4_shuffle(x, y, 0, 2, 4, 6);
@@ -149,6 +162,11 @@ static inline float simd_sum(simd_f a) {
 static inline float simd_largest(simd_f a) {
     a = simd_max(a, wasm_i32x4_shuffle(a, a, 2, 3, 0, 1));
     return wasm_f32x4_extract_lane(simd_max(a, wasm_i32x4_shuffle(a, a, 1, 0, 3, 2)), 0);
+}
+static inline simd_f simd_largest_of_four(const simd_f v[4]) {
+    const simd_f low = simd_max(wasm_i32x4_shuffle(v[0], v[1], 0, 4, 1, 5), wasm_i32x4_shuffle(v[0], v[1], 2, 6, 3, 7));
+    const simd_f high = simd_max(wasm_i32x4_shuffle(v[2], v[3], 0, 4, 1, 5), wasm_i32x4_shuffle(v[2], v[3], 2, 6, 3, 7));
+    return simd_max(wasm_i64x2_shuffle(low, high, 0, 2), wasm_i64x2_shuffle(low, high, 1, 3));
 }
 
 #endif

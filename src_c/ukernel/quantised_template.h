@@ -193,18 +193,9 @@ FA_INLINE float magnitude_of(const float *x, int64_t n) {
     return simd_largest(simd_max(simd_max(largest[0], largest[1]), simd_max(largest[2], largest[3])));
 }
 
-/* Numbers times factor, up to 7: a scale that float16 has rounded may be too small. */
-FA_INLINE simd_f bounded(const float *x, float factor) {
-    return simd_max(simd_min(simd_mul(simd_load(x), simd_set1(factor)), simd_set1(7.0f)), simd_set1(-7.0f));
-}
-
-/* To the nearest integer, of small numbers: the sum leaves no room for a fraction. */
-FA_INLINE simd_f rounded(simd_f x) { return simd_sub(simd_add(x, simd_set1(12582912.0f)), simd_set1(12582912.0f)); }
-
-FA_INLINE float factor_of(float scale) { return scale >= FLT_MIN ? 1.0f / scale : 0.0f; }
-
 static void quantise_int8(char *to, const float *row, int64_t dim) {
-    const float quotient = magnitude_of(row, dim) / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f, factor = factor_of(scale);
+    const float quotient = magnitude_of(row, dim) / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f;
+    const float factor = scale > 0.0f ? 1.0f / scale : 0.0f;
     for (int64_t d = 0; d < dim; d += SIMD_LANES) { /* the largest is 127 but for rounding */
         const simd_f numbers = simd_mul(load_as(row + d, dim - d, FASTATTN_FLOAT32), simd_set1(factor));
         char part[SIMD_LANES];
@@ -214,17 +205,46 @@ static void quantise_int8(char *to, const float *row, int64_t dim) {
     memcpy(to + dim, &scale, sizeof scale);
 }
 
-static void quantise_int4(char *to, const float *row, int64_t dim) {
-    for (int64_t d = 0; d < dim; d += FA_GROUP) {
-        const uint16_t scale = fa_to_f16(magnitude_of(row + d, FA_GROUP) / 7.0f);
-        const float factor = factor_of(fa_from_f16(scale));
-        FA_UNROLL for (int i = 0; i < 16; i += SIMD_LANES) { /* as a signed byte: what is above 127 wraps around */
-            const simd_f low = rounded(bounded(row + d + i, factor)), high = rounded(bounded(row + d + 16 + i, factor));
-            const simd_f wraps = simd_select(simd_lt(high, simd_set1(0.0f)), simd_set1(136.0f), simd_set1(136.0f - 256.0f));
-            simd_store_i8(to + d / 2 + i, simd_add(simd_fma(high, simd_set1(16.0f), low), wraps));
+/* Numbers times a factor; `bounded` ones, a constant, up to 7. */
+FA_INLINE simd_f times(const float *x, simd_f factor, int bounded) {
+    const simd_f product = simd_mul(simd_load(x), factor);
+    return bounded ? simd_max(simd_min(product, simd_set1(7.0f)), simd_set1(-7.0f)) : product;
+}
+
+FA_INLINE void store_group(char *to, const float *row, simd_f factor, int bounded) {
+    FA_UNROLL for (int i = 0; i < FA_GROUP / 2; i += SIMD_LANES)
+        simd_store_i4(to + i, times(row + i, factor, bounded), times(row + FA_GROUP / 2 + i, factor, bounded));
+}
+
+/* The largest magnitudes in the lanes of a group. */
+FA_INLINE simd_f group_magnitudes(const float *row) {
+    simd_f largest = simd_abs(simd_load(row));
+    FA_UNROLL for (int v = 1; v < GROUP_VECTORS; v++) largest = simd_max(largest, simd_abs(simd_load(row + v * SIMD_LANES)));
+    return largest;
+}
+
+/* Up to four groups, whose scales are in one vector. Of one that is next to nothing float16 may leave so little that the largest number is
+ * more than 7.5 times as large. */
+FA_INLINE void quantise_groups(char *to, char *to_scales, const float *row, int64_t groups) {
+    enum { AT_ONCE = 4 };
+    simd_f largest[AT_ONCE];
+    uint16_t scales[SIMD_LANES];
+    FA_UNROLL for (int g = 0; g < AT_ONCE; g++) largest[g] = group_magnitudes(row + (g < groups ? g : 0) * FA_GROUP);
+    const simd_f quotient = simd_div(simd_largest_of_four(largest), simd_set1(7.0f)), zero = simd_set1(0.0f);
+    const simd_h scale = simd_to_f16(quotient); /* 0 up to 2**-25 */
+    const simd_f factors = simd_select(simd_lt(simd_set1(0x1p-25f), quotient), simd_div(simd_set1(1.0f), simd_from_f16(scale)), zero);
+    const int bounded = simd_any(simd_lt(quotient, simd_set1(0x1p-21f)));
+    simd_store_h(scales, scale);
+    FA_UNROLL for (int g = 0; g < AT_ONCE; g++)
+        if (g < groups) {
+            if (bounded) store_group(to + g * FA_GROUP / 2, row + g * FA_GROUP, simd_spread(factors, g), 1);
+            else store_group(to + g * FA_GROUP / 2, row + g * FA_GROUP, simd_spread(factors, g), 0);
+            memcpy(to_scales + g * (int)sizeof *scales, scales + g, sizeof *scales);
         }
-        memcpy(to + dim / 2 + d / 16, &scale, sizeof scale);
-    }
+}
+
+static void quantise_int4(char *to, const float *row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 4 * FA_GROUP) quantise_groups(to + d / 2, to + dim / 2 + d / 16, row + d, (dim - d) / FA_GROUP);
 }
 
 static void quantise(char *to, const float *row, int64_t dim, fastattn_dtype dtype) {

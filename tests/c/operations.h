@@ -101,6 +101,10 @@ static void check_lanes(struct rng *rng) {
         simd_zip(&a, &b);
         EXPECT_FLOATS(a, x[i % 2][i / 2]);
         EXPECT_FLOATS(b, x[i % 2][(SIMD_LANES + i) / 2]);
+        EXPECT_FLOATS(simd_spread(v[0], 0), x[0][i / 4 * 4]);
+        EXPECT_FLOATS(simd_spread(v[0], 1), x[0][i / 4 * 4 + 1]);
+        EXPECT_FLOATS(simd_spread(v[0], 2), x[0][i / 4 * 4 + 2]);
+        EXPECT_FLOATS(simd_spread(v[0], 3), x[0][i / 4 * 4 + 3]);
         EXPECT_FLOATS(simd_butterfly(v[0], 1), i & 1 ? x[0][i ^ 1] - x[0][i] : x[0][i] + x[0][i ^ 1]);
         EXPECT_FLOATS(simd_butterfly(v[0], 2), i & 2 ? x[0][i ^ 2] - x[0][i] : x[0][i] + x[0][i ^ 2]);
 #if SIMD_LANES > 4
@@ -135,7 +139,9 @@ static void check_lanes(struct rng *rng) {
             }
             found[j] = simd_largest(simd_load(x[j]));
             CHECK(same(found[j], largest[j]), "simd_largest is %a, not %a", (double)found[j], (double)largest[j]);
+            v[j] = simd_load(x[j]);
         }
+        EXPECT_FLOATS(simd_largest_of_four(v), largest[i % 4]);
     }
 }
 
@@ -206,7 +212,7 @@ static float narrowed(double x) {
 
 /* What is loaded from, and stored to, other types: as many elements as there are lanes, whatever their size. */
 static void check_types(enum guard_side side, struct rng *rng) {
-    float x[SIMD_LANES];
+    float x[SIMD_LANES], y[SIMD_LANES];
     uint8_t *bytes = guard_input("bytes", SIMD_LANES, 1, side), *to = guard_output("bytes stored", SIMD_LANES, 1, side);
     uint8_t *apart = guard_input("bytes apart", 2 * SIMD_LANES - 1, 1, side);
     double *doubles = guard_input("doubles", SIMD_LANES * sizeof *doubles, sizeof *doubles, side);
@@ -228,6 +234,12 @@ static void check_types(enum guard_side side, struct rng *rng) {
         EACH_LANE(i) x[i] = (float)random_between(rng, -254, 254) / 2 + (n % 2 ? (float)random_signed(rng) / 4 : 0.0f);
         simd_store_i8(to, simd_load(x));
         EACH_LANE(i) CHECK((signed char)to[i] == (signed char)nearbyintf(x[i]), "%a becomes %d", (double)x[i], (signed char)to[i]);
+        EACH_LANE(i) {
+            x[i] = (float)random_between(rng, -16, 14) / 2;
+            y[i] = x[i] + (float)random_signed(rng) / 4;
+        }
+        simd_store_i4(to, simd_load(x), simd_load(y));
+        EACH_LANE(i) CHECK(to[i] == ((int)nearbyintf(y[i]) + 8) * 16 + (int)nearbyintf(x[i]) + 8, "%a and %a become %d", (double)x[i], (double)y[i], to[i]);
     }
     guard_check();
     guard_release();
