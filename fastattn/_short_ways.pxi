@@ -178,14 +178,15 @@ cdef bint has_shape(array, np.npy_intp *shape) noexcept:
 
 
 def attention_plain(
-    q, k, v, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
+    q, k, v, indices=None, /, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
     softcap=None, alibi_slopes=None, sinks=None, precision="highest", activation=SOFTMAX, activation_bias=None, power=3, score_function=None,
     invariant=False, return_lse=False, out=None, **others,
 ):  # fmt: skip
-    """What ``fastattn.attention`` returns for ordinary arguments, or None where any of them, or another, is out of the ordinary."""
+    """What ``fastattn.attention``, or with `indices` ``fastattn.attention_indexed``, returns for ordinary arguments, or None where any of
+    them, or another, is out of the ordinary."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
-    cdef np.ndarray q_array, k_array, v_array, out_array, lse
+    cdef np.ndarray q_array, k_array, v_array, out_array, lse, lists
     cdef np.npy_intp shape[4]
     cdef int64_t scores[4]
     cdef int64_t lengths[MOST_ENTRIES]
@@ -269,6 +270,18 @@ def attention_plain(
         if type(precision) is not str or precision not in PRECISIONS:
             return None
         args.precision = <fastattn_precision><int>PRECISIONS[precision]
+    if indices is not None:
+        if not lies_well(indices) or np.PyArray_NDIM(<np.ndarray>indices) != 4:
+            return None
+        if np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT32 and np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT64:
+            return None
+        lists = np.PyArray_NewCopy(<np.ndarray>indices, np.NPY_CORDER)  # nobody else can change it between its check and its use
+        if lists.shape[0] != shape[0] or lists.shape[2] != shape[2] or (lists.shape[1] != 1 and lists.shape[1] != k_array.shape[1]):
+            return None
+        args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(lists), np.PyArray_ITEMSIZE(lists), lists.shape[3]
+        copy_strides(args.indices_strides, lists, 3)
+        if lists.shape[1] == 1:
+            args.indices_strides[1] = 0
 
     if out is None:
         out_array = np.PyArray_EMPTY(4, shape, type_num, 0)
@@ -279,7 +292,7 @@ def attention_plain(
         for axis in range(4):
             if out_array.shape[axis] != shape[axis]:
                 return None
-        for array in (q, k, v, mask, alibi_slopes, sinks):
+        for array in (q, k, v, mask, alibi_slopes, sinks, indices):
             if not are_apart(out_array, array):
                 return None
     if take_arrays(&args, q_array, k_array, v_array, out_array):

@@ -80,10 +80,13 @@ def attention_indexed(q: Array, k: Array, v: Array, indices: Array, **keywords: 
     >>> fastattn.attention_indexed(q, k, v, [[[[17, 4999, 3, -1]]]]).shape
     (1, 8, 1, 64)
     """
-    known_keywords("attention_indexed", keywords)
-    backend = runtime.backend()
     if indices is None:
         raise TypeError("indices must be an array of ints; got None")
+    result = runtime._state.attention_plain(q, k, v, indices, **keywords)
+    if result is not None:
+        return result
+    known_keywords("attention_indexed", keywords)
+    backend = runtime.backend()
     call = Call(backend, q, k, v, NAMES, indices=indices, **keywords)
     backend.attention(call)
     return call.result()

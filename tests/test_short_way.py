@@ -149,6 +149,46 @@ def test_leaves_what_is_unusual(n):
     assert native.attention_plain(q, k, v, **UNUSUAL[n]) is None
 
 
+LISTS = [
+    (np.array([[[[6, 0, 3]] * 5]] * 2), {}),
+    (np.array([[[[6, -1, 3]] * 5, [[1, 2, -1]] * 5]] * 2, np.int32), {"causal": True, "return_lse": True}),
+    (np.arange(240).reshape(2, 2, 5, 12)[..., 2::6] % 7, {"mask": float_mask, "sinks": np.zeros(4, np.float32)}),
+    (np.zeros((2, 1, 5, 0), np.int32), {"out": np.empty((2, 4, 5, 6), np.float32)}),
+]
+
+
+@pytest.mark.parametrize("n", range(len(LISTS)))
+def test_takes_lists_of_keys(n):
+    lists, options = LISTS[n]
+    with without("attention_plain"):
+        long = copied(fastattn.attention_indexed(q, k, v, lists, **options))
+    before = lists.copy()
+    short = native.attention_plain(q, k, v, lists, **options)
+    assert short is not None
+    for a, b in zip(copied(short), long, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(lists, before)
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        np.array([[[[6, 7]] * 5]] * 2), np.array([[[[6, 6]] * 5]] * 2), np.array([[[[-2]] * 5]] * 2), np.zeros((2, 1, 5, 1)),
+        np.zeros((2, 1, 5, 1), np.uint32), np.zeros((1, 1, 5, 1), int), np.zeros((2, 4, 5, 1), int), np.zeros((2, 1, 4, 1), int),
+        np.zeros((2, 5, 1), int), [[[[0]] * 5]] * 2, unaligned(np.zeros((2, 1, 5, 1), int)),
+    ],
+)  # fmt: skip
+def test_leaves_lists_that_are_not_plain(lists):
+    out = np.full((2, 4, 5, 6), 99, np.float32)
+    assert native.attention_plain(q, k, v, lists, out=out) is None
+    assert (out == 99).all()
+
+
+def test_attention_takes_no_lists():
+    with pytest.raises(TypeError, match="indices"):
+        fastattn.attention(q, k, v, indices=LISTS[0][0])
+
+
 def test_takes_out_beside_an_input():
     out = memory[100:340].reshape(2, 4, 5, 6)
     assert native.attention_plain(q, k, v, out=out, sinks=memory[340:344], alibi_slopes=memory[96:100]) is out
