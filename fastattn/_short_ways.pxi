@@ -313,19 +313,30 @@ def attention_plain(
     return (out_array, lse) if return_lse is True else out_array
 
 
-def paged_plain(q, np.ndarray k, np.ndarray v, np.ndarray block_table, np.ndarray kv_lengths, causal):
-    """What a pool with pages ``(n, H, rows, D)`` gives for an equal share of ordinary queries ``(L, H, D)`` to each sequence, or None.
+def paged_plain(q, k_pages, v_pages, np.ndarray block_table, np.ndarray kv_lengths, causal):
+    """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence, or None.
 
-    The pages, and the tables, int32 ``(B, most)`` and int64 ``(B,)``, are those of the pool, and nobody else has the latter."""
+    Nobody else has the tables, int32 ``(B, most)`` and int64 ``(B,)``, which are contiguous."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
     cdef engine_settings found
-    cdef np.ndarray queries, out
+    cdef np.ndarray queries, k, v, out
     cdef np.npy_intp shape[3]
     cdef int64_t starts[MOST_ENTRIES + 1]
     cdef int64_t b, batch = block_table.shape[0]
-    cdef int type_num, kv_type_num = np.PyArray_TYPE(k)
-    if not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or kv_type_num == np.NPY_VOID or (causal is not True and causal is not False):
+    cdef int axis, type_num, kv_type_num
+    if not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or (causal is not True and causal is not False):
+        return None
+    kv_type_num = np.PyArray_TYPE(<np.ndarray>k_pages) if lies_well(k_pages) else np.NPY_VOID
+    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
+        return None
+    if not is_plain(k_pages, kv_type_num) or not is_plain(v_pages, kv_type_num):
+        return None
+    k, v = k_pages, v_pages
+    for axis in range(3):
+        if k.shape[axis] != v.shape[axis]:
+            return None
+    if k.shape[2] == 0 or kv_lengths.shape[0] != batch:
         return None
     queries, type_num = q, np.PyArray_TYPE(<np.ndarray>q)
     if (type_num != kv_type_num and type_num != np.NPY_FLOAT32) or queries.shape[2] != k.shape[3] or queries.shape[2] == 0:

@@ -526,6 +526,39 @@ def test_pages_leave_what_is_unusual(queries):
         assert native.paged_plain(packed, *arrays, True) is None
 
 
+@pytest.mark.parametrize("ints", [np.int32, np.int64])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_paged_attention_takes_what_is_ordinary(monkeypatch, ints, dtype):
+    pool, sequences = in_pool(dtype)
+    pages, queries = (pool._k.swapaxes(1, 2), pool._v.swapaxes(1, 2)), packed.astype(dtype)
+    queries[:] = rng.standard_normal(queries.shape)
+    table, lengths = pool.block_table(sequences).astype(ints), pool.lengths(sequences).astype(ints)
+    taken = []
+    monkeypatch.setattr(runtime._state, "paged_plain", lambda *call: taken.append(native.paged_plain(*call)) or taken[-1])
+    whole = np.maximum(table, 0)  # what is beyond a sequence's last page is not looked at
+    short = [fastattn.paged_attention(queries, *pages, x, lengths, causal=True) for x in (whole, table)]
+    assert taken[0] is short[0] and (len(taken) == 1 or taken[1] is short[1])
+    monkeypatch.setattr(runtime._state, "paged_plain", runtime._no_short_way)
+    for out in short:
+        np.testing.assert_array_equal(out, fastattn.paged_attention(queries, *pages, whole, lengths, causal=True))
+
+
+@pytest.mark.parametrize("wrong", ["page", "page of 64 bits", "length", "negative length", "rows", "heads", "no pages"])
+def test_paged_attention_says_what_is_wrong(wrong):
+    pool, sequences = in_pool("float32")
+    k, v, table, lengths = pool._k.swapaxes(1, 2), pool._v.swapaxes(1, 2), pool.block_table(sequences), pool.lengths(sequences)
+    table = np.maximum(table, 0).astype(np.int64)
+    if "page" == wrong:
+        table = table.astype(np.int32) + 1000
+    if wrong == "page of 64 bits":
+        table += 2**32
+    if "length" in wrong:
+        lengths = -lengths if "negative" in wrong else lengths + 1000
+    v = {"rows": v[:, :-1], "heads": v[:, :, :1], "no pages": v[:0]}.get(wrong, v)
+    with pytest.raises(ValueError, match="block_table|kv_lengths|v_pages"):
+        fastattn.paged_attention(packed, k, v, table, lengths)
+
+
 def test_pages_refuse_tables_that_do_not_fit():
     """The library checks what guards memory, whoever calls."""
     pool, sequences = in_pool("float32")

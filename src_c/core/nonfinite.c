@@ -20,7 +20,7 @@ void fastattn_mend_scores(fa_work *w, const fa_operands *x, float *s, int row, i
     }
     for (int64_t j = 0; j < keys; j++) {
         const char *key = fa_row_at(k, from + j);
-        const int odd_key = !call->uk->finite(fa_rows_from(k, from + j), 1, a->head_dim);
+        const int odd_key = !call->uk->finite(fa_matrix_at(key, 0, k.dtype), 1, a->head_dim);
         for (int r = row; r < row + rows; r++) {
             if (!odd_key && !odd_row[r]) continue;
             const char *q = w->panel.rows_of[r];

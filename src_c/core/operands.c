@@ -20,16 +20,16 @@ static void look_ahead(fa_matrix *rows, const fa_run *run, const fa_shape *shape
     if (last && !rows->rows) rows->ahead = (int64_t)((uint64_t)keys * (uint64_t)rows->stride + (uint64_t)rows->ahead);
 }
 
-/* The rows of the head beside, whose pointers are all as far from those of this one. */
-static void rows_beside(fa_matrix *rows, const char **pointers, const fa_matrix *of, int64_t count, int64_t head_stride) {
-    for (int64_t n = 0; n < count; n++) pointers[n] = of->rows[n] + head_stride;
-    *rows = *of;
-    rows->rows = pointers;
+/* The rows of the head beside, which lie all as far from those of this one. */
+static fa_matrix rows_beside(fa_matrix rows, int64_t head_stride) {
+    if (rows.rows) rows.column += head_stride;
+    else rows.at += head_stride;
+    return rows;
 }
 
-/* Whether the head before has come to the same run of keys in pages. */
+/* Whether the head before has come to the same run. Its pointers stay what they are until all heads have left that. */
 static int goes_beside(const fa_run *run) {
-    return run->abreast_before > 0 && run[-1].stored_k.rows && run[-1].first == run->first && run[-1].keys == run->keys;
+    return run->abreast_before > 0 && run[-1].first == run->first && run[-1].keys == run->keys;
 }
 
 fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
@@ -37,15 +37,15 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     fa_run *run = w->run;
     if (run->first == block->run_first && run->keys == block->run_keys) return run;
     const fa_shape *shape = &w->panel.entry->shape;
-    const int64_t block_keys = shape->block_keys, pointers = fastattn_row_pointers(block_keys), beside = call->heads.beside;
+    const int64_t block_keys = shape->block_keys, beside = call->heads.beside;
     const int follows = run->keys == block_keys && block->run_first == run->first + run->keys;
     run->first = block->run_first;
     run->keys = block->run_keys;
     if (FA_UNLIKELY(goes_beside(run))) {
-        rows_beside(&run->stored_k, run->k_rows, &run[-1].stored_k, pointers, call->args->k_strides[1]);
-        rows_beside(&run->stored_v, run->v_rows, &run[-1].stored_v, pointers, call->args->v_strides[1]);
+        run->stored_k = rows_beside(run[-1].stored_k, call->args->k_strides[1]);
+        run->stored_v = rows_beside(run[-1].stored_v, call->args->v_strides[1]);
     } else
-        fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows ? block_keys : 0, run->k_rows,
+        fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows, run->k_rows,
                                        run->v_rows);
     look_ahead(&run->stored_k, run, shape, call->args->k_strides[1] * beside);
     look_ahead(&run->stored_v, run, shape, call->args->v_strides[1] * beside);

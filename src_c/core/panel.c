@@ -111,28 +111,43 @@ void fastattn_panel_mask(const fa_call *call, fa_panel *p, int64_t key) {
     point_at(p, mask, a->mask_strides[1], a->mask_strides[2]);
 }
 
-void fastattn_paged_rows(const char **rows, int64_t wanted, int64_t known, int64_t count, const char *head, const int64_t strides[3],
-                         const int32_t *table, int64_t page_size, int64_t key) {
-    int64_t n = known;
-    memcpy(rows, rows + wanted - known, (size_t)known * sizeof *rows);
-    if (n < count) {
-        int64_t page = (key + n) / page_size, row = (key + n) % page_size;
-        for (; n < count; page++, row = 0) {
-            const char *at = head + table[page] * strides[0] + row * strides[2];
-            for (const int64_t end = fa_min(n + page_size - row, count); n < end; n++, at += strides[2]) rows[n] = at;
-        }
-    }
-    for (; n < wanted; n++) rows[n] = rows[n - 1];
+/* Whether the pages from one to another lie one after the other. */
+static int pages_follow(const int32_t *table, int64_t page, int64_t last) {
+    while (page < last && table[page + 1] == table[page] + 1) page++;
+    return page == last;
 }
 
-/* Those of an entry's keys or values from `key` on. */
-static void find_paged_rows(const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3], int64_t key, int64_t known,
-                            const char **rows) {
-    const fastattn_attention_args *a = call->args;
-    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
-    const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), count = fa_min(wanted, p->entry->shape.kv_len - key);
-    fastattn_paged_rows(rows, wanted, known, count, (const char *)base + p->kv_head * strides[1], strides, table, a->page_size,
-                        p->entry->key + key);
+/* The power of 2 that is the number of rows which share a pointer, from a key on: they are in one page. */
+static int shift_of_pages(int64_t page_size, int64_t key) {
+    int shift = 0;
+    while (2 << shift <= FA_SUM_RUN && ((page_size | key) >> shift & 1) == 0) shift++;
+    return shift;
+}
+
+void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows, const char **pointers) {
+    const int32_t *table = pages->table;
+    const int64_t size = pages->size, wanted = fastattn_row_pointers(run_keys), count = fa_min(wanted, end - key);
+    const int64_t first_page = key / size, last_page = (key + count - 1) / size;
+    const int adjacent = size == 1 || pages->stride == size * pages->head.stride, known = follows && rows->rows == pointers;
+    *rows = pages->head;
+    if (size == 1) rows->stride = pages->stride;
+    if (first_page == last_page || (adjacent && pages_follow(table, first_page, last_page))) {
+        rows->at += table[first_page] * pages->stride + key % size * rows->stride;
+        return;
+    }
+    if (size == 1) rows->stride = 0;
+    rows->rows = pointers;
+    rows->shift = shift_of_pages(size, key);
+    const uintptr_t head = (uintptr_t)rows->at, stride = (uintptr_t)rows->stride;
+    const int64_t step = (int64_t)1 << rows->shift;
+    int64_t n = 0;
+    for (; known && n < wanted - run_keys; n += step)
+        pointers[n >> rows->shift] = (const char *)((uintptr_t)pointers[(n + run_keys) >> rows->shift] + (uintptr_t)run_keys * stride);
+    for (int64_t page = (key + n) / size; n < count; page++) {
+        const uintptr_t at = head + (uintptr_t)(table[page] * pages->stride) + (uintptr_t)(key - page * size) * stride;
+        for (const int64_t last = fa_min((page + 1) * size - key, count); n < last; n += step) pointers[n >> rows->shift] = (const char *)at;
+    }
+    for (; n < wanted; n += step) pointers[n >> rows->shift] = pointers[(n >> rows->shift) - 1];
 }
 
 /* The same of listed keys from a place on, in pages or not; where there is none, and beyond the list, it is the entry's first. */
@@ -157,27 +172,31 @@ static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t pla
     }
 }
 
+/* The caller's rows of keys or values from `key` on, unless they are listed. */
 static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *p, const void *base, const int64_t strides[3],
-                          fastattn_dtype dtype, int64_t key, const char **pointers) {
-    rows->at = (const char *)base + p->kv_head * strides[1];
-    if (!pointers) rows->at += p->entry->batch * strides[0] + (p->entry->key + key) * strides[2];
-    rows->stride = strides[2];
-    rows->dtype = dtype;
-    rows->ahead = rows->rows_ahead = 0;
-    rows->beside = call->heads.beside > 1 ? strides[1] : 0;
-    rows->rows = pointers;
+                          fastattn_dtype dtype, int64_t key, int follows, const char **pointers) {
+    const fastattn_attention_args *a = call->args;
+    const fa_entry *entry = p->entry;
+    fa_matrix head = fa_matrix_at((const char *)base + p->kv_head * strides[1], strides[2], dtype);
+    head.beside = call->heads.beside > 1 ? strides[1] : 0;
+    if (FA_UNLIKELY(a->block_table)) {
+        const fa_pages pages = {head, strides[0], a->page_size, fastattn_pages_at(a->block_table, a->block_table_stride, entry->batch)};
+        fastattn_paged_rows(rows, &pages, entry->key + key, entry->key + entry->shape.kv_len, entry->shape.block_keys, follows, pointers);
+        return;
+    }
+    *rows = head;
+    rows->at += entry->batch * strides[0] + (entry->key + key) * strides[2];
 }
 
-void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int64_t known,
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int follows,
                                     const char **k_rows, const char **v_rows) {
     const fastattn_attention_args *a = call->args;
-    if (FA_UNLIKELY(p->list.at))
-        find_listed_rows(call, p, key, known, k_rows, v_rows);
-    else if (FA_UNLIKELY(a->block_table)) {
-        find_paged_rows(call, p, a->k, a->k_strides, key, known, k_rows);
-        find_paged_rows(call, p, a->v, a->v_strides, key, known, v_rows);
-    } else
-        k_rows = v_rows = NULL;
-    point_at_rows(k, call, p, a->k, a->k_strides, a->kv_dtype, key, k_rows);
-    point_at_rows(v, call, p, a->v, a->v_strides, a->v_dtype, key, v_rows);
+    if (FA_UNLIKELY(p->list.at)) {
+        find_listed_rows(call, p, key, follows ? p->entry->shape.block_keys : 0, k_rows, v_rows);
+        *k = fa_matrix_at(NULL, 0, a->kv_dtype), *v = fa_matrix_at(NULL, 0, a->v_dtype);
+        k->rows = k_rows, v->rows = v_rows;
+        return;
+    }
+    point_at_rows(k, call, p, a->k, a->k_strides, a->kv_dtype, key, follows, k_rows);
+    point_at_rows(v, call, p, a->v, a->v_strides, a->v_dtype, key, follows, v_rows);
 }

@@ -41,15 +41,22 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
 void fastattn_panel_queries(const fa_call *call, fa_panel *panel);
 void fastattn_panel_mask(const fa_call *call, fa_panel *panel, int64_t key);
 
-/* k and v become the caller's rows of keys and values from `key` on. Those in pages, and those that are listed, have pointers, as many as fastattn_row_pointers, which
- * are put into k_rows and v_rows; the last `known` of what these hold are already those of the first rows. */
-void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, int64_t known,
+/* k and v become the caller's rows of keys and values from `key` on. Those in pages, and those that are listed, may have pointers, as many as
+ * fastattn_row_pointers, which are put into k_rows and v_rows. If it follows on what they were, of a whole block, so do these. */
+void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *panel, int64_t key, int follows,
                                     const char **k_rows, const char **v_rows);
 
-/* `wanted` pointers to rows in pages from `key` on, page after page; there are `count` keys, 1 or more, and beyond the last they stay there.
- * The first are those that the last `known` of before have been, as of runs that follow each other. */
-void fastattn_paged_rows(const char **rows, int64_t wanted, int64_t known, int64_t count, const char *head, const int64_t strides[3],
-                         const int32_t *table, int64_t page_size, int64_t key);
+/* A head's keys or values in pages. */
+typedef struct fa_pages {
+    fa_matrix head;       /* those of page 0 */
+    int64_t stride, size; /* of pages: bytes from one to the next, and rows of each */
+    const int32_t *table; /* those of the entry's keys */
+} fa_pages;
+
+/* The rows in pages from `key` on, which is before `end`: at a stride, if these and what is read next lie one after the other, or else by
+ * pointers, page after page; beyond the end they are those of its page. If they follow on what `rows` are, a run of so many keys, the first
+ * of the pointers are the last of before. */
+void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows, const char **pointers);
 
 /* Pointers for the keys of a block and of the next. */
 static inline int64_t fastattn_row_pointers(int64_t block_keys) { return 2 * block_keys; }

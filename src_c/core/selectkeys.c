@@ -178,23 +178,19 @@ static int64_t end_of(const fastattn_select_args *a, int64_t position, int64_t l
     return a->causal ? fa_max(0, fa_min(length, position + 1)) : length;
 }
 
-/* Rows of keys from `key` on: where they lie, or, in pages, pointers, and what is read next a run further on. */
-static fa_matrix rows_of(const fa_select *x, const fa_chooser *who, int64_t key, const char **pointers) {
+/* Rows of keys from `key` on, which follow on what they were, if that is not the first, and what is read next a run further on. */
+static void find_rows(fa_matrix *rows, const fa_select *x, const fa_chooser *who, int64_t key, const char **pointers) {
     const fastattn_select_args *a = &x->args;
-    const char *head = (const char *)a->k + who->kv_head * a->k_strides[1];
-    const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, who->batch);
-    const int64_t wanted = fastattn_row_pointers(x->run_keys);
-    fa_matrix rows = fa_matrix_at(head, a->k_strides[2], a->k_dtype);
-    if (table) {
-        fastattn_paged_rows(pointers, wanted, key > who->first ? x->run_keys : 0, fa_min(wanted, who->end - key), head, a->k_strides, table,
-                            a->page_size, key);
-        rows.rows = pointers;
-        rows.rows_ahead = x->run_keys;
+    const fa_matrix head = fa_matrix_at((const char *)a->k + who->kv_head * a->k_strides[1], a->k_strides[2], a->k_dtype);
+    if (a->block_table) {
+        const fa_pages pages = {head, a->k_strides[0], a->page_size, fastattn_pages_at(a->block_table, a->block_table_stride, who->batch)};
+        fastattn_paged_rows(rows, &pages, key, who->end, x->run_keys, key > who->first, pointers);
     } else {
-        rows.at += who->batch * a->k_strides[0] + key * a->k_strides[2];
-        rows.ahead = (int64_t)((uint64_t)x->run_keys * (uint64_t)a->k_strides[2]);
+        *rows = head;
+        rows->at += who->batch * a->k_strides[0] + key * a->k_strides[2];
     }
-    return rows;
+    if (rows->rows) rows->rows_ahead = x->run_keys;
+    else rows->ahead = (int64_t)((uint64_t)x->run_keys * (uint64_t)rows->stride);
 }
 
 static int64_t rows_in_panel(const fa_select *x, const fa_chooser *who, int64_t panel) {
@@ -286,11 +282,13 @@ static void choose(const fa_select *x, const fa_chooser *who, char *scratch, fa_
         clear(x, &best[i], scratch + x->candidates + x->candidates_bytes * (size_t)i);
         peak[i] = -INFINITY;
     }
+    fa_matrix stored;
     if (x->products->enter) x->products->enter();
     if (who->first < who->end) pack_tile(x, who, scratch);
     for (int64_t key = who->first; key < who->end; key += x->run_keys) {
         const int64_t keys = fa_min(x->run_keys, who->end - key);
-        const fa_matrix k = x->products->keys(as_stored ? NULL : k_room, rows_of(x, who, key, pointers), keys, x->args.head_dim);
+        find_rows(&stored, x, who, key, pointers);
+        const fa_matrix k = x->products->keys(as_stored ? NULL : k_room, stored, keys, x->args.head_dim);
         for (int64_t from = 0; from < keys; from += x->products->score_keys) {
             const int64_t n = fa_min(x->products->score_keys, keys - from);
             sum_scores(x, who, scratch, k, from, n);

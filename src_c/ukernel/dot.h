@@ -185,12 +185,9 @@ typedef struct dot_few_keys {
 /* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. */
 FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int64_t j, int64_t keys, int asks, int64_t head_dim) {
     dot_few_keys x;
-    FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) {
-        const int64_t key = j + i < keys ? j + i : keys - 1;
-        x.key[i] = tile_row(rows, key);
-        x.later[i] = tile_later(rows, key);
+    tile_places(rows, j, keys, FEW_KEYS, x.key, x.later);
+    FA_UNROLL for (int i = 0; i < FEW_KEYS; i++)
         if (asks) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1))); /* rows need not begin with a line */
-    }
     return x;
 }
 

@@ -55,12 +55,9 @@ FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t 
     for (const int64_t last = j + count; j < last; j += SIMD_LANES, turned += SIMD_LANES) {
         key_places x;
         int64_t d = first;
-        for (int i = 0; i < SIMD_LANES; i++) {
-            const int64_t key = j + i < keys ? j + i : keys - 1;
-            x.key[i] = tile_row(block, key);
-            x.later[i] = tile_later(block, key);
+        tile_places(block, j, keys, SIMD_LANES, x.key, x.later);
+        for (int i = 0; i < SIMD_LANES; i++)
             simd_fetch((const char *)(x.later[i] + (uintptr_t)(end * size - 1))); /* rows need not begin with a line */
-        }
         if (dtype == FASTATTN_BFLOAT16) /* pairs turn as lanes do */
             for (; d + 2 * SIMD_LANES <= end; d += 2 * SIMD_LANES) {
                 simd_f square[SIMD_LANES];
@@ -152,12 +149,9 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
     float sums[FA_PANEL_ROWS * SHORT_SUMS];
     for (int64_t t = 0; t < tiles; t++) {
         short_operands x;
-        for (int i = 0; i < tile_keys; i++) {
-            const int64_t key = t * tile_keys + i < keys ? t * tile_keys + i : keys - 1;
-            x.key[i] = tile_row(k, key);
-            x.later[i] = tile_later(k, key);
+        tile_places(k, t * tile_keys, keys, tile_keys, x.key, x.later);
+        FA_UNROLL for (int i = 0; i < tile_keys; i++)
             if (asks) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * fa_size_of(dtype) - 1))); /* the line that a row ends in */
-        }
         for (int row = 0; row < rows; row += width) {
             simd_f sum[SHORT_SUMS];
             float *const to = sums + (row * tiles + t * width) * tile_keys;
@@ -257,12 +251,8 @@ FA_INLINE void quads_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
     for (int64_t j = 0; j < keys; j += QUAD_KEYS) {
         key_places x;
         simd_f sum[4], part[4], numbers[4][4]; /* of keys 4 apart, so that scores turn within quads */
-        for (int i = 0; i < QUAD_KEYS; i++) {
-            const int64_t key = j + i < keys ? j + i : keys - 1;
-            x.key[i] = tile_row(&places, key);
-            x.later[i] = tile_later(&places, key);
-            simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * size - 1)));
-        }
+        tile_places(&places, j, keys, QUAD_KEYS, x.key, x.later);
+        for (int i = 0; i < QUAD_KEYS; i++) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * size - 1)));
         FA_UNROLL for (int g = 0; g < 4; g++) sum[g] = simd_set1(0.0f); /* for compilers, which do not know of head_dim > 0 */
         for (int64_t d = 0; d < head_dim; d += run) {
             FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_set1(0.0f);

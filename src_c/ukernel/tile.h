@@ -46,11 +46,12 @@ FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return simd_mul(simd_of_int
 FA_INLINE simd_f tile_sum(simd_f sum, simd_f unit) { return (void)unit, sum; }
 #endif
 
-/* Rows that pointers find, or a stride from one on, without a question: row n is at[n * pointers] + n * stride, of which is read from
- * byte `column` on, and what is read in its place later is `ahead` bytes from where the pointer `skip` further on leads. */
+/* Rows that pointers find, or a stride from one on, without a question: row n is n * stride bytes from at[n >> shift], of which is
+ * read from byte `column` on, and what is read in its place later is `ahead` bytes from where the pointer `skip` further on leads. */
 typedef struct tile_rows {
     const char *const *at;
-    int64_t pointers, stride, skip, ahead;
+    int shift;
+    int64_t stride, skip, ahead;
     int64_t beside; /* as in fa_matrix */
     int64_t column;
 } tile_rows;
@@ -58,14 +59,43 @@ typedef struct tile_rows {
 /* The rows of a matrix; where they have no pointers, `first` holds that of the first. */
 FA_INLINE tile_rows tile_rows_of(fa_matrix m, const char **first) {
     *first = m.at;
-    return m.rows ? (tile_rows){m.rows, 1, 0, m.rows_ahead, m.ahead, m.beside, 0} : (tile_rows){first, 0, m.stride, 0, m.ahead, m.beside, 0};
+    const int shift = m.rows ? m.shift : 63;
+    const int64_t skip = m.rows ? m.rows_ahead : 0;
+    return (tile_rows){m.rows ? m.rows : first, shift, m.stride, skip >> shift, skip * m.stride + m.ahead, m.beside, m.column};
 }
 
-FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) { return x->at[n * x->pointers] + n * x->stride + x->column; }
+FA_INLINE const char *tile_row(const tile_rows *x, int64_t n) {
+    return (const char *)((uintptr_t)x->at[n >> x->shift] + (uintptr_t)(n * x->stride + x->column));
+}
 
 /* Nothing is read there yet: what is ahead of the last rows may be nowhere. */
 FA_INLINE uintptr_t tile_later(const tile_rows *x, int64_t n) {
-    return (uintptr_t)x->at[n * x->pointers + x->skip] + (uintptr_t)(n * x->stride + x->column + x->ahead);
+    return (uintptr_t)x->at[(n >> x->shift) + x->skip] + (uintptr_t)(n * x->stride + x->column + x->ahead);
+}
+
+/* Of rows that have a pointer each, or fewer share one. */
+static FA_NOINLINE void places_apart(const tile_rows *x, int64_t first, int64_t rows, int count, const char **at, uintptr_t *later) {
+    const char *const *const pointers = x->at;
+    const int64_t stride = x->stride, skip = x->skip, ahead = x->ahead, last = rows - 1;
+    const int shift = x->shift;
+    int64_t row = first < rows ? first : last;
+    uintptr_t column = (uintptr_t)(row * stride + x->column);
+    for (int i = 0; i < count; i++) {
+        const char *const *const pointer = pointers + (row >> shift);
+        at[i] = (const char *)((uintptr_t)pointer[0] + column), later[i] = (uintptr_t)pointer[skip] + column + (uintptr_t)ahead;
+        if (row < last) row++, column += (uintptr_t)stride;
+    }
+}
+
+/* Where `count` rows from one on lie, a constant, and what will be read in their place later; the last of so many rows stands for those
+ * beyond. */
+FA_INLINE void tile_places(const tile_rows *x, int64_t first, int64_t rows, int count, const char **at, uintptr_t *later) {
+    if (first + count <= rows && first >> x->shift == (first + count - 1) >> x->shift) {
+        const char *here = tile_row(x, first);
+        uintptr_t there = tile_later(x, first);
+        FA_UNROLL for (int i = 0; i < count; i++, here += x->stride, there += (uintptr_t)x->stride) at[i] = here, later[i] = there;
+    } else
+        places_apart(x, first, rows, count, at, later);
 }
 
 /* Whether anything will be read later but the rows themselves. */

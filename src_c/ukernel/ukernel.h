@@ -88,33 +88,41 @@ enum {
     FA_MASK_HIDES = 2  /* some element is hidden */
 };
 
-/* Rows in memory: at a stride, or, as those in pages, wherever pointers say. Rows that have pointers have them also for as many rows
- * beyond those in use as a block has keys: what is read next. */
+/* Rows in memory: at a stride, or, as those in pages, wherever pointers say. Rows of a page follow each other at the stride, and so
+ * some of them share a pointer; but FA_SUM_RUN at most, so that whoever begins at a multiple of that begins with a pointer. Rows that have
+ * pointers have them also for as many rows beyond those in use as a block has keys: what is read next. */
 typedef struct fa_matrix {
     const char *at;
     int64_t stride; /* in bytes */
     fastattn_dtype dtype;
-    const char *const *rows; /* a pointer to each, and then `at` and `stride` mean nothing; or null */
+    const char *const *rows; /* or null: a pointer for every 2**shift of them, to where the first would be if all lay as these do */
+    int shift;
+    int64_t column;          /* with pointers, in the place of `at`: bytes from there on */
     int64_t ahead;      /* a hint: bytes, from any row to the one in its place among those that will be read next */
-    int64_t rows_ahead; /* with pointers from the row so many on; 0, or up to the keys of a block */
+    int64_t rows_ahead; /* with pointers from the row so many on, a multiple of 2**shift; 0, or up to the keys of a block */
     int64_t beside;     /* bytes from what the panel's first row reads of any row to what the next one does; 0: all read the same */
 } fa_matrix;
 
 static inline fa_matrix fa_matrix_at(const char *at, int64_t stride, fastattn_dtype dtype) {
-    const fa_matrix m = {at, stride, dtype, NULL, 0, 0, 0};
+    const fa_matrix m = {.at = at, .stride = stride, .dtype = dtype};
     return m;
 }
 
-static inline const char *fa_row_at(fa_matrix m, int64_t row) { return m.rows ? m.rows[row] : m.at + row * m.stride; }
+static inline const char *fa_row_at(fa_matrix m, int64_t row) {
+    if (!m.rows) return m.at + row * m.stride;
+    return (const char *)((uintptr_t)m.rows[row >> m.shift] + (uintptr_t)(row * m.stride + m.column));
+}
 
 /* Where what will be read next in the place of a row may be: nowhere, behind the last ones. */
 static inline uintptr_t fa_row_ahead(fa_matrix m, int64_t row) {
-    return (m.rows ? (uintptr_t)m.rows[row + m.rows_ahead] : (uintptr_t)m.at + (uintptr_t)(row * m.stride)) + (uintptr_t)m.ahead;
+    const int64_t later = row + (m.rows ? m.rows_ahead : 0);
+    return (m.rows ? (uintptr_t)m.rows[later >> m.shift] + (uintptr_t)m.column : (uintptr_t)m.at) + (uintptr_t)(later * m.stride) +
+           (uintptr_t)m.ahead;
 }
 
-/* The rows from one on. */
+/* The rows from one on; from one that is not the first of its pointer, those that share it. */
 static inline fa_matrix fa_rows_from(fa_matrix m, int64_t row) {
-    if (m.rows) m.rows += row;
+    if (m.rows) m.rows += row >> m.shift, m.column += row * m.stride;
     else m.at += row * m.stride;
     return m;
 }

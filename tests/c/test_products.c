@@ -293,6 +293,17 @@ TEST_EACH_ISA(products_by_rows_have_the_same_bits) {
     }
 }
 
+/* Pointers to the rows of a matrix whose runs of 2**shift lie in the reverse order, as many as 2 * keys rows have. */
+static fa_matrix rows_by_pointers(fa_matrix m, const char **rows, int64_t keys, int shift) {
+    const int64_t step = (int64_t)1 << shift, runs = (keys + step - 1) >> shift;
+    for (int64_t n = 0; n < 2 * keys; n += step) {
+        const int64_t run = n < keys ? n >> shift : runs - 1, place = (runs - 1 - run) << shift;
+        rows[n >> shift] = (const char *)((uintptr_t)m.at + (uintptr_t)((place - (run << shift)) * m.stride) - 4);
+    }
+    m.rows = rows, m.shift = shift, m.column = 4;
+    return m;
+}
+
 /* Rows with keys and values of their own, beside each other, get the bits that each gets from its own alone. */
 static void check_beside(const fa_products *by, const fastattn_dtype *kinds, size_t count) {
     static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 3, 4, 5, 16, 17, 40, 64};
@@ -300,16 +311,16 @@ static void check_beside(const fa_products *by, const fastattn_dtype *kinds, siz
     CHECK(by->most_beside <= ROWS, "%d rows", by->most_beside);
     for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 3 * 2; e++) {
         const fastattn_dtype dtype = kinds[e % count];
-        const int in_pages = e / 3 % 2, rows = 1 + (int)(e / 6 % (size_t)by->most_beside);
+        const int in_pages = e / 3 % 2, rows = 1 + (int)(e / 6 % (size_t)by->most_beside), shift = in_pages ? (int)(e / 12 % 5) : 0;
         const int64_t dim = dims[e / 6 % COUNT(dims)], keys = blocks[e / 6 / COUNT(dims)], beside = dim * (int64_t)dtype_size(dtype);
         const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
-        context("%d rows, %lld keys, %lld numbers, dtype %d", rows, (long long)keys, (long long)dim, (int)dtype);
+        context("%d rows, %lld keys, %lld numbers, dtype %d, pointers %d to 2**%d", rows, (long long)keys, (long long)dim, (int)dtype, in_pages, shift);
         const void *rows_of[FA_PANEL_ROWS];
-        const char *k_rows[2 * KEYS], *v_rows[2 * KEYS];
+        const char *k_rows[2 * KEYS], *v_rows[2 * KEYS], *k_own[2 * KEYS], *v_own[2 * KEYS];
+        const int64_t stored = fa_round_up(keys, (int64_t)1 << shift);
         random_rows(rows_of, ROWS, rows, dim, beside, dtype);
-        fa_matrix k = stored_rows("k", keys, dim * rows, beside * rows, dtype), v = stored_rows("v", keys, dim * rows, beside * rows, dtype);
-        for (int64_t j = 0; j < 2 * KEYS; j++) k_rows[j] = fa_row_at(k, j % keys), v_rows[j] = fa_row_at(v, j % keys);
-        if (in_pages) k.rows = k_rows, v.rows = v_rows;
+        fa_matrix k = stored_rows("k", stored, dim * rows, beside * rows, dtype), v = stored_rows("v", stored, dim * rows, beside * rows, dtype);
+        if (in_pages) k = rows_by_pointers(k, k_rows, keys, shift), v = rows_by_pointers(v, v_rows, keys, shift);
         k.beside = v.beside = beside;
         float *q = panel("q", ROWS, (int)pitch), *s = panel("s", ROWS, KEYS), *o = panel("o", ROWS, (int)pitch);
         float *alone_s = panel("alone s", ROWS, KEYS), *alone_o = panel("alone o", ROWS, (int)pitch), alpha[ROWS] = {1, 0.5f, 0, 0.75f};
@@ -319,7 +330,10 @@ static void check_beside(const fa_products *by, const fastattn_dtype *kinds, siz
         by->qk(s, q, KEYS, rows, k, 0, keys, dim);
         by->pv(o, alpha, s, KEYS, rows, v, 0, keys, dim);
         for (int r = 0; r < rows; r++) {
-            fa_matrix own_k = fa_matrix_at(stored_at(k, 0, r * dim), beside * rows, dtype), own_v = fa_matrix_at(stored_at(v, 0, r * dim), beside * rows, dtype);
+            fa_matrix own_k = fa_matrix_at(NULL, 0, dtype), own_v = own_k;
+            for (int64_t j = 0; j < 2 * keys; j++)
+                k_own[j] = fa_row_at(k, j < keys ? j : keys - 1) + r * beside, v_own[j] = fa_row_at(v, j < keys ? j : keys - 1) + r * beside;
+            own_k.rows = k_own, own_v.rows = v_own;
             by->qk(alone_s + r * KEYS, q + r * pitch, KEYS, 1, own_k, 0, keys, dim);
             by->pv(alone_o + r * pitch, alpha + r, alone_s + r * KEYS, KEYS, 1, own_v, 0, keys, dim);
             for (int64_t j = 0; j < keys; j++) check_close("s", r, j, s[r * KEYS + j], alone_s[r * KEYS + j], 0);
