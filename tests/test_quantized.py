@@ -110,6 +110,47 @@ def test_keys_and_values_of_different_bits(engine, kinds, dims, q_len, kv_len, d
 
 
 @pytest.mark.parametrize("kinds", PAIRS)
+@pytest.mark.parametrize("dims", [(64, 32), (128, 160)])
+@pytest.mark.parametrize("spread", [8, 16, 24, 60])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_queries_whose_numbers_are_far_apart(engine, kinds, dims, spread, dtype):
+    """Most numbers are down to ``2**-spread`` of the largest, where keys are 0: nothing but the small ones decides."""
+    spread = min(spread, 20) if dtype == "float16" else spread
+    k, v = numbers((1, 2, 200, dims[0])), numbers((1, 2, 200, dims[1]), seed=1)
+    k[..., 5] = 0
+    k, v = (fastattn.quantize(x, kind) for x, kind in zip((k, v), kinds))
+    q = numbers((1, 6, 3, dims[0]), seed=9) * 2.0 ** -np.random.default_rng(2).integers(0, spread, (1, 6, 3, dims[0]))
+    q[..., 5] = [[30, 2, 1e-3]]
+    q[:, 1, :, ::3] = 0
+    q = q.astype(dtype_of(dtype))
+    for scale in (0.2, 4.0):
+        out, lse = fastattn.attention(q, k, v, scale=scale, return_lse=True)
+        check(out, lse, q, *map(fastattn.dequantize, (k, v)), scale=scale)
+
+
+@pytest.mark.parametrize("kinds", PAIRS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_may_be_anything(engine, kinds, dtype):
+    """Of a caller's own rows: negative, tiny, zero, or not finite."""
+    k, v = (fastattn.quantize(numbers((1, 2, 150, 160), seed=n), kind) for n, kind in enumerate(kinds))
+    name = v.dtype.names[1]
+    v[name][:, :, 3] *= -1
+    v[name][:, 1, 70:130] = 1e-7
+    q = numbers((1, 4, 3, 160), seed=9).astype(dtype_of(dtype))
+    out, lse = fastattn.attention(q, k, v, return_lse=True)
+    check(out, lse, q, *map(fastattn.dequantize, (k, v)))
+    v[name][:, :, 100] = np.inf
+    seen = np.arange(150) < 100
+    hidden = fastattn.attention(q, k, v, mask=seen)
+    np.testing.assert_array_equal(hidden, fastattn.attention(q, k[:, :, :100], v[:, :, :100]))
+    assert not np.isfinite(fastattn.attention(q, k, v).astype(np.float32)).any()
+    k[k.dtype.names[1]][:, 1, 2] = np.nan
+    q[:, 0, 1, 7] = np.nan
+    nan = np.isnan(fastattn.attention(q, k, v, mask=seen).astype(np.float32)).all(axis=-1)
+    np.testing.assert_array_equal(nan, [[[False, True, False], [False] * 3, [True] * 3, [True] * 3]])
+
+
+@pytest.mark.parametrize("kinds", PAIRS)
 @pytest.mark.parametrize("q_len", [1, 4, 40])
 def test_rules_hold(engine, kinds, q_len):
     (k, wide_k), (v, wide_v) = quantized(kinds[0], (2, 2, 150, 64)), quantized(kinds[1], (2, 2, 150, 32), seed=1)
@@ -145,10 +186,11 @@ def test_what_is_hidden_is_not_touched_and_what_is_seen_comes_through(engine, ki
 
 
 @pytest.mark.parametrize("kinds", PAIRS)
-def test_bits_depend_on_neither_threads_nor_company_nor_pages(engine, kinds):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_depend_on_neither_threads_nor_company_nor_pages(engine, kinds, dtype):
     k, v = (quantized(kind, (3, 2, 2500, dim), seed=dim)[0] for kind, dim in zip(kinds, (64, 96)))
     for q_len in (1, 20):
-        q = numbers((3, 4, q_len, 64), seed=9)
+        q = numbers((3, 4, q_len, 64), seed=9).astype(dtype_of(dtype))
         lengths = [2500, 1, 1100]
         out = fastattn.attention(q, k, v, kv_lengths=lengths, causal=True)
         with fastattn.threads(3):

@@ -306,12 +306,12 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->stored.quantised = fa_is_quantised(args->kv_dtype);
     call->panel_dim = FA_UNLIKELY(args->additive) ? 2 * fa_sums_row(args->head_dim) : args->head_dim;
     /* Other products round the powers, and sum them as a softmax does. */
-    call->products = FA_UNLIKELY(args->additive || args->activation != FASTATTN_SOFTMAX || args->segments)
-                         ? call->exact
-                         : fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant);
+    const int rounds = !FA_UNLIKELY(args->additive || args->activation != FASTATTN_SOFTMAX || args->segments);
+    call->products = rounds ? fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant) : call->exact;
     call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
     if (call->products->few && args->kv_dtype == FASTATTN_BFLOAT16 && !args->invariant) call->few = call->products->few;
-    if (FA_UNLIKELY(call->stored.quantised)) call->few = call->products->few_quantised ? call->products->few_quantised : call->uk->few_quantised;
+    if (FA_UNLIKELY(call->stored.quantised))
+        call->few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     if (FA_UNLIKELY(args->batch == 0 || args->num_heads == 0 || args->q_len == 0)) {
         plan_team(call, 0);

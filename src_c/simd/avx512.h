@@ -96,14 +96,18 @@ static inline simd_f simd_fma(simd_f a, simd_f b, simd_f c) { return _mm512_fmad
 #define SIMD_PAIRS
 #define SIMD_INT16
 #define SIMD_NATIVE_BF16
-/* c plus the dot products of pairs: of bfloat16 by AVX512-BF16, of 16-bit integers by AVX512-VNNI, where c is an integer too.
- * The rest needs neither. */
+/* c plus the dot products of pairs: of bfloat16 by AVX512-BF16, of 16-bit integers by AVX512-VNNI, where c is an integer too; and those of
+ * four bytes, unsigned times signed. The rest needs neither. */
 static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
 static inline simd_f simd_dot_int16(simd_f a, simd_f b, simd_f c) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+}
+static inline __m512i simd_dot_bytes(__m512i a, __m512i b, __m512i c) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
 /* The halves of both, in turn: the first 16 of each, and the last. */

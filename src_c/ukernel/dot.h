@@ -349,13 +349,9 @@ static const fa_products dot_few = {
     .name = "bfloat16_by_rows_avx512", .most_beside = TILE_MOST_BESIDE, .pack = dot_few_pack, .qk = dot_by_rows_qk, .softmax = rows_softmax,
     FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, rows_pv)};
 
-static const fa_products dot_few_quantised = {
-    .name = "bfloat16_quantised_rows_avx512", .pack = rows_pack, .qk = fastattn_quantised_qk_bfloat16_avx512, .softmax = rows_softmax,
-    FA_ROWS(FASTATTN_ISA_AVX512, DOT_KEYS, fastattn_quantised_pv_bfloat16_avx512)};
-
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,
-    .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .few_quantised = &dot_few_quantised, .panel_rows = FA_PANEL_ROWS,
+    .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .panel_rows = FA_PANEL_ROWS,
     .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_LANES};
 
 #undef DOT_ALONE

@@ -35,10 +35,10 @@ FA_QUANTISED_OF(avx512)
 FA_QUANTISED_OF(neon)
 FA_QUANTISED_OF(wasm)
 
-/* The same two by AVX512-BF16, of queries and weights that are rounded to bfloat16; of at most 64 keys. */
-void fastattn_quantised_qk_bfloat16_avx512(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,
-                                           int64_t head_dim);
-void fastattn_quantised_pv_bfloat16_avx512(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from,
-                                           int64_t keys, int64_t v_head_dim);
+/* The same two by AVX512-VNNI, of queries in bfloat16 or float16, which a slot of their own packs, and weights of 16 bits. */
+void fastattn_quantised_pack_vnni(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype, float sign);
+void fastattn_quantised_qk_vnni(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
+void fastattn_quantised_pv_vnni(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                                int64_t v_head_dim);
 
 #endif

@@ -10,7 +10,7 @@
 
 FA_QUANTISED_TABLE(avx512)
 
-#include "quantised_dot.h"
+#include "quantised_bytes.h"
 
 #include "target_end.h"
 

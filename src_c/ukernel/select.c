@@ -66,3 +66,15 @@ const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa l
 #endif
     return uk->products;
 }
+
+const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    const int halves = q_dtype != FASTATTN_FLOAT32 || precision == FASTATTN_PRECISION_MEDIUM;
+    if (halves && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) &&
+        fastattn_cpu_has(FA_CPU_AVX512_VNNI))
+        return &fastattn_products_bytes_avx512;
+#else
+    (void)limit, (void)q_dtype, (void)precision;
+#endif
+    return uk->few_quantised;
+}

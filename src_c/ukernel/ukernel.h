@@ -153,7 +153,6 @@ typedef struct fa_products {
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
     const struct fa_products *fewer; /* in the place of these, for still fewer rows, whose bits may differ from those among many; or null */
     const struct fa_products *few; /* as exact, by rows for few of them over bfloat16 keys, in the place of the table's; or null */
-    const struct fa_products *few_quantised; /* as exact as these, for few rows over quantised keys, in the place of the table's; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
     int score_keys; /* of these, whose scores are there at a time, at most: a multiple of FA_TILE, or block_keys */
@@ -341,6 +340,9 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
                                             int invariant);
 
+/* The same for few rows over quantised keys. */
+const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
+
 /* The tables that a library holds: those of its architecture, but for what the build has left out (-DFASTATTN_NO_AVX512), which is
  * then not available. */
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(FASTATTN_NO_AVX2)
@@ -368,7 +370,7 @@ extern const fa_ukernel fastattn_ukernel_avx512_bf16; /* the same, but that AVX5
 extern const fa_ukernel fastattn_ukernel_neon;
 extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_few_avx512;
-extern const fa_products fastattn_products_int16_avx512;
+extern const fa_products fastattn_products_int16_avx512, fastattn_products_bytes_avx512;
 extern const fa_products fastattn_products_bfloat16_neon;
 extern const fa_products fastattn_products_bfloat16_amx;
 extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;

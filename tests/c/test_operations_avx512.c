@@ -139,6 +139,23 @@ static void check_dot_int16(struct rng *rng) {
         }
     }
 }
+
+/* Four bytes, unsigned and signed. */
+static void check_dot_bytes(struct rng *rng) {
+    uint8_t x[64];
+    int8_t y[64];
+    uint32_t c[16], found[16];
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        for (int i = 0; i < 64; i++) x[i] = (uint8_t)random_bits(rng), y[i] = (int8_t)random_bits(rng);
+        EACH_LANE(i) c[i] = (uint32_t)random_bits(rng);
+        _mm512_storeu_si512(found, simd_dot_bytes(_mm512_loadu_si512(x), _mm512_loadu_si512(y), _mm512_loadu_si512(c)));
+        EACH_LANE(i) {
+            int64_t wanted = c[i];
+            for (int j = 4 * i; j < 4 * i + 4; j++) wanted += (int64_t)x[j] * y[j];
+            CHECK(found[i] == (uint32_t)wanted, "lane %d of simd_dot_bytes", i);
+        }
+    }
+}
 #endif
 
 #include "ukernel/target_end.h"
@@ -152,7 +169,7 @@ TEST(operations_of_avx512) {
 #ifdef SIMD_PAIRS
     check_pairs(&rng);
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng), check_halves_bf16(&rng);
-    if (fastattn_cpu_has(FA_CPU_AVX512_VNNI)) check_dot_int16(&rng);
+    if (fastattn_cpu_has(FA_CPU_AVX512_VNNI)) check_dot_int16(&rng), check_dot_bytes(&rng);
 #endif
 }
 

@@ -106,6 +106,64 @@ TEST_EACH_ISA(quantised_rows_are_read_where_they_lie) {
         }
 }
 
+/* Queries of 16 bits, of one size or up to 2**-spread of it, against the same in float32. The lse says how exact scores are. */
+static void check_halves(struct rng *rng, fastattn_dtype q_dtype, int spread, fastattn_dtype dtype, fastattn_dtype v_dtype, int64_t q_len, int64_t keys,
+                         int64_t dim, int64_t v_dim, enum guard_side side) {
+    float *wide_k = malloc((size_t)(KV_HEADS * keys * dim) * sizeof *wide_k), *wide_v = malloc((size_t)(KV_HEADS * keys * v_dim) * sizeof *wide_v);
+    float *lse[2], *wide_q = guard_input("wide q", (size_t)(HEADS * q_len * dim) * sizeof *wide_q, sizeof *wide_q, side);
+    uint16_t *q = guard_input("q", (size_t)(HEADS * q_len * dim) * sizeof *q, sizeof *q, side);
+    context("queries of dtype %d down to 2**-%d, dtypes %d and %d, %lld queries, %lld keys, %lld and %lld numbers", (int)q_dtype, spread, (int)dtype,
+            (int)v_dtype, (long long)q_len, (long long)keys, (long long)dim, (long long)v_dim);
+    CHECK(wide_k && wide_v, "out of memory");
+    for (int64_t i = 0; i < HEADS * q_len * dim; i++) {
+        store(q_dtype, q + i, ldexp(random_signed(rng), -(int)random_between(rng, 0, spread)));
+        wide_q[i] = (float)load(q_dtype, q + i);
+    }
+    fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+    args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.q_len = q_len, args.kv_len = keys;
+    args.head_dim = dim, args.v_head_dim = v_dim, args.scale = 0.3f, args.isa = test_isa, args.kv_dtype = dtype, args.v_dtype = v_dtype;
+    args.k = rows_build(rng, keys, keys, dim, dtype, side, args.k_strides, wide_k);
+    args.v = rows_build(rng, keys, keys, v_dim, v_dtype, side, args.v_strides, wide_v);
+    args.lse_strides[1] = q_len * 4, args.lse_strides[2] = 4;
+    fastattn_attention_args halves = args;
+    args.q = wide_q, args.q_strides[1] = q_len * dim * 4, args.q_strides[2] = dim * 4;
+    halves.q = q, halves.q_dtype = q_dtype, halves.q_strides[1] = q_len * dim * 2, halves.q_strides[2] = dim * 2;
+    float *out = guard_output("wide out", (size_t)(HEADS * q_len * v_dim) * sizeof *out, sizeof *out, side);
+    uint16_t *half_out = guard_output("out", (size_t)(HEADS * q_len * v_dim) * sizeof *half_out, sizeof *half_out, side);
+    for (int n = 0; n < 2; n++) lse[n] = guard_output("lse", (size_t)(HEADS * q_len) * sizeof(float), sizeof(float), side);
+    args.out = out, args.out_strides[1] = q_len * v_dim * 4, args.out_strides[2] = v_dim * 4, args.lse = lse[0];
+    halves.out = half_out, halves.out_strides[1] = q_len * v_dim * 2, halves.out_strides[2] = v_dim * 2, halves.lse = lse[1];
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
+    CHECK_STATUS(fastattn_attention(&halves, NULL, 0), FASTATTN_OK);
+    guard_check();
+    for (int64_t i = 0; i < HEADS * q_len; i++)
+        CHECK(fabsf(lse[0][i] - lse[1][i]) <= 4e-6f, "lse %lld is %.9g, not %.9g", (long long)i, lse[1][i], lse[0][i]);
+    for (int64_t i = 0; i < HEADS * q_len * v_dim; i++)
+        CHECK(fabs(load(q_dtype, half_out + i) - out[i]) <= (q_dtype == FASTATTN_FLOAT16 ? 2e-3 : 1.2e-2), "number %lld is %g, not %g", (long long)i,
+              load(q_dtype, half_out + i), out[i]);
+    guard_release();
+    free(wide_k), free(wide_v);
+}
+
+TEST_EACH_ISA(queries_of_16_bits_are_multiplied_exactly_however_far_apart) {
+    static const int64_t q_lens[] = {1, 2, 5, 12}, keys[] = {1, 17, 64, 131};
+    static const int spreads[] = {0, 8, 11, 14}; /* two digits of most numbers, three, four, and more */
+    struct rng rng = {6};
+    for (size_t r = 0; r < COUNT(q_lens); r++)
+        for (size_t n = 0; n < COUNT(keys); n++)
+            for (size_t x = 0; x < COUNT(spreads); x++) {
+                static const int64_t dims[] = {16, 33, 64, 65, 128, 200, 1030}, grouped[] = {32, 64, 96, 128, 288};
+                const enum guard_side side = (r + n) % 2 ? GUARD_BEFORE : GUARD_BEHIND;
+                const fastattn_dtype q_dtype = (r + n + x) % 2 ? FASTATTN_FLOAT16 : FASTATTN_BFLOAT16;
+                const int64_t dim = dims[(r + 2 * n + x) % COUNT(dims)], v_dim = dims[(r + n) % COUNT(dims)];
+                const int64_t of_groups = grouped[(r + n + x) % COUNT(grouped)], v_of_groups = grouped[(n + x) % COUNT(grouped)];
+                check_halves(&rng, q_dtype, spreads[x], FASTATTN_INT8, FASTATTN_INT8, q_lens[r], keys[n], dim, v_dim, side);
+                check_halves(&rng, q_dtype, spreads[x], FASTATTN_INT8, FASTATTN_INT4, q_lens[r], keys[n], dim, v_of_groups, side);
+                check_halves(&rng, q_dtype, spreads[x], FASTATTN_INT4, FASTATTN_INT4, q_lens[r], keys[n], of_groups, v_of_groups, side);
+            }
+}
+
 TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
     float from[2][64] = {{0}};
     char to[2][64 + 4];
