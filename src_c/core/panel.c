@@ -157,18 +157,25 @@ static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t pla
     const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), there = fa_min(wanted, p->entry->shape.kv_len - place);
     const char *k_page = k_head + p->entry->batch * a->k_strides[0], *v_page = v_head + p->entry->batch * a->v_strides[0];
-    int64_t first = 0, end = table ? 0 : INT64_MAX; /* keys of the page at hand */
+    const int64_t k_stride = a->k_strides[2], v_stride = a->v_strides[2], entry = p->entry->key;
+    const fa_key_list list = p->list; /* a copy, which no pointer that is written can change */
+    int64_t n = known, first = 0, end = 0; /* keys of the page at hand */
     memcpy(k_rows, k_rows + wanted - known, (size_t)known * sizeof *k_rows);
     memcpy(v_rows, v_rows + wanted - known, (size_t)known * sizeof *v_rows);
-    for (int64_t n = known; n < wanted; n++) {
-        const int64_t key = p->entry->key + (n < there ? fa_max(fa_listed_key(&p->list, place + n), 0) : 0);
-        if (key < first || key >= end) {
+    for (; n < there && !table; n++) {
+        const int64_t key = entry + fa_max(fa_listed_key(&list, place + n), 0);
+        k_rows[n] = k_page + key * k_stride;
+        v_rows[n] = v_page + key * v_stride;
+    }
+    for (; n < wanted; n++) {
+        const int64_t key = entry + (n < there ? fa_max(fa_listed_key(&list, place + n), 0) : 0);
+        if (table && (key < first || key >= end)) {
             const int64_t page = key / a->page_size;
             first = page * a->page_size, end = first + a->page_size;
             k_page = k_head + table[page] * a->k_strides[0], v_page = v_head + table[page] * a->v_strides[0];
         }
-        k_rows[n] = k_page + (key - first) * a->k_strides[2];
-        v_rows[n] = v_page + (key - first) * a->v_strides[2];
+        k_rows[n] = k_page + (key - first) * k_stride;
+        v_rows[n] = v_page + (key - first) * v_stride;
     }
 }
 
