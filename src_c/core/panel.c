@@ -129,9 +129,10 @@ void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, in
     const int64_t size = pages->size, wanted = fastattn_row_pointers(run_keys), count = fa_min(wanted, end - key);
     const int64_t first_page = key / size, last_page = (key + count - 1) / size;
     const int adjacent = size == 1 || pages->stride == size * pages->head.stride, known = follows && rows->rows == pointers;
+    const int64_t checked = follows && !rows->rows ? fa_min((key + run_keys - 1) / size, last_page) : first_page; /* so far they follow */
     *rows = pages->head;
     if (size == 1) rows->stride = pages->stride;
-    if (first_page == last_page || (adjacent && pages_follow(table, first_page, last_page))) {
+    if (first_page == last_page || (adjacent && pages_follow(table, checked, last_page))) {
         rows->at += table[first_page] * pages->stride + key % size * rows->stride;
         return;
     }
