@@ -35,7 +35,7 @@ need() { # a command, and the package that has it
 here=$(cd "$(dirname "$0")" && pwd)
 source=$here/../../src_c
 build=$(mktemp -d)
-trap 'rm -rf "$build"' EXIT
+trap 'rm -rf "$build" || { sleep 1; rm -rf "$build"; }' EXIT # Wine still writes there for a moment
 
 tools='' static='' run=$emulate isa='' isa_tests='' threads=-lpthread suffix='' pic=-fPIC extra=''
 wrap='-Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc'
