@@ -255,7 +255,8 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (FA_UNLIKELY(a->v_dtype != a->kv_dtype) && !(quantised && fa_is_quantised(a->v_dtype))) return FASTATTN_ERROR_DTYPE;
     if (!fa_is_storage(a->q_dtype) || !fa_is_cached(a->kv_dtype) || (quantised && a->additive)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
-    if (FA_UNLIKELY(a->mask) && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL))
+    if (FA_UNLIKELY(a->mask) &&
+        ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL || !fa_holds(a->mask_dtype)))
         return FASTATTN_ERROR_DTYPE;
     if (FA_UNLIKELY(a->indices) && a->indices_size != 4 && a->indices_size != 8) return FASTATTN_ERROR_ARGUMENT;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;

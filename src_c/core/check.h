@@ -60,10 +60,10 @@ static inline int fa_misaligned(const void *pointer, size_t size) { return ((uin
 
 /* What q and out may hold; k, v and a cache. */
 static inline int fa_is_storage(fastattn_dtype dtype) {
-    return dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
+    return fa_holds(dtype) && (dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16);
 }
 static inline int fa_is_cached(fastattn_dtype dtype) {
-    return fa_is_storage(dtype) || dtype == FASTATTN_INT8 || dtype == FASTATTN_INT4;
+    return fa_is_storage(dtype) || (fa_holds(dtype) && fa_is_quantised(dtype));
 }
 
 /* An array of the caller's, and what is known of it. */

@@ -31,6 +31,7 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_BLOCK_TABLE: return "block_table has, within the length of an entry, a page below 0 or beyond num_pages";
     case FASTATTN_ERROR_NOT_FINITE: return "a number that is to be quantised is NaN, infinite or too large";
     case FASTATTN_ERROR_INDICES: return "indices have a key below -1 or beyond kv_len, or one twice in a list";
+    case FASTATTN_ERROR_LEFT_OUT: return "this library was built without what the call asks for";
     case FASTATTN_ERROR_SEGMENTS: return "a segment is below -1 or beyond num_segments, that is out of range, or there are values or indices beside them";
     case FASTATTN_ERROR_INTERRUPTED: return "interrupted by the caller";
     case FASTATTN_ERROR_THREADING: return "the way of threading is unknown or not available";

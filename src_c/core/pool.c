@@ -28,8 +28,9 @@ static struct {
     int asleep;           /* not even spinning */
     int sleepers;         /* callers that wait for `left` */
     int stopping, at_fork, processors;
-    fa_thread threads[MOST_HELPERS];
 } pool = {.quiet = 1, .lock = FA_MUTEX_FREE, .called = FA_CONDITION_NEW, .left = FA_CONDITION_NEW};
+
+static fa_thread threads[MOST_HELPERS]; /* those that were started: apart, for zeros take no place in a file */
 
 static void note_quiet(void) { fa_atomic_store(&pool.quiet, !pool.offers && !pool.stopping); }
 
@@ -142,7 +143,7 @@ static void hire(int seats) {
     int most = seats > pool.processors - 1 ? seats : pool.processors - 1;
     if (most > MOST_HELPERS) most = MOST_HELPERS;
     while (!pool.stopping && pool.idle < seats && pool.helpers < most) {
-        if (!fastattn_thread_start(&pool.threads[pool.helpers], help)) break; /* fewer will do */
+        if (!fastattn_thread_start(&threads[pool.helpers], help)) break; /* fewer will do */
         pool.helpers++;
         pool.idle++;
     }
@@ -183,7 +184,7 @@ void fastattn_threads_stop(void) {
     const int helpers = pool.helpers;
     fa_wake_all(&pool.called);
     fa_unlock(&pool.lock);
-    for (int n = 0; n < helpers; n++) fastattn_thread_join(pool.threads[n]);
+    for (int n = 0; n < helpers; n++) fastattn_thread_join(threads[n]);
     fa_lock(&pool.lock);
     pool.helpers = pool.idle = pool.stopping = 0;
     note_quiet();

@@ -103,6 +103,7 @@ static void store_item(const void *context, int64_t item, int worker) {
 static fastattn_status check_store(fastattn_store_args *a) {
     const int64_t most = (int64_t)1 << 40, most_dim = a->rotate || fa_is_quantised(a->to_dtype) ? FA_MOST_QUANTISED : FA_MOST_DIM;
     if (!fa_is_storage(a->from_dtype) || !fa_is_cached(a->to_dtype)) return FASTATTN_ERROR_DTYPE;
+    if (a->rotate && !FA_HOLDS_QUANTISED) return FASTATTN_ERROR_LEFT_OUT;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;
     if (a->batch < 0 || a->new_len < 0 || a->num_heads < 0 || a->head_dim < 0 || a->num_pages < 0 || a->page_size < 0 ||
         a->head_dim > most_dim || a->num_heads > most || (a->page_size > 0 && a->num_pages > most / a->page_size) ||

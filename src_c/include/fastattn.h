@@ -61,7 +61,8 @@ typedef enum fastattn_status {
                                         size or enum */
     FASTATTN_ERROR_SHAPE = 2,        /* a size that is negative or too large (2**20 for head_dim, 2**40 for
                                         lengths), or num_heads is no multiple of num_kv_heads */
-    FASTATTN_ERROR_DTYPE = 3,        /* an unknown dtype, or a combination that is not supported */
+    FASTATTN_ERROR_DTYPE = 3,        /* an unknown dtype, one that this library was built without, or a combination that is not
+                                        supported */
     FASTATTN_ERROR_SCALE = 4,        /* scale, softcap or an ALiBi slope that is not finite, a negative softcap, or a
                                         sink that is NaN or +inf */
     FASTATTN_ERROR_KV_LENGTHS = 5,   /* a length below 0 or above kv_len, or a start below 0 or above the length */
@@ -79,7 +80,8 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_BLOCK_TABLE = 17, /* within the length of an entry, a page below 0 or beyond num_pages */
     FASTATTN_ERROR_NOT_FINITE = 18,  /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
     FASTATTN_ERROR_INDICES = 19,     /* a list of keys with one below -1 or beyond kv_len, or with one twice */
-    FASTATTN_ERROR_SEGMENTS = 20     /* a segment below -1 or beyond num_segments, that out of range, or values or indices beside them */
+    FASTATTN_ERROR_SEGMENTS = 20,    /* a segment below -1 or beyond num_segments, that out of range, or values or indices beside them */
+    FASTATTN_ERROR_LEFT_OUT = 21     /* this library was built without what the call asks for: rope, or rotated rows of a cache */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */

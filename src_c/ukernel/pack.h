@@ -2,7 +2,7 @@
  * fa_size_of, load_full and load_as, and (for outputs) store_full and store_as. */
 
 FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
-    switch (dtype) {
+    switch (FA_HELD_OF(dtype)) {
     case FASTATTN_FLOAT16: return simd_from_f16(simd_load_h((const uint16_t *)from));
     case FASTATTN_BFLOAT16: return simd_from_bf16(simd_load_h((const uint16_t *)from));
     case FASTATTN_BOOL: return simd_load_bool((const uint8_t *)from);
@@ -12,7 +12,7 @@ FA_INLINE simd_f load_full(const void *from, fastattn_dtype dtype) {
 }
 
 FA_INLINE void store_full(void *to, simd_f x, fastattn_dtype dtype) {
-    switch (dtype) {
+    switch (FA_HELD_OF(dtype)) {
     case FASTATTN_FLOAT16: simd_store_h((uint16_t *)to, simd_to_f16(x)); break;
     case FASTATTN_BFLOAT16: simd_store_h((uint16_t *)to, simd_to_bf16(x)); break;
     default: simd_store((float *)to, x);
@@ -66,7 +66,7 @@ FA_INLINE void store_two(void *to, simd_f a, simd_f b, fastattn_dtype dtype, int
 /* The first n elements, and 0 in the lanes beyond, if there are any. */
 FA_INLINE simd_f load_as(const void *from, int64_t n, fastattn_dtype dtype) {
     if (n >= SIMD_LANES) return load_full(from, dtype);
-    switch (dtype) {
+    switch (FA_HELD_OF(dtype)) {
     case FASTATTN_FLOAT16: return simd_from_f16(simd_load_h_part((const uint16_t *)from, n));
     case FASTATTN_BFLOAT16: return simd_from_bf16(simd_load_h_part((const uint16_t *)from, n));
     default: return simd_load_part((const float *)from, n);
@@ -78,7 +78,7 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
         store_full(to, x, dtype);
         return;
     }
-    switch (dtype) {
+    switch (FA_HELD_OF(dtype)) {
     case FASTATTN_FLOAT16: simd_store_h_part((uint16_t *)to, simd_to_f16(x), n); break;
     case FASTATTN_BFLOAT16: simd_store_h_part((uint16_t *)to, simd_to_bf16(x), n); break;
     default: simd_store_part((float *)to, x, n);
@@ -87,7 +87,7 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
 
 /* Calls f(..., dtype) with the storage type as a constant, so that no loop asks for it. */
 #define FA_BY_STORAGE(dtype, f, ...)                                                 \
-    switch (dtype) {                                                                 \
+    switch (FA_HELD_OF(dtype)) {                                                     \
     case FASTATTN_FLOAT16: f(__VA_ARGS__, FASTATTN_FLOAT16); break;                  \
     case FASTATTN_BFLOAT16: f(__VA_ARGS__, FASTATTN_BFLOAT16); break;                \
     default: f(__VA_ARGS__, FASTATTN_FLOAT32);                                       \

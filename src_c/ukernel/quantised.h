@@ -5,6 +5,9 @@
 
 #include "ukernel.h"
 
+/* What a table has of them: null, where the build leaves them out. */
+#define FA_QUANTISED(slot) FA_HELD(FA_HOLDS_QUANTISED, slot)
+
 typedef struct fa_quantised {
     /* to[key][dim] = from[key][d] in float32. */
     void (*widen)(float *to, fa_matrix from, int64_t keys, int64_t dim);

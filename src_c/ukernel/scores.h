@@ -170,7 +170,7 @@ enum { MASK_EVERY_SECOND = -1, MASK_COLLECTED = -2 };
 
 /* Calls f(..., storage) with it as a constant. */
 #define BY_MASK(storage, f, ...)                                         \
-    switch (storage) {                                                   \
+    switch ((int)FA_HELD_OF((fastattn_dtype)(storage))) {                \
     case MASK_EVERY_SECOND: f(__VA_ARGS__, MASK_EVERY_SECOND); break;    \
     case FASTATTN_BOOL: f(__VA_ARGS__, FASTATTN_BOOL); break;            \
     case FASTATTN_FLOAT64: f(__VA_ARGS__, FASTATTN_FLOAT64); break;      \

@@ -3,7 +3,7 @@
 #define FA_STORAGE_H
 
 #include "../simd/half.h"
-#include "fastattn.h"
+#include "ukernel.h"
 
 #include <float.h>
 #include <math.h>
@@ -15,6 +15,16 @@ enum {
 };
 
 static inline int fa_is_quantised(fastattn_dtype dtype) { return dtype == FASTATTN_INT8 || dtype == FASTATTN_INT4; }
+
+/* Whether this library has kernels for it. */
+static inline int fa_holds(fastattn_dtype dtype) {
+    const int halves = dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16;
+    return (FA_HOLDS_16BIT || !halves) && (FA_HOLDS_QUANTISED || !fa_is_quantised(dtype));
+}
+
+/* The same dtype, for compilers to see what it cannot be. (A macro: with nothing left out there is nothing left of it.) */
+#define FA_HELD_OF(dtype) \
+    (FA_HOLDS_16BIT || ((dtype) != FASTATTN_FLOAT16 && (dtype) != FASTATTN_BFLOAT16) ? (dtype) : FASTATTN_FLOAT32)
 
 /* Bytes of an element; of quantised rows, to which they are aligned. */
 static inline int64_t fa_size_of(fastattn_dtype dtype) {

@@ -68,8 +68,8 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
         .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_products suffix##_few_quantised = {                                                                  \
-        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = fastattn_quantised_qk_##suffix,                      \
-        .softmax = rows_softmax, FA_ROWS(instructions, block_size, fastattn_quantised_pv_##suffix)};                     \
+        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = FA_QUANTISED(fastattn_quantised_qk_##suffix),        \
+        .softmax = rows_softmax, FA_ROWS(instructions, block_size, FA_QUANTISED(fastattn_quantised_pv_##suffix))};       \
     static const fa_products suffix##_additive = {                                                                       \
         .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,         \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
@@ -85,8 +85,8 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
 #define FA_UKERNEL(name, of, rotating, mixing)                                                                           \
     const fa_ukernel fastattn_ukernel_##name = {.products = &of##_products, .few = &of##_few, .turned = &of##_turned,    \
                                                 .dense = &of##_dense, .few_quantised = &of##_few_quantised,              \
-                                                .quantised = &fastattn_quantised_##of,                                   \
+                                                .quantised = FA_QUANTISED(&fastattn_quantised_##of),                     \
                                                 .additive = &of##_additive, .additive_few = &of##_additive_few,          \
                                                 .activate = activate, .gather = gather,                                  \
                                                 .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
-                                                .rotate = rotating, .weigh = weigh, .mix = mixing};
+                                                .rotate = FA_HELD(FA_HOLDS_ROPE, rotating), .weigh = weigh, .mix = mixing};

@@ -290,7 +290,7 @@ typedef struct fa_dense {
 /* What is done in float32 lanes whatever the products. */
 typedef struct fa_ukernel {
     const fa_dense *dense;
-    const struct fa_quantised *quantised; /* of quantised.h */
+    const struct fa_quantised *quantised; /* of quantised.h, or null */
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
     const fa_products *turned;   /* as few, but that any number of rows gets the bits of `products` */
@@ -327,7 +327,7 @@ typedef struct fa_ukernel {
     int (*mix)(void *out, const float *weights, const void *const *rows_of, int64_t parts, int64_t rows, int64_t dim,
                fastattn_dtype dtype);
 
-    /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). */
+    /* Pair n (a, b) of each row becomes (a * cos[n] - b * sin[n], b * cos[n] + a * sin[n]). Or null. */
     void (*rotate)(const fa_rotation *rotation);
 } fa_ukernel;
 
@@ -360,6 +360,26 @@ const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa 
 #ifdef __wasm_simd128__
 #define FA_HOLDS_WASM
 #endif
+
+/* What a build may leave out of all tables; a call that asks for it is refused. */
+enum {
+#ifdef FASTATTN_NO_16BIT
+    FA_HOLDS_16BIT = 0, /* storage types: float16, bfloat16 */
+#else
+    FA_HOLDS_16BIT = 1,
+#endif
+#ifdef FASTATTN_NO_QUANTISED
+    FA_HOLDS_QUANTISED = 0, /* int8, int4, and rows that are turned on their way into a cache: the sources quantised_*.c */
+#else
+    FA_HOLDS_QUANTISED = 1,
+#endif
+#ifdef FASTATTN_NO_ROPE
+    FA_HOLDS_ROPE = 0
+#else
+    FA_HOLDS_ROPE = 1
+#endif
+};
+#define FA_HELD(held, slot) ((held) ? (slot) : NULL)
 
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;

@@ -65,6 +65,57 @@ TEST_EACH_ISA(info_describes_the_call) {
     }
 }
 
+/* What a build may leave out (-DFASTATTN_NO_16BIT and the like, of which the tests are told, too) is refused by name and leaves the output as it
+ * was; what it holds works. */
+TEST(info_what_was_left_out_is_refused) {
+    enum { DIM = 32 };
+#ifdef FASTATTN_NO_16BIT
+    const fastattn_status halves = FASTATTN_ERROR_DTYPE;
+#else
+    const fastattn_status halves = FASTATTN_OK;
+#endif
+#ifdef FASTATTN_NO_QUANTISED
+    const fastattn_status quantised = FASTATTN_ERROR_DTYPE, rotated = FASTATTN_ERROR_LEFT_OUT;
+#else
+    const fastattn_status quantised = FASTATTN_OK, rotated = FASTATTN_OK;
+#endif
+#ifdef FASTATTN_NO_ROPE
+    const fastattn_status turned = FASTATTN_ERROR_LEFT_OUT;
+#else
+    const fastattn_status turned = FASTATTN_OK;
+#endif
+    const struct { fastattn_dtype q, kv, mask; fastattn_status status; } calls[] = {
+        {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_OK}, {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BOOL, FASTATTN_OK},
+        {FASTATTN_FLOAT16, FASTATTN_FLOAT16, FASTATTN_FLOAT32, halves},      {FASTATTN_FLOAT32, FASTATTN_BFLOAT16, FASTATTN_FLOAT32, halves},
+        {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT16, halves},      {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BFLOAT16, halves},
+        {FASTATTN_FLOAT32, FASTATTN_INT8, FASTATTN_FLOAT32, quantised},      {FASTATTN_FLOAT32, FASTATTN_INT4, FASTATTN_FLOAT32, quantised}};
+    const float ones[DIM] = {1, 1, 1, 1}, zero = 0, sine[DIM / 2] = {0};
+    float keys[DIM + 1] = {0}, out[DIM + 1];
+    for (size_t n = 0; n < COUNT(calls); n++) {
+        fastattn_attention_args args;
+        CHECK_STATUS(fastattn_attention_args_init(&args, sizeof args), FASTATTN_OK);
+        args.batch = args.num_heads = args.num_kv_heads = args.q_len = args.kv_len = 1;
+        args.head_dim = args.v_head_dim = DIM;
+        args.q = ones, args.k = args.v = keys, args.out = out, args.mask = &zero;
+        args.q_dtype = calls[n].q, args.kv_dtype = calls[n].kv, args.mask_dtype = calls[n].mask;
+        args.scale = 1.0f;
+        for (int d = 0; d < DIM; d++) out[d] = 42.0f;
+        CHECK_STATUS(fastattn_attention(&args, NULL, 0), calls[n].status);
+        CHECK((out[0] == 42.0f) == (calls[n].status != FASTATTN_OK), "call %zu: an output of %g", n, (double)out[0]);
+    }
+    const int64_t slot = 0;
+    const fastattn_store_args store = {.size = sizeof store, .batch = 1, .new_len = 1, .num_heads = 1, .head_dim = DIM, .from = ones, .to = out,
+                                       .num_pages = 1, .page_size = 1, .slots = &slot, .num_threads = 1, .rotate = 1};
+    const fastattn_rope_args rope = {.size = sizeof rope, .batch = 1, .num_heads = 1, .length = 1, .head_dim = DIM, .rotary_dim = DIM, .x = ones,
+                                     .out = out, .cos = ones, .sin = sine, .num_threads = 1};
+    for (int d = 0; d < DIM; d++) out[d] = 42.0f;
+    CHECK_STATUS(fastattn_store(&store), rotated);
+    CHECK((out[0] == 42.0f) == (rotated != FASTATTN_OK), "rotated: %g", (double)out[0]);
+    out[0] = 42.0f;
+    CHECK_STATUS(fastattn_rope(&rope), turned);
+    CHECK((out[0] == 42.0f) == (turned != FASTATTN_OK), "turned: %g", (double)out[0]);
+}
+
 #if defined(__aarch64__) && defined(__linux__)
 /* The products of bfloat16 where the system says that the processor has them, and there alone. */
 TEST(info_chooses_bfloat16_by_the_processor) {
