@@ -164,11 +164,20 @@ FA_INLINE void power_pair(int planes, int summed, int near, const powers_of *x, 
     *sum = simd_add(*sum, simd_add(powers[0], powers[1]));
 }
 
-/* The same for one vector, of any number of keys and where some row is not near, which are both rare. */
-static FA_NOINLINE void far_pairs(int planes, const powers_of *x, int v, const float *s, float *p, ptrdiff_t ld, int64_t keys,
+/* The same for one vector, of any number of keys and where some row is not near: rare, but where scores are far apart. */
+static FA_NOINLINE void far_pairs(int planes, int summed, const powers_of *x, int v, const float *s, float *p, ptrdiff_t ld, int64_t keys,
                                   __m512i *largest, simd_f *sum) {
-    for (int64_t j = 0; j < keys; j += 2)
-        power_pair(planes, 1, 0, x, v, s + j * ld, ld, j + 1 < keys, p + j / 2 * planes * ld, largest, sum);
+    const powers_of own = {.c = x->c, .base = {x->base[v]}, .product = {x->product[v]}, .near = {x->near[v]}}; /* in registers */
+#define FAR_PAIRS(of_planes, are_summed)                                                                                \
+    for (int64_t j = 0; j < keys; j += 2)                                                                               \
+        power_pair(of_planes, are_summed, 0, &own, 0, s + j * ld, ld, j + 1 < keys, p + j / 2 * of_planes * ld, largest, sum)
+    if (planes > 1)
+        FAR_PAIRS(2, 1);
+    else if (summed)
+        FAR_PAIRS(1, 1);
+    else
+        FAR_PAIRS(1, 0);
+#undef FAR_PAIRS
 }
 
 /* What another unit has to do meanwhile, in pieces: as many as there are for the first `part` of `parts`. Returns the part before
@@ -185,7 +194,7 @@ FA_INLINE void power_pairs(int planes, int vectors, int summed, const powers_of 
                        p + j / 2 * planes * ld + v * SIMD_LANES, &largest[v], &sum[v]);
     }
     for (int v = 0; j < keys && v < vectors; v++)
-        far_pairs(planes, x, v, s + j * ld + v * SIMD_LANES, p + j / 2 * planes * ld + v * SIMD_LANES, ld, 1, &largest[v], &sum[v]);
+        far_pairs(planes, summed, x, v, s + j * ld + v * SIMD_LANES, p + j / 2 * planes * ld + v * SIMD_LANES, ld, 1, &largest[v], &sum[v]);
 }
 
 FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const float *s, float *p, ptrdiff_t ld, int64_t keys,
@@ -220,7 +229,7 @@ FA_INLINE void pairs_softmax_strip(int planes, int vectors, int summed, const fl
             power_pairs(planes, vectors, summed, &x, s, p, ld, keys, largest, sum, beside, work);
         else
             FA_UNROLL for (int v = 0; v < vectors; v++)
-                far_pairs(planes, &x, v, s + v * SIMD_LANES, p + v * SIMD_LANES, ld, keys, &largest[v], &sum[v]);
+                far_pairs(planes, summed, &x, v, s + v * SIMD_LANES, p + v * SIMD_LANES, ld, keys, &largest[v], &sum[v]);
         FA_UNROLL for (int v = 0; v < vectors; v++) {
             const __m512i evens = _mm512_slli_epi32(largest[v], 16);
             const simd_f most = planes > 1 ? sum[v] : _mm512_castsi512_ps(_mm512_max_epu32(largest[v], evens));
