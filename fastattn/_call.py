@@ -193,7 +193,7 @@ def _pages(block_table, pages):
     if table.ndim != 2:
         raise ValueError(f"block_table must have shape (B, most_pages); got {table.shape}")
     if not (table.size and table.min() >= 0 and table.max() < min(pages, 2**31)):
-        table = np.where((table >= 0) & (table < min(pages, 2**31)), table, -1)
+        table = np.where((table >= 0) & (table < min(pages, 2**31)), table.astype(np.int64), -1)
     return np.array(table, np.int32, order="C")
 
 
