@@ -15,7 +15,8 @@ static fa_rows plan_rows(const fa_call *call, int64_t q_len, int most) {
     fa_rows r;
     const fastattn_block_mask *blocks = call->args->block_mask;
     r.count = q_len * call->heads.group;
-    const int64_t queries = FA_UNLIKELY(blocks) ? blocks->block_size : FA_UNLIKELY(call->args->indices) ? 1 : q_len; /* that see the same blocks, or keys */
+    /* Queries that see the same blocks, or keys. */
+    const int64_t queries = FA_UNLIKELY(blocks) ? blocks->block_size : FA_UNLIKELY(call->args->indices) ? 1 : q_len;
     r.segment = fa_min(queries, q_len) * call->heads.group;
     r.panels_a_segment = fa_ceil_div(r.segment, most);
     /* Panels of a long sequence are full; those of a segment share it evenly, or a ragged one would come with each. */

@@ -19,8 +19,8 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
 
 #ifdef SIMD_INT16
 const fa_products fastattn_products_bytes_avx512 = {
-    .name = "bytes_rows_avx512", .pack = FA_QUANTISED(fastattn_quantised_pack_vnni), .qk = FA_QUANTISED(fastattn_quantised_qk_vnni), .softmax = rows_softmax,
-    FA_ROWS(FASTATTN_ISA_AVX512, 64, FA_QUANTISED(fastattn_quantised_pv_vnni))};
+    .name = "bytes_rows_avx512", .pack = FA_QUANTISED(fastattn_quantised_pack_vnni), .qk = FA_QUANTISED(fastattn_quantised_qk_vnni),
+    .softmax = rows_softmax, FA_ROWS(FASTATTN_ISA_AVX512, 64, FA_QUANTISED(fastattn_quantised_pv_vnni))};
 #endif
 
 #include "target_end.h"

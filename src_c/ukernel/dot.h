@@ -352,7 +352,8 @@ static const fa_products dot_few = {
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,
     .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .panel_rows = FA_PANEL_ROWS,
-    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv, .unpack = unpack, DOT_LANES};
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv,
+    .unpack = unpack, DOT_LANES};
 
 #undef DOT_ALONE
 #undef DOT_LANES

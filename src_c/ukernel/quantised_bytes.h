@@ -289,7 +289,8 @@ FA_INLINE void bytes_scores(int rows, int vectors, float *s, int ld, bytes_query
         const char *lines[4];
         __m512i sum[4 * 4];
         FA_UNROLL for (int i = 0; i < 2 * rows; i++) lines[i] = q[i / 2].row + at.planes + i % 2 * at.plane + d;
-        quad_tile(2 * rows, vectors, 0, 0, sum, lines, panel + (d - first) / QUAD_BYTES * STEP_VECTORS, fa_round_up(end - d, QUAD_BYTES) / QUAD_BYTES);
+        quad_tile(2 * rows, vectors, 0, 0, sum, lines, panel + (d - first) / QUAD_BYTES * STEP_VECTORS,
+                  fa_round_up(end - d, QUAD_BYTES) / QUAD_BYTES);
         FA_UNROLL for (int r = 0; r < rows; r++) {
             simd_f dots[4];
             uint32_t of_bias = 0, of_group;
@@ -435,7 +436,8 @@ FA_INLINE int weigh_bytes(bytes_weights *to, const float *p, float scales[4][BYT
         bytes_of(planes, of_groups);
         FA_UNROLL for (int i = 0; i < 2; i++)
             FA_UNROLL for (int n = 0; n < 4; n++)
-                to->lines[i * LINE_VECTORS_INT4 + 4 * v + n] = _mm512_permutexvar_epi32(_mm512_add_epi32(QUARTERS, _mm512_set1_epi32(4 * n)), planes[i]);
+                to->lines[i * LINE_VECTORS_INT4 + 4 * v + n] =
+                    _mm512_permutexvar_epi32(_mm512_add_epi32(QUARTERS, _mm512_set1_epi32(4 * n)), planes[i]);
     }
     return well;
 }

@@ -239,7 +239,8 @@ static void check_types(enum guard_side side, struct rng *rng) {
             y[i] = x[i] + (float)random_signed(rng) / 4;
         }
         simd_store_i4(to, simd_load(x), simd_load(y));
-        EACH_LANE(i) CHECK(to[i] == ((int)nearbyintf(y[i]) + 8) * 16 + (int)nearbyintf(x[i]) + 8, "%a and %a become %d", (double)x[i], (double)y[i], to[i]);
+        EACH_LANE(i) CHECK(to[i] == ((int)nearbyintf(y[i]) + 8) * 16 + (int)nearbyintf(x[i]) + 8, "%a and %a become %d", (double)x[i],
+                               (double)y[i], to[i]);
     }
     guard_check();
     guard_release();

@@ -107,8 +107,8 @@ TEST_EACH_ISA(quantised_rows_are_read_where_they_lie) {
 }
 
 /* Queries of 16 bits, of one size or up to 2**-spread of it, against the same in float32. The lse says how exact scores are. */
-static void check_halves(struct rng *rng, fastattn_dtype q_dtype, int spread, fastattn_dtype dtype, fastattn_dtype v_dtype, int64_t q_len, int64_t keys,
-                         int64_t dim, int64_t v_dim, enum guard_side side) {
+static void check_halves(struct rng *rng, fastattn_dtype q_dtype, int spread, fastattn_dtype dtype, fastattn_dtype v_dtype, int64_t q_len,
+                         int64_t keys, int64_t dim, int64_t v_dim, enum guard_side side) {
     float *wide_k = malloc((size_t)(KV_HEADS * keys * dim) * sizeof *wide_k), *wide_v = malloc((size_t)(KV_HEADS * keys * v_dim) * sizeof *wide_v);
     float *lse[2], *wide_q = guard_input("wide q", (size_t)(HEADS * q_len * dim) * sizeof *wide_q, sizeof *wide_q, side);
     uint16_t *q = guard_input("q", (size_t)(HEADS * q_len * dim) * sizeof *q, sizeof *q, side);
