@@ -58,6 +58,21 @@ def queries(count, heads=4, head_dim=16, dtype="float32"):
     return np.random.default_rng(9).standard_normal((count, heads, head_dim)).astype(dtype_of(dtype))
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_several_vectors_behind_a_window(engine, page_size, dtype, invariant):
+    # What is skipped is within a run of keys and within a page, or ends with either; the last keys are no whole page.
+    q_lengths, lengths = [1, 2, 9, 13, 1, 9], [100, 64, 100, 77, 2100, 2100]
+    pages = Pages(lengths, page_size, dtype=dtype, head_dim=40, v_head_dim=69)
+    q, cu = queries(sum(q_lengths), head_dim=40, dtype=dtype), cumulated(q_lengths)
+    k, v = (np.concatenate(x) for x in zip(*pages.sequences))
+    for window in ((0, None), (5, 0), (40, 0)):
+        options = dict(window=window, invariant=invariant)
+        found = pages.attend(q, cu_seqlens_q=cu, **options)
+        np.testing.assert_array_equal(found, fastattn.attention_varlen(q, k, v, cu, cumulated(lengths), **options))
+
+
 @pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize("page_size", [1, 7, 16, 256])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -140,7 +140,7 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
         tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, &first_row),
                            .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
-        x.rows.column = d * 2;
+        x.rows.column += d * 2;
         x.ends = v_head_dim - d <= HALVES;
         if (v_head_dim - d < HALVES || keys % 2 != 0) {
             for (int64_t j = 0; j < keys + keys % 2; j++) {
