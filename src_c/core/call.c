@@ -310,7 +310,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     const int rounds = !FA_UNLIKELY(args->additive || args->activation != FASTATTN_SOFTMAX || args->segments);
     call->products = rounds ? fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant) : call->exact;
     call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
-    if (call->products->few && args->kv_dtype == FASTATTN_BFLOAT16 && !args->invariant) call->few = call->products->few;
+    const int pairs = args->q_dtype == FASTATTN_BFLOAT16 && args->kv_dtype == FASTATTN_BFLOAT16;
+    if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
     if (FA_UNLIKELY(call->stored.quantised))
         call->few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
