@@ -113,14 +113,12 @@ cdef bint take_table(value, int type_num, int64_t *shape, int64_t *strides, int 
     return True
 
 
+cdef inline bint is_storage_type(int type_num) noexcept:
+    return type_num == np.NPY_FLOAT32 or type_num == np.NPY_FLOAT16 or type_num == bfloat16_type
+
+
 cdef inline bint is_mask_type(int type_num) noexcept:
-    return (
-        type_num == np.NPY_BOOL
-        or type_num == np.NPY_FLOAT32
-        or type_num == np.NPY_FLOAT16
-        or type_num == np.NPY_FLOAT64
-        or type_num == bfloat16_type
-    )
+    return type_num == np.NPY_BOOL or type_num == np.NPY_FLOAT64 or is_storage_type(type_num)
 
 
 cdef void extent(np.ndarray array, const char **low, const char **high) noexcept:
@@ -147,15 +145,18 @@ cdef bint are_apart(np.ndarray a, b) noexcept:
     return ends[1] <= ends[2] or ends[3] <= ends[0]
 
 
+cdef inline bint go_together(int type_num, int kv_type_num) noexcept:
+    """Whether queries of the one dtype may meet keys of the other."""
+    return is_storage_type(kv_type_num) and (type_num == kv_type_num or type_num == np.NPY_FLOAT32)
+
+
 cdef bint are_operands(q, k, v, int *type_num) noexcept:
     """Whether these are plain arrays of dtypes that go together; that of `q`."""
     cdef int kv_type_num
     if not (np.PyArray_CheckExact(q) and np.PyArray_CheckExact(k)):
         return False
     type_num[0], kv_type_num = np.PyArray_TYPE(<np.ndarray>q), np.PyArray_TYPE(<np.ndarray>k)
-    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
-        return False
-    if type_num[0] != kv_type_num and type_num[0] != np.NPY_FLOAT32:
+    if not go_together(type_num[0], kv_type_num):
         return False
     return is_plain(q, type_num[0]) and is_plain(k, kv_type_num) and is_plain(v, kv_type_num)
 
@@ -286,12 +287,9 @@ def attention_plain(
     if out is None:
         out_array = np.PyArray_EMPTY(4, shape, type_num, 0)
     else:
-        if not is_plain(out, type_num) or not np.PyArray_ISWRITEABLE(<np.ndarray>out):
+        if not is_plain(out, type_num) or not np.PyArray_ISWRITEABLE(<np.ndarray>out) or not has_shape(out, shape):
             return None
         out_array = out
-        for axis in range(4):
-            if out_array.shape[axis] != shape[axis]:
-                return None
         for array in (q, k, v, mask, alibi_slopes, sinks, indices):
             if not are_apart(out_array, array):
                 return None
@@ -313,37 +311,36 @@ def attention_plain(
     return (out_array, lse) if return_lse is True else out_array
 
 
-def paged_plain(q, k_pages, v_pages, np.ndarray block_table, np.ndarray kv_lengths, causal):
+def paged_plain(q, k_pages, v_pages, np.ndarray block_table, kv_lengths, causal):
     """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence, or None.
 
-    Nobody else has the tables, int32 ``(B, most)`` and int64 ``(B,)``, which are contiguous."""
+    Nobody else has the table, int32 ``(B, most)``, which is contiguous."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
     cdef engine_settings found
     cdef np.ndarray queries, k, v, out
     cdef np.npy_intp shape[3]
     cdef int64_t starts[MOST_ENTRIES + 1]
+    cdef int64_t lengths[MOST_ENTRIES]
     cdef int64_t b, batch = block_table.shape[0]
     cdef int axis, type_num, kv_type_num
     if not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or (causal is not True and causal is not False):
         return None
+    queries, type_num = q, np.PyArray_TYPE(<np.ndarray>q)
     kv_type_num = np.PyArray_TYPE(<np.ndarray>k_pages) if lies_well(k_pages) else np.NPY_VOID
-    if kv_type_num != np.NPY_FLOAT32 and kv_type_num != np.NPY_FLOAT16 and kv_type_num != bfloat16_type:
-        return None
-    if not is_plain(k_pages, kv_type_num) or not is_plain(v_pages, kv_type_num):
+    if not go_together(type_num, kv_type_num) or not is_plain(k_pages, kv_type_num) or not is_plain(v_pages, kv_type_num):
         return None
     k, v = k_pages, v_pages
     for axis in range(3):
         if k.shape[axis] != v.shape[axis]:
             return None
-    if k.shape[2] == 0 or kv_lengths.shape[0] != batch:
-        return None
-    queries, type_num = q, np.PyArray_TYPE(<np.ndarray>q)
-    if (type_num != kv_type_num and type_num != np.NPY_FLOAT32) or queries.shape[2] != k.shape[3] or queries.shape[2] == 0:
+    if k.shape[2] == 0 or queries.shape[2] != k.shape[3] or queries.shape[2] == 0:
         return None
     if queries.strides[2] != np.PyArray_ITEMSIZE(queries) and queries.shape[2] > 1:
         return None
-    if k.shape[1] == 0 or queries.shape[1] % k.shape[1] or batch == 0 or batch > MOST_ENTRIES or queries.shape[0] % batch:
+    if k.shape[1] == 0 or queries.shape[1] % k.shape[1] or batch == 0 or queries.shape[0] % batch:
+        return None
+    if not take_ints(kv_lengths, batch, 0, k.shape[2] * block_table.shape[1], lengths):
         return None
     if find_settings(&found):
         return None
@@ -361,7 +358,7 @@ def paged_plain(q, k_pages, v_pages, np.ndarray block_table, np.ndarray kv_lengt
     copy_strides(args.k_strides, k, 3)
     copy_strides(args.v_strides, v, 3)
     args.scale, args.causal = <float>(1.0 / sqrt(<double>k.shape[3])), causal is True
-    args.cu_seqlens_q, args.kv_lengths = starts, <const int64_t *>np.PyArray_DATA(kv_lengths)
+    args.cu_seqlens_q, args.kv_lengths = starts, lengths
     args.block_table, args.block_table_stride = <const int32_t *>np.PyArray_DATA(block_table), block_table.strides[0]
     args.num_pages, args.page_size = k.shape[0], k.shape[2]
     args.kv_len = k.shape[2] * block_table.shape[1]
@@ -383,7 +380,7 @@ cdef bint take_rows(fastattn_store_args *args, rows, np.ndarray cache, int axes,
         return False
     array = rows
     type_num = np.PyArray_TYPE(array)
-    if type_num != np.NPY_FLOAT32 and type_num != np.NPY_FLOAT16 and type_num != bfloat16_type:
+    if not is_storage_type(type_num):
         return False
     if array.shape[1] != cache.shape[1] or array.shape[axes - 1] != cache.shape[3]:
         return False

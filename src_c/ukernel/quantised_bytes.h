@@ -177,11 +177,9 @@ typedef struct bytes_rows {
 } bytes_rows;
 
 FA_INLINE void find_rows(bytes_rows *x, fa_matrix from, int64_t keys) {
-    for (int64_t j = 0; j < keys; j++) {
-        x->row[j] = fa_row_at(from, j);
-        x->later[j] = fa_row_ahead(from, j);
-    }
-    for (int64_t j = keys; j < fa_round_up(keys, SIMD_LANES); j++) x->row[j] = x->row[keys - 1], x->later[j] = x->later[keys - 1];
+    const char *first_row;
+    const tile_rows places = tile_rows_of(from, &first_row);
+    places_apart(&places, 0, keys, (int)fa_round_up(keys, SIMD_LANES), x->row, x->later);
 }
 
 /* Which bytes there are of a row from number d on: 64 of int8, of int4 those of 128 numbers, four groups. */

@@ -1,7 +1,7 @@
 /* The kernels of quantised rows for AArch64. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_NEON
+#if defined(FA_HOLDS_NEON) && !defined(FASTATTN_NO_QUANTISED)
 
 #include "../simd/neon.h"
 #include "quantised_template.h"

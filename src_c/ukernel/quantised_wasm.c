@@ -1,7 +1,7 @@
 /* The kernels of quantised rows for WebAssembly with SIMD128. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_WASM
+#if defined(FA_HOLDS_WASM) && !defined(FASTATTN_NO_QUANTISED)
 
 #include "../simd/wasm.h"
 #include "quantised_template.h"

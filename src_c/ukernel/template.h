@@ -59,10 +59,10 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
 
 #define FA_TABLE(suffix, instructions, block_size)                                                                       \
     static const fa_products suffix##_products = {                                                                       \
-        .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES_WIDE,        \
-        .wide = WIDE, .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                                   \
+        .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES_WIDE,                  \
+        .wide = WIDE, .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                             \
     static const fa_products suffix##_few = {                                                                            \
-        .name = "float32_rows_" #suffix, .most_beside = TILE_MOST_BESIDE, .qk = rows_qk, .softmax = rows_softmax,                 \
+        .name = "float32_rows_" #suffix, .most_beside = TILE_MOST_BESIDE, .qk = rows_qk, .softmax = rows_softmax,        \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
     static const fa_products suffix##_turned = {                                                                         \
         .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
@@ -71,13 +71,13 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
         .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = FA_QUANTISED(fastattn_quantised_qk_##suffix),        \
         .softmax = rows_softmax, FA_ROWS(instructions, block_size, FA_QUANTISED(fastattn_quantised_pv_##suffix))};       \
     static const fa_products suffix##_additive = {                                                                       \
-        .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,         \
-        .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                          \
+        .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,              \
+        .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                                  \
     static const fa_products suffix##_additive_few = {                                                                   \
         .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, .softmax = rows_softmax,                       \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
-    static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,            \
-                                            .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,      \
+    static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,          \
+                                            .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,    \
                                             .features = dense_features, .outside = dense_outside};                         \
     FA_UKERNEL(suffix, suffix, rotate, mix)
 

@@ -236,10 +236,12 @@ typedef struct fa_rotation {
     fastattn_dtype dtype;
 } fa_rotation;
 
-/* Where things lie in the panels of a table, in floats. */
+/* The fewest rows of a panel for which these products pay off. */
 static inline int fa_fewest_rows(const fa_products *by, int64_t head_dim, int64_t keys) {
     return head_dim >= (keys >= FA_MANY_KEYS ? FA_WIDE_OVER_MANY : by->wide) ? by->fewest_rows_wide : by->fewest_rows;
 }
+
+/* Where things lie in the panels of a table, in floats. */
 static inline int64_t fa_row_of_scores(const fa_products *by, int ld) { return by->by_rows ? ld : 1; }
 static inline int64_t fa_key_of_scores(const fa_products *by, int ld) { return by->by_rows ? 1 : ld; }
 /* Of q; and of o, where the sums of powers come after the numbers, rounded up. */

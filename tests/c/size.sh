@@ -33,7 +33,6 @@ library() {
     shift 2
     mkdir "$build/$name"
     sh "$here/objects.sh" "$build/$name" "$cc" -fPIC -fvisibility=hidden "$@"
-    case " $* " in *" -DFASTATTN_NO_QUANTISED "*) rm "$build/$name"/*-quantised_*.o ;; esac # as src_c/CMakeLists.txt does
     "${tools}strip" --strip-unneeded "$build/$name"/*.o
     all=$(kib "$build/$name"/*.o)
     echo "$name $all KiB${most:+ (at most $most)}"

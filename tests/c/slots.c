@@ -6,6 +6,7 @@
 
 const struct columns columns[] = {{16, 0, 16}, {32, 0, 32}, {32, 16, 16}, {48, 0, 48}, {64, 0, 64}, {64, 16, 32}, {64, 48, 16}};
 const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+const int64_t edges[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 31, 32, 33, 48, 64, 65, 80, 127, 128, 130};
 struct rng rng;
 
 const fa_ukernel *table(void) {
@@ -19,6 +20,13 @@ float *panel(const char *name, int64_t rows, int ld) {
     float *x = guard_output(name, (size_t)(rows * ld) * 4, 64, GUARD_BEHIND);
     for (int64_t n = 0; n < rows * ld; n++)
         x[n] = UNTOUCHED;
+    return x;
+}
+
+float *random_floats(const char *name, int64_t count, double amplitude) {
+    float *x = guard_input(name, (size_t)count * 4, 4, GUARD_BEHIND);
+    for (int64_t n = 0; n < count; n++)
+        x[n] = (float)(amplitude * random_signed(&rng));
     return x;
 }
 

@@ -15,6 +15,7 @@ struct columns {
 };
 extern const struct columns columns[7];
 extern const fastattn_dtype dtypes[3];
+extern const int64_t edges[26]; /* numbers of a row */
 extern struct rng rng;
 
 const fa_ukernel *table(void);
@@ -23,6 +24,8 @@ enum { UNTOUCHED = 12345 }; /* what a panel is full of */
 
 /* A panel is aligned and its size is a multiple of the alignment, so that it lies flush at both of its ends. */
 float *panel(const char *name, int64_t rows, int ld);
+
+float *random_floats(const char *name, int64_t count, double amplitude);
 
 /* Row pointers into an array of `rows` rows of `count` elements with a gap between them; the last rows may repeat. */
 char *random_rows(const void *rows_of[FA_PANEL_ROWS], int rows, int distinct, int64_t count, int64_t stride,
