@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,21 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
                 assert output.getvalue() == expected, f"{page.name}, line {line}"
     finally:
         fastattn.set_num_threads(threads)
+
+
+def test_c_code_is_a_program_that_prints_what_the_page_says(tmp_path):
+    pytest.importorskip("fastattn._native", exc_type=ImportError)
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    text = (ROOT / "docs/c-library.md").read_text(encoding="utf-8")
+    source = tmp_path / "program.c"
+    source.write_text("\n".join(re.findall(r"^```c\n(.*?)^```", text, re.MULTILINE | re.DOTALL)), encoding="utf-8")
+    (expected,) = re.findall(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    strict = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror"]
+    places = ["-I", fastattn.get_include(), "-L", fastattn.get_library_dir()]
+    libraries = ["-lfastattn", "-lm", "-pthread"] + ["-fopenmp"] * fastattn.show_config("dicts")["openmp"]
+    subprocess.run(["cc", *strict, source, *places, *libraries, "-o", tmp_path / "program"], check=True)
+    assert subprocess.run([tmp_path / "program"], check=True, capture_output=True, text=True).stdout == expected
 
 
 def anchors(page):

@@ -33,11 +33,12 @@ else
     trap 'rm -rf "$build"' EXIT
 fi
 
-# Coverage and checks of behaviour guide and judge what decides, core/ and cpu/; of the kernels, memory alone.
+# Coverage and checks of behaviour guide and judge what decides, core/ and cpu/; of the kernels, memory alone. At -O1 clang unrolls less
+# than the kernels ask for.
 compile() { # FILE, relative to src_c or an absolute path
     local name=${1#"$here/"} checks=fuzzer-no-link,address,undefined
     case $name in ukernel/select.c) ;; ukernel/*) checks=address ;; esac
-    clang -std=c11 -O1 -g1 -Wall -Wextra -Werror -DFASTATTN_ASSERT $kernels -fsanitize=$checks -fno-sanitize=pointer-overflow -fno-sanitize-recover=all \
+    clang -std=c11 -O1 -g1 -Wall -Wextra -Werror -Wno-pass-failed -DFASTATTN_ASSERT $kernels -fsanitize=$checks -fno-sanitize=pointer-overflow -fno-sanitize-recover=all \
         -I"$source" -I"$source/include" -c "$(cd "$source" && realpath "$1")" -o "$build/$(tr / - <<<"${name%.c}").o"
 }
 export -f compile
