@@ -324,9 +324,10 @@ def environment(threads):
 
 
 def print_environment(about, results):
-    """Print what `environment` returned and the plans of `results`, one line each."""
+    """Print what `environment` returned, one line each, and the plans of `results`; without any, what all calls have in common."""
+    config = fastattn.show_config("dicts")
     plans = sorted({" ".join(str(part) for part in result["plan"].values() if part) for result in results})
-    about = {**about, "kernels": ", ".join(plans)}
+    about = {**about, "kernels": ", ".join(plans) or config["isa"] or config["backend"]}
     width = max(map(len, about)) + 2
     for name, value in about.items():
         print(f"{name + ':':<{width}}{value}")

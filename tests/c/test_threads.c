@@ -330,11 +330,11 @@ static int ask(void *context) {
 }
 
 TEST_EACH_ISA(threads_are_interrupted) {
-    enum { ROWS = 1 << 16, DIM = 8 };
+    enum { ROWS = 1 << 19, KEYS = 1 << 13, DIM = 8 }; /* so that an item is short, to an emulator as well */
     float row[DIM] = {0}, *out = malloc(sizeof(float) * ROWS * DIM);
     CHECK(out, "malloc");
     fastattn_attention_args args = {.size = sizeof args, .batch = 1, .num_heads = 1, .num_kv_heads = 1, .q_len = ROWS,
-                                    .kv_len = ROWS, .head_dim = DIM, .v_head_dim = DIM, .q = row, .k = row, .v = row,
+                                    .kv_len = KEYS, .head_dim = DIM, .v_head_dim = DIM, .q = row, .k = row, .v = row,
                                     .out = out, .out_strides = {0, 0, sizeof(float) * DIM}, .scale = 1, .window_left = -1,
                                     .window_right = -1, .isa = test_isa, .interrupted = ask, .interrupted_context = &asked};
     asking = pthread_self();
