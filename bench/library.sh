@@ -86,7 +86,7 @@ aarch64() {
     else
         echo "aarch64: OpenBLAS cannot be had"
     fi
-    compile aarch64 $cross
+    compile aarch64 $cross -DFASTATTN_PORTABLE # to have something to compare with
     link aarch64 $cross aarch64.bin -lpthread ${blas:+-DWITH_OPENBLAS "$blas/libscipy_openblas.so" -Wl,-rpath-link,"$build"}
     for keys in 512 1024 2048 4096 8192; do
         { for side in portable neon; do count cortex-a76 $side $keys; done

@@ -82,7 +82,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->kv_len = kv_len;
     shape->products = products;
     shape->block_keys = fa_min(products->block_keys, kv_len > 0 ? kv_len : 1);
-    const int fewest = call->stored.quantised ? SHARE_WHAT_IS_DECODED : fa_fewest_rows(products, call->args->head_dim, kv_len);
+    const int decoded = call->stored.quantised && !call->stored.widened; /* by the products for few rows */
+    const int fewest = decoded ? SHARE_WHAT_IS_DECODED : fa_fewest_rows(products, call->args->head_dim, kv_len);
     shape->few_below = any_rows ? 1 : fewest;
     shape->full_lanes = products == call->uk->products && !call->stored.quantised;
     plan_splits(call, shape);
@@ -182,7 +183,7 @@ static void plan_bundles(fa_call *call, const fa_totals *totals) {
  * same page. */
 static int heads_together(const fa_call *call) {
     const fastattn_attention_args *a = call->args;
-    if (a->indices || call->heads.sequences != a->num_kv_heads) return 0;
+    if (a->indices || call->stored.widened || call->heads.sequences != a->num_kv_heads) return 0;
     if (a->block_table) return a->k_strides[1] < a->k_strides[0] && a->v_strides[1] < a->v_strides[0];
     return a->k_strides[1] == call->stored.k_bytes && a->v_strides[1] == call->stored.v_bytes;
 }
@@ -312,8 +313,11 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
     const int pairs = args->q_dtype == FASTATTN_BFLOAT16 && args->kv_dtype == FASTATTN_BFLOAT16;
     if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
-    if (FA_UNLIKELY(call->stored.quantised))
-        call->few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
+    if (FA_UNLIKELY(call->stored.quantised)) {
+        const fa_products *few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
+        call->stored.widened = !few;
+        if (few) call->few = few;
+    }
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
     if (FA_UNLIKELY(args->batch == 0 || args->num_heads == 0 || args->q_len == 0)) {
         plan_team(call, 0);

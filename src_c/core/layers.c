@@ -23,7 +23,10 @@ static const fa_layers *select_layers(fastattn_isa limit) {
 #ifdef FA_HOLDS_WASM
     case FASTATTN_ISA_WASM: return &fastattn_layers_wasm;
 #endif
-    default: return &fastattn_layers_portable;
+#ifdef FA_HOLDS_PORTABLE
+    case FASTATTN_ISA_PORTABLE: return &fastattn_layers_portable;
+#endif
+    default: return NULL;
     }
 }
 

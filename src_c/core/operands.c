@@ -58,7 +58,7 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
 void fastattn_source_of(fa_work *w, fa_operands *x) {
     const fastattn_attention_args *a = w->call->args;
     fa_run *run = w->run;
-    const int widens = w->call->stored.quantised && w->panel.way != FA_FEW;
+    const int widens = w->call->stored.quantised && (w->panel.way != FA_FEW || w->call->stored.widened);
     x->source_k = widens ? &run->widened_k : &run->stored_k;
     x->source_v = widens ? &run->widened_v : &run->stored_v;
     if (FA_LIKELY(!widens) || run->widened) return;

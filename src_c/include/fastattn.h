@@ -111,7 +111,7 @@ typedef enum fastattn_dtype {
 /* Instruction sets, lowest first within a processor family. */
 typedef enum fastattn_isa {
     FASTATTN_ISA_BEST = 0,           /* in a request: the best one that is available */
-    FASTATTN_ISA_PORTABLE = 1,
+    FASTATTN_ISA_PORTABLE = 1,       /* plain C; for AArch64, and WebAssembly with SIMD128, where compiled with FASTATTN_PORTABLE */
     FASTATTN_ISA_AVX2 = 2,           /* AVX2, FMA and F16C */
     FASTATTN_ISA_AVX512 = 3,         /* AVX-512 F, BW, DQ and VL */
     FASTATTN_ISA_AMX = 4,

@@ -33,11 +33,15 @@ FA_OUT_OF_LINE void simd_store_h_part(uint16_t *p, simd_h a, int64_t n) { SIMD_E
 static inline simd_f simd_from_f16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_f16(a.lane[i]); return r; }
 static inline simd_f simd_from_bf16(simd_h a) { simd_f r; SIMD_EACH(i) r.lane[i] = fa_from_bf16(a.lane[i]); return r; }
 /* Integers of a byte; the lower or the upper halves of bytes, less 8; and back to bytes, rounded to nearest, of what fits. */
-static inline simd_f simd_load_i8(const void *p) { simd_f r; SIMD_EACH(i) r.lane[i] = ((const signed char *)p)[i]; return r; }
+static inline simd_f simd_load_i8(const void *p) {
+    const signed char *const n = p;
+    return (simd_f){{n[0], n[1], n[2], n[3]}};
+}
 static inline simd_f simd_load_i4(const void *p, int upper) {
-    simd_f r;
-    SIMD_EACH(i) r.lane[i] = (float)((upper ? ((const uint8_t *)p)[i] >> 4 : ((const uint8_t *)p)[i] & 15) - 8);
-    return r;
+    const uint8_t *const n = p;
+    const int shift = upper ? 4 : 0;
+    return (simd_f){{(float)((n[0] >> shift & 15) - 8), (float)((n[1] >> shift & 15) - 8), (float)((n[2] >> shift & 15) - 8),
+                     (float)((n[3] >> shift & 15) - 8)}};
 }
 static inline void simd_store_i8(void *p, simd_f a) { /* the addition leaves no fraction, and the integer in the lowest bits */
     SIMD_EACH(i) ((uint8_t *)p)[i] = (uint8_t)(fa_to_bits(a.lane[i] + 12582912.0f) & 0xffu);

@@ -8,7 +8,8 @@
 #include "../simd/avx2.h"
 #include "template.h"
 
-FA_TABLE(avx2, FASTATTN_ISA_AVX2, 64)
+FA_FEW_QUANTISED(avx2, FASTATTN_ISA_AVX2, 64)
+FA_TABLE(avx2, FASTATTN_ISA_AVX2, 64, &avx2_few_quantised)
 
 #include "target_end.h"
 

@@ -9,7 +9,8 @@
 #include "../simd/avx512.h"
 #include "template.h"
 
-FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64)
+FA_FEW_QUANTISED(avx512, FASTATTN_ISA_AVX512, 64)
+FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64, &avx512_few_quantised)
 
 #include "pairs.h"
 #include "dot.h"

@@ -7,7 +7,8 @@
 #include "../simd/neon.h"
 #include "template.h"
 
-FA_TABLE(neon, FASTATTN_ISA_NEON, 64)
+FA_FEW_QUANTISED(neon, FASTATTN_ISA_NEON, 64)
+FA_TABLE(neon, FASTATTN_ISA_NEON, 64, &neon_few_quantised)
 
 #include "target_bf16.h"
 #include "bfdot.h"

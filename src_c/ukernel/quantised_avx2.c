@@ -9,6 +9,7 @@
 #include "quantised_template.h"
 
 FA_QUANTISED_TABLE(avx2)
+FA_QUANTISED_PRODUCTS(avx2)
 
 #include "target_end.h"
 

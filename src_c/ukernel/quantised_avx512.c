@@ -9,6 +9,7 @@
 #include "quantised_template.h"
 
 FA_QUANTISED_TABLE(avx512)
+FA_QUANTISED_PRODUCTS(avx512)
 
 #include "quantised_bytes.h"
 

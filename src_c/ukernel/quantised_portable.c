@@ -1,7 +1,7 @@
 /* The kernels of quantised rows in plain C. */
 #include "ukernel.h"
 
-#ifndef FASTATTN_NO_QUANTISED
+#if defined(FA_HOLDS_PORTABLE) && !defined(FASTATTN_NO_QUANTISED)
 
 #include "../simd/portable.h"
 #include "quantised_template.h"

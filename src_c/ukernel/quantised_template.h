@@ -301,7 +301,9 @@ static void hadamard(float *to, const float *from, int64_t dim) {
 }
 
 #define FA_QUANTISED_TABLE(suffix)                                                                                                  \
-    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, within, quantise, hadamard};                  \
+    const fa_quantised fastattn_quantised_##suffix = {widen_quantised, scales_finite, within, quantise, hadamard};
+
+#define FA_QUANTISED_PRODUCTS(suffix)                                                                                               \
     void fastattn_quantised_qk_##suffix(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys,         \
                                         int64_t head_dim) {                                                                         \
         quantised_qk(s, q, ld, rows, k, from, keys, head_dim);                                                                      \

@@ -7,5 +7,6 @@
 #include "quantised_template.h"
 
 FA_QUANTISED_TABLE(wasm)
+FA_QUANTISED_PRODUCTS(wasm)
 
 #endif

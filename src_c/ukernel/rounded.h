@@ -12,6 +12,6 @@ static int rounded_mix(void *out, const float *weights, const void *const *rows_
     return mix_by(out, weights, rows_of, parts, rows, dim, FASTATTN_BFLOAT16, 1);
 }
 
-FA_UKERNEL(avx512_bf16, avx512, rounded_rotate, rounded_mix)
+FA_UKERNEL(avx512_bf16, avx512, &avx512_few_quantised, rounded_rotate, rounded_mix)
 
 #endif

@@ -18,10 +18,12 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit) {
             const fa_ukernel *uk = fastattn_ukernel_select(best_first[i]);
             if (uk) return uk;
         }
-        return &fastattn_ukernel_portable;
+        return fastattn_ukernel_select(FASTATTN_ISA_PORTABLE);
     }
     switch (limit) {
+#ifdef FA_HOLDS_PORTABLE
     case FASTATTN_ISA_PORTABLE: return &fastattn_ukernel_portable;
+#endif
 #ifdef FA_HOLDS_AVX2
     case FASTATTN_ISA_AVX2: return fastattn_cpu_has(FA_CPU_AVX2) ? &fastattn_ukernel_avx2 : NULL;
 #endif

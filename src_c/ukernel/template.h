@@ -57,7 +57,14 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = as_stored, .values = as_stored, .pv = second,       \
     .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
-#define FA_TABLE(suffix, instructions, block_size)                                                                       \
+/* What reads quantised rows as they are stored. */
+#define FA_FEW_QUANTISED(suffix, instructions, block_size)                                                               \
+    static const fa_products suffix##_few_quantised = {                                                                  \
+        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = FA_QUANTISED(fastattn_quantised_qk_##suffix),        \
+        .softmax = rows_softmax, FA_ROWS(instructions, block_size, FA_QUANTISED(fastattn_quantised_pv_##suffix))};
+
+/* few_quantised may be null. */
+#define FA_TABLE(suffix, instructions, block_size, quantised_products)                                                   \
     static const fa_products suffix##_products = {                                                                       \
         .name = "float32_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES_WIDE,                  \
         .wide = WIDE, .qk = qk, FA_FLOAT32_LANES(instructions, block_size)};                                             \
@@ -67,9 +74,6 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     static const fa_products suffix##_turned = {                                                                         \
         .name = "float32_turned_" #suffix, .qk = turned_qk, .softmax = turned_softmax,                                   \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
-    static const fa_products suffix##_few_quantised = {                                                                  \
-        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = FA_QUANTISED(fastattn_quantised_qk_##suffix),        \
-        .softmax = rows_softmax, FA_ROWS(instructions, block_size, FA_QUANTISED(fastattn_quantised_pv_##suffix))};       \
     static const fa_products suffix##_additive = {                                                                       \
         .name = "float32_additive_" #suffix, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,              \
         .qk = additive_qk, FA_FLOAT32_LANES(instructions, block_size)};                                                  \
@@ -79,12 +83,12 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,          \
                                             .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,    \
                                             .features = dense_features, .outside = dense_outside};                         \
-    FA_UKERNEL(suffix, suffix, rotate, mix)
+    FA_UKERNEL(suffix, suffix, quantised_products, rotate, mix)
 
 /* The table `name`, of these products, and the slots that may differ from those of the template. */
-#define FA_UKERNEL(name, of, rotating, mixing)                                                                           \
+#define FA_UKERNEL(name, of, quantised_products, rotating, mixing)                                                                           \
     const fa_ukernel fastattn_ukernel_##name = {.products = &of##_products, .few = &of##_few, .turned = &of##_turned,    \
-                                                .dense = &of##_dense, .few_quantised = &of##_few_quantised,              \
+                                                .dense = &of##_dense, .few_quantised = (quantised_products),             \
                                                 .quantised = FA_QUANTISED(&fastattn_quantised_##of),                     \
                                                 .additive = &of##_additive, .additive_few = &of##_additive_few,          \
                                                 .activate = activate, .gather = gather,                                  \

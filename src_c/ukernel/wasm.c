@@ -6,6 +6,7 @@
 #include "../simd/wasm.h"
 #include "template.h"
 
-FA_TABLE(wasm, FASTATTN_ISA_WASM, 64)
+FA_FEW_QUANTISED(wasm, FASTATTN_ISA_WASM, 64)
+FA_TABLE(wasm, FASTATTN_ISA_WASM, 64, &wasm_few_quantised)
 
 #endif
