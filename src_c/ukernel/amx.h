@@ -108,7 +108,7 @@ FA_INLINE void amx_step_of(int na, int nb, const amx_product *x, amx_operand a, 
     amx_step(na, nb, a, b, first || pair == 2, first || pair != 2);
 }
 
-FA_INLINE void amx_run(const amx_product *x) {
+static FA_NOINLINE void amx_run(const amx_product *x) {
     const int64_t stride = x->ld * (int64_t)sizeof(float);
     amx_operand b = x->b;
 #define AMX_BLOCKS(na, nb)                                                                                    \
@@ -146,7 +146,7 @@ FA_INLINE amx_pieces amx_pieces_of(amx_product x) {
 }
 
 /* Sums are stored a piece later, when they are there, or the stores would hold up all others. */
-FA_INLINE void amx_piece(amx_pieces *w) {
+static void amx_piece(amx_pieces *w) {
     amx_product *x = &w->x;
     const int64_t stride = x->ld * (int64_t)sizeof(float);
     if (w->done && w->step == x->steps) {
@@ -169,7 +169,7 @@ __attribute__((noinline)) static int64_t amx_keep_up(void *work, int64_t part, i
     return w->done < w->pieces ? (w->done * parts + w->pieces - 1) / w->pieces : parts;
 }
 
-FA_INLINE void amx_finish(amx_pieces *w) {
+static FA_NOINLINE void amx_finish(amx_pieces *w) {
     while (w->done <= w->pieces) amx_piece(w);
     amx_run(&w->x); /* what is no block of 2 x 2 */
 }

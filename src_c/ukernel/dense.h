@@ -6,8 +6,7 @@ static void dense_product(float *c, int64_t ldc, const float *alpha, const float
                           int64_t ldb, int64_t m, int64_t n, int64_t k) {
     const tile_operands x = {.c = c, .c_ld = ldc, .alpha = alpha, .a = a, .across = across, .along = along, TILE_PANEL(b, ldb),
                              .steps = k, .run = 32};
-    if (along == 1) product_along((int)n, m, &x);
-    else product_across((int)n, m, &x);
+    product((int)n, m, &x);
 }
 
 /* Subnormal numbers, which cost a hundred cycles wherever they go, become 0. */

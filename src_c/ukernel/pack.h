@@ -93,41 +93,47 @@ FA_INLINE void store_as(void *to, simd_f x, int64_t n, fastattn_dtype dtype) {
     default: f(__VA_ARGS__, FASTATTN_FLOAT32);                                       \
     }
 
-/* SIMD_LANES rows, n elements of each, to n vectors of lanes; and back for the first `lanes` rows. */
-FA_INLINE void pack_square(float *q, int ld, const void *const *rows_of, int64_t d, int64_t n, simd_f sign,
-                           fastattn_dtype dtype) {
+/* SIMD_LANES rows, as many elements of each, to vectors of lanes; and back. */
+FA_INLINE void pack_square(float *q, int ld, const void *const *rows_of, int64_t d, simd_f sign, fastattn_dtype dtype) {
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        square[i] = load_as((const char *)rows_of[i] + d * fa_size_of(dtype), n, dtype);
+        square[i] = load_full((const char *)rows_of[i] + d * fa_size_of(dtype), dtype);
     simd_transpose(square);
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        if (i < n) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
 }
 
 /* x * 0 is 0 for finite x, and NaN else: what such products add up to tells whether all were finite. */
 FA_INLINE int were_finite(simd_f sum) { return !simd_any(simd_not(simd_eq(sum, simd_set1(0.0f)))); }
 
-FA_INLINE void unpack_square(void *const *rows_of, int lanes, const float *o, int ld, int64_t d, int64_t n,
-                             simd_f factor, simd_f *sum, fastattn_dtype dtype) {
+FA_INLINE void unpack_square(void *const *rows_of, const float *o, int ld, int64_t d, simd_f factor, simd_f *sum,
+                             fastattn_dtype dtype) {
     const simd_f zero = simd_set1(0.0f);
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-        square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : zero;
+        square[i] = simd_mul(simd_load(o + (d + i) * ld), factor);
         sum[i % 4] = simd_fma(square[i], zero, sum[i % 4]);
     }
     simd_transpose(square);
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        if (i < lanes) store_as((char *)rows_of[i] + d * fa_size_of(dtype), square[i], n, dtype);
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) store_full((char *)rows_of[i] + d * fa_size_of(dtype), square[i], dtype);
 }
 
-/* Edges, which are few: their storage type need not be a constant. */
+/* Edges, which are few: their storage type need not be a constant, nor their loops be unrolled. */
 static FA_NOINLINE void pack_edge(float *q, int ld, const void *const *rows_of, int64_t d, int64_t n, simd_f sign, fastattn_dtype dtype) {
-    pack_square(q, ld, rows_of, d, n, sign, dtype);
+    simd_f square[SIMD_LANES];
+    for (int i = 0; i < SIMD_LANES; i++) square[i] = load_as((const char *)rows_of[i] + d * fa_size_of(dtype), n, dtype);
+    simd_transpose(square);
+    for (int i = 0; i < n; i++) simd_store(q + (d + i) * ld, simd_mul(square[i], sign));
 }
 
 static FA_NOINLINE void unpack_edge(void *const *rows_of, int lanes, const float *o, int ld, int64_t d, int64_t n, simd_f factor, simd_f *sum,
                                     fastattn_dtype dtype) {
-    unpack_square(rows_of, lanes, o, ld, d, n, factor, sum, dtype);
+    simd_f square[SIMD_LANES];
+    for (int i = 0; i < SIMD_LANES; i++) {
+        square[i] = i < n ? simd_mul(simd_load(o + (d + i) * ld), factor) : simd_set1(0.0f);
+        *sum = simd_fma(square[i], simd_set1(0.0f), *sum);
+    }
+    simd_transpose(square);
+    for (int i = 0; i < lanes; i++) store_as((char *)rows_of[i] + d * fa_size_of(dtype), square[i], n, dtype);
 }
 
 FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, float sign,
@@ -136,7 +142,7 @@ FA_INLINE void pack_of(float *q, int ld, const void *const *rows_of, int rows, i
     for (int row = 0; row < rows; row += SIMD_LANES) {
         int64_t d = 0;
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
-            pack_square(q + row, ld, rows_of + row, d, SIMD_LANES, factor, dtype);
+            pack_square(q + row, ld, rows_of + row, d, factor, dtype);
         if (d < head_dim) pack_edge(q + row, ld, rows_of + row, d, head_dim - d, factor, dtype);
     }
 }
@@ -149,7 +155,7 @@ FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld
         int64_t d = 0;
         if (lanes == SIMD_LANES)
             for (; d + SIMD_LANES <= v_head_dim; d += SIMD_LANES)
-                unpack_square(rows_of + row, SIMD_LANES, o + row, ld, d, SIMD_LANES, factor, sum, dtype);
+                unpack_square(rows_of + row, o + row, ld, d, factor, sum, dtype);
         for (; d < v_head_dim; d += SIMD_LANES) {
             const int64_t n = v_head_dim - d < SIMD_LANES ? v_head_dim - d : SIMD_LANES;
             unpack_edge(rows_of + row, lanes, o + row, ld, d, n, factor, sum, dtype);

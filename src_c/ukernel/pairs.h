@@ -257,8 +257,10 @@ FA_INLINE void pairs_softmax_of(int planes, int summed, const float *s, float *p
     for (; row + vectors * SIMD_LANES <= rows; row += vectors * SIMD_LANES)                                             \
         pairs_softmax_strip(planes, vectors, summed, s + row, p + row, ld, keys, c, m + row, summed ? l + row : NULL,   \
                             alpha + row, beside, work);
-    if (!beside) { PAIRS_STRIPS(4) }
-    PAIRS_STRIPS(2)
+    if (planes > 1 || !summed) { /* sums of one plane are seldom asked for */
+        if (!beside) { PAIRS_STRIPS(4) }
+        PAIRS_STRIPS(2)
+    }
     PAIRS_STRIPS(1)
 #undef PAIRS_STRIPS
     _mm_setcsr(found);

@@ -44,11 +44,12 @@ FA_INLINE void turn_bundle(simd_f *a, simd_f *b, const char *cos, const char *si
 }
 
 /* The heads in bundles of this many. Where pairs are no multiple of the lanes but not fewer, the last SIMD_LANES of them are turned at
- * once: read before anything is written, and written last; what overlaps is written twice, the same. */
+ * once: read before anything is written, and written last; what overlaps is written twice, the same. (Four lanes fill all
+ * but odd rows.) */
 FA_INLINE void rotate_rows(const fa_rotation *r, int heads, int interleaved, int native, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype), step = interleaved ? 2 * size : size, apart = r->pairs * size;
     const int64_t rest = r->head_dim * size - 2 * apart, last = r->pairs - SIMD_LANES;
-    const int overlaps = last > 0 && r->pairs % SIMD_LANES != 0;
+    const int overlaps = SIMD_LANES > 4 && last > 0 && r->pairs % SIMD_LANES != 0;
     const char *cos = r->cos, *sin = r->sin;
     if (r->heads < heads) return;
     for (int64_t row = 0; row < r->rows; row++, cos += r->cos_row, sin += r->sin_row) {

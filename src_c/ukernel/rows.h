@@ -31,20 +31,27 @@ typedef struct key_places {
     uintptr_t later[SIMD_LANES];
 } key_places;
 
-/* turned[d][key] in float32, n numbers from d on of SIMD_LANES keys. */
-FA_INLINE void turn_square(float *turned, int ld, const key_places *x, int64_t d, int64_t n, fastattn_dtype dtype) {
+/* turned[d][key] in float32, as many numbers from d on of SIMD_LANES keys. */
+FA_INLINE void turn_square(float *turned, int ld, const key_places *x, int64_t d, fastattn_dtype dtype) {
     const int64_t at = d * fa_size_of(dtype);
     simd_f square[SIMD_LANES];
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
         fetch_later(x->later[i], at);
-        square[i] = load_as(x->key[i] + at, n, dtype);
+        square[i] = load_full(x->key[i] + at, dtype);
     }
     simd_transpose(square);
     FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + i * ld, square[i]);
 }
 
 static FA_NOINLINE void turn_edge(float *turned, int ld, const key_places *x, int64_t d, int64_t n, fastattn_dtype dtype) {
-    turn_square(turned, ld, x, d, n, dtype);
+    const int64_t at = d * fa_size_of(dtype);
+    simd_f square[SIMD_LANES];
+    for (int i = 0; i < SIMD_LANES; i++) {
+        fetch_later(x->later[i], at);
+        square[i] = load_as(x->key[i] + at, n, dtype);
+    }
+    simd_transpose(square);
+    for (int i = 0; i < n; i++) simd_store(turned + i * ld, square[i]);
 }
 
 /* turned[d - first][key] for the numbers of head_dim from `first` up to `end`, and `count` keys from key j on of a block, the last of
@@ -71,7 +78,7 @@ FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t 
                     simd_store(turned + (d - first + 2 * i + 1) * ld, simd_second_bf16(square[i]));
                 }
             }
-        for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, &x, d, SIMD_LANES, dtype);
+        for (; d + SIMD_LANES <= end; d += SIMD_LANES) turn_square(turned + (d - first) * ld, ld, &x, d, dtype);
         if (d < end) turn_edge(turned + (d - first) * ld, ld, &x, d, end - d, dtype);
     }
 }
@@ -220,7 +227,7 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
             turn_keys(turned, vectors * SIMD_LANES, &places, keys, j, n, d, d + steps, dtype);
             const tile_operands x = {.c = s + j, .c_ld = ld, .adds = d > 0, .a = q + d, .across = pitch, .along = 1,
                                      TILE_PANEL(turned, vectors * SIMD_LANES), .steps = steps, .run = run};
-            product_along(vectors * SIMD_LANES, rows, &x);
+            product(vectors * SIMD_LANES, rows, &x);
             d += run;
         } while (d < head_dim);
     }

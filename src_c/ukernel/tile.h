@@ -228,8 +228,8 @@ FA_INLINE int tile_widest(tile_kind kind, int vectors) {
     return kind.by_rows && !kind.paired && widest > FA_TILE_NARROW ? FA_TILE_NARROW : widest;
 }
 
-/* width, vectors, and across or along are constants, too. What becomes of c is asked once for a tile, not for each of its vectors: those
- * questions would be most of the code. So is how numbers are stored: each type has its steps, but what is around them, which is most of a
+/* width and vectors are constants, too. What becomes of c is asked once for a tile, not for each of its vectors: those questions
+ * would be most of the code. So is how numbers are stored: each type has its steps, but what is around them, which is most of a
  * tile, they share. */
 FA_INLINE void tile(tile_kind kind, int width, int vectors, const tile_operands *x) {
     for (int64_t step = 0;;) {
@@ -313,8 +313,22 @@ FA_INLINE int tile_strip_vectors(int multiply, int rows) {
     return most == 3 && !tile_takes_three(multiply) ? 2 : most;
 }
 
+/* A strip of elements of which, with `either`, it is not known yet whether they lie side by side along the steps or across: each way has its
+ * tiles, but where one multiplies for so long that addresses at any strides cost nothing. */
+FA_INLINE void tile_strip_lying(tile_kind kind, int either, int vectors, int64_t count, tile_operands x) {
+    if (!either || (SIMD_LANES == FA_ROW_STEP && vectors > 1)) {
+        tile_strip(kind, vectors, count, x);
+    } else if (x.along == 1) {
+        x.along = 1;
+        tile_strip(kind, vectors, count, x);
+    } else {
+        x.across = 1;
+        tile_strip(kind, vectors, count, x);
+    }
+}
+
 /* The whole product of a panel of float32 or pairs: strips of the widest vectors, then what is left of the rows. */
-FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) {
+FA_INLINE void tile_product_of(int multiply, int either, int rows, int64_t count, tile_operands x) {
     const tile_kind kind = {multiply, 0, 0, 0, 0};
     for (int row = 0; row < rows;) {
         const int vectors = tile_strip_vectors(multiply, rows - row);
@@ -325,15 +339,18 @@ FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands
         if (multiply == TILE_INT16) strip.lane_units += row;
         switch (vectors) {
 #if SIMD_TILE_VECTORS >= 4
-        case 4: tile_strip(kind, 4, count, strip); break;
-        case 3: if (tile_takes_three(multiply)) tile_strip(kind, 3, count, strip); break;
+        case 4: tile_strip_lying(kind, either, 4, count, strip); break;
+        case 3: if (tile_takes_three(multiply)) tile_strip_lying(kind, either, 3, count, strip); break;
 #endif
-        case 2: tile_strip(kind, 2, count, strip); break;
-        case 1: tile_strip(kind, 1, count, strip); break;
+        case 2: tile_strip_lying(kind, either, 2, count, strip); break;
+        case 1: tile_strip_lying(kind, either, 1, count, strip); break;
         }
         row += vectors * SIMD_LANES;
     }
 }
+
+/* Along or across are constants. */
+FA_INLINE void tile_product(int multiply, int rows, int64_t count, tile_operands x) { tile_product_of(multiply, 0, rows, count, x); }
 
 /* A panel with this leading dimension in floats. */
 #define TILE_PANEL(at, panel_ld) .panel = (const char *)(at), .stride = (panel_ld) * (int64_t)sizeof(float)
@@ -345,24 +362,18 @@ FA_INLINE int64_t tile_run(int64_t head_dim) {
     return head_dim > 0 ? (head_dim + runs - 1) / runs : 1;
 }
 
-/* The product of float32 whose elements lie side by side along the steps, and across. */
-static FA_NOINLINE void product_along(int rows, int64_t count, const tile_operands *operands) {
+/* The product of float32, of elements that lie side by side along the steps, or across. */
+static FA_NOINLINE void product(int rows, int64_t count, const tile_operands *operands) {
     tile_operands x = *operands;
-    x.along = 1, x.ahead = 0;
-    tile_product(TILE_FLOAT32, rows, count, x);
-}
-
-static FA_NOINLINE void product_across(int rows, int64_t count, const tile_operands *operands) {
-    tile_operands x = *operands;
-    x.across = 1, x.ahead = 0;
-    tile_product(TILE_FLOAT32, rows, count, x);
+    x.ahead = 0;
+    tile_product_of(TILE_FLOAT32, 1, rows, count, x);
 }
 
 static void qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const float *row = (const float *)(const void *)(k.at + from * k.stride);
     const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1, TILE_PANEL(q, ld),
                              .c_ld = ld, .steps = head_dim, .run = tile_run(head_dim)};
-    product_along(rows, keys, &x);
+    product(rows, keys, &x);
 }
 
 static void pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
@@ -370,7 +381,7 @@ static void pv(float *o, const float *alpha, const float *p, int ld, int rows, f
     const float *row = (const float *)(const void *)(v.at + from * v.stride);
     const tile_operands x = {.c = o, .alpha = alpha, .a = row, .across = 1, .along = v.stride / (int64_t)sizeof(float),
                              TILE_PANEL(p, ld), .c_ld = ld, .steps = keys, .run = keys > 0 ? keys : 1};
-    product_across(rows, v_head_dim, &x);
+    product(rows, v_head_dim, &x);
 }
 
 static float power(const float *p, int ld, int row, int64_t key) { return p[key * ld + row]; }
