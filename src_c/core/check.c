@@ -78,7 +78,7 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
     const fa_table options[] = {
         {a->lse, a->lse_strides, 3, {q_batch, heads, rows}, 1, 4, 0, 1},
         {a->mask, a->mask_strides, 4, {q_batch, heads, rows, keys}, 1, fa_size_of(a->mask_dtype), 0, 0},
-        {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, used, 4, 0, 0},
+        {a->alibi_slopes, a->alibi_strides, 2, {batch, heads}, 1, 4, 0, 0},
         {a->sinks, NULL, 0, {0}, heads, 4, 0, 0},
         {a->query_offset, NULL, 0, {0}, batch, 8, 0, 0},
         {a->kv_lengths, NULL, 0, {0}, batch, 8, 0, 0},

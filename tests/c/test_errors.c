@@ -88,6 +88,7 @@ TEST(errors_arguments) {
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.out, 2));
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.lse, 2));
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.alibi_slopes, 2));
+    REFUSED(FASTATTN_ERROR_ARGUMENT, (p.args.q_len = 0, SHIFTED(p.args.alibi_slopes, 2))); /* slopes are looked at all the same */
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.sinks, 2));
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.query_offset, 4));
     REFUSED(FASTATTN_ERROR_ARGUMENT, SHIFTED(p.args.kv_lengths, 1));
