@@ -49,24 +49,31 @@ static int ascends(const char *list, int64_t size, int64_t n, int64_t keys) {
                      : ascends_int32_t((const int32_t *)(const void *)list, n, keys);
 }
 
-/* The same of any list, in as many turns as keys come in sets of bits. */
+/* The same of any list, in as many turns as keys come in sets of bits: those of other sets are far above as unsigned numbers. */
+#define HOLDS_EACH_ONCE(type)                                                                   \
+    static int holds_each_once_##type(const type *list, int64_t n, int64_t keys) {              \
+        enum { SET = 1 << 17 };                                                                 \
+        uint64_t seen[SET / 64], twice = 0;                                                     \
+        int absent = 0;                                                                         \
+        for (int64_t i = 0; i < n; i++) absent |= list[i] < -1 || list[i] >= keys;              \
+        for (int64_t first = 0; first < keys && !absent && !twice; first += SET) {              \
+            memset(seen, 0, (size_t)fa_ceil_div(fa_min(keys - first, SET), 64) * sizeof *seen); \
+            for (int64_t i = 0; i < n; i++) {                                                   \
+                const uint64_t bit = (uint64_t)(list[i] - first);                               \
+                if (bit >= SET) continue;                                                       \
+                twice |= seen[bit / 64] >> (bit % 64) & 1;                                      \
+                seen[bit / 64] |= (uint64_t)1 << (bit % 64);                                    \
+            }                                                                                   \
+        }                                                                                       \
+        return !absent && !twice;                                                               \
+    }
+HOLDS_EACH_ONCE(int32_t)
+HOLDS_EACH_ONCE(int64_t)
+#undef HOLDS_EACH_ONCE
+
 static int holds_each_once(const char *list, int64_t size, int64_t n, int64_t keys) {
-    enum { SET = 1 << 16 };
-    uint64_t seen[SET / 64];
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t key = fa_index_at(list, size, i);
-        if (key < -1 || key >= keys) return 0;
-    }
-    for (int64_t first = 0; first < keys; first += SET) {
-        memset(seen, 0, sizeof seen);
-        for (int64_t i = 0; i < n; i++) {
-            const uint64_t bit = (uint64_t)(fa_index_at(list, size, i) - first);
-            if (bit >= SET) continue;
-            if (seen[bit / 64] >> (bit % 64) & 1) return 0;
-            seen[bit / 64] |= (uint64_t)1 << (bit % 64);
-        }
-    }
-    return 1;
+    return size == 8 ? holds_each_once_int64_t((const int64_t *)(const void *)list, n, keys)
+                     : holds_each_once_int32_t((const int32_t *)(const void *)list, n, keys);
 }
 
 fastattn_status fastattn_check_indices(const fastattn_attention_args *a) {

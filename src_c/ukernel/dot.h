@@ -18,6 +18,16 @@ static fa_matrix dot_keys(float *room, fa_matrix stored, int64_t keys, int64_t h
     return pairs_keys(1, 1, room, stored, keys, head_dim);
 }
 
+/* Where few rows read each key once, no copy pays: as many as share a pointer are read where they lie, too, if they fill a tile. */
+static fa_matrix dot_alone_keys(float *room, fa_matrix stored, int64_t keys, int64_t head_dim) {
+    enum { FEWEST_TOGETHER = 8 };
+    const int64_t together = (int64_t)1 << stored.shift;
+    uintptr_t places = (uintptr_t)stored.stride;
+    if (!stored.rows || together < FEWEST_TOGETHER) return dot_keys(room, stored, keys, head_dim);
+    for (int64_t j = 0; j < keys; j += together) places |= (uintptr_t)fa_row_at(stored, j);
+    return stored.dtype == FASTATTN_BFLOAT16 && head_dim % 2 == 0 && (places & 3) == 0 ? stored : dot_keys(room, stored, keys, head_dim);
+}
+
 /* The product of pairs that lie side by side across. */
 static FA_NOINLINE void dot_across(int rows, int64_t count, const tile_operands *operands) {
     tile_operands x = *operands;
@@ -26,11 +36,15 @@ static FA_NOINLINE void dot_across(int rows, int64_t count, const tile_operands 
 }
 
 static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    const float *row = (const float *)(const void *)(k.at + from * k.stride);
-    const tile_operands x = {.c = s, .a = row, .across = k.stride / (int64_t)sizeof(float), .along = 1,
-                             TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2, .run = (tile_run(head_dim) + 1) / 2,
-                             .ahead = keys};
-    tile_product(TILE_BFLOAT16, rows, keys, x);
+    const int64_t together = k.rows ? (int64_t)1 << k.shift : keys;
+    k = fa_rows_from(k, from);
+    for (int64_t j = 0; j < keys; j += together) {
+        const char *row = fa_row_at(k, j);
+        const tile_operands x = {.c = s + j * ld, .a = (const float *)(const void *)row, .across = k.stride / (int64_t)sizeof(float),
+                                 .along = 1, TILE_PANEL(q, ld), .c_ld = ld, .steps = (head_dim + 1) / 2,
+                                 .run = (tile_run(head_dim) + 1) / 2, .ahead = (int64_t)(fa_row_ahead(k, j) - (uintptr_t)row)};
+        tile_product(TILE_BFLOAT16, rows, keys - j < together ? keys - j : together, x);
+    }
 }
 
 /* turned[pair][key], `pairs` pairs from `first` on of the keys, the last of which fills up the vectors. */
@@ -182,40 +196,49 @@ typedef struct dot_few_keys {
     uintptr_t later[FEW_KEYS];
 } dot_few_keys;
 
-/* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. */
+/* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. Pointers
+ * that each lead to one key are followed here: a call would put all places into memory. */
 FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int64_t j, int64_t keys, int asks, int64_t head_dim) {
     dot_few_keys x;
-    tile_places(rows, j, keys, FEW_KEYS, x.key, x.later);
+    if (rows->shift == 0 && j + FEW_KEYS <= keys) {
+        FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) x.key[i] = tile_row(rows, j + i), x.later[i] = tile_later(rows, j + i);
+    } else
+        tile_places(rows, j, keys, FEW_KEYS, x.key, x.later);
     FA_UNROLL for (int i = 0; i < FEW_KEYS; i++)
         if (asks) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1))); /* rows need not begin with a line */
     return x;
 }
 
-/* sum[key * of_key + row * of_row] of the pairs of 32 numbers, or fewer, from d on, for `keys` keys from the first and `width` rows. */
+/* sum[key * of_key + row * of_row] of the pairs of 32 numbers, or fewer, `at` bytes from the first on, for `keys` keys from the first and
+ * `width` rows. Bytes count alike in queries and keys. */
 FA_INLINE void dot_few_step(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
-                            const dot_few_keys *k, int first, int64_t d, __mmask32 there) {
+                            const dot_few_keys *k, int first, int64_t at, __mmask32 there) {
     FA_UNROLL for (int i = 0; i < keys; i++) {
-        const char *const at = k->key[first + i] + d * 2;
-        const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(there, at);
+        const char *const key = k->key[first + i] + at;
+        const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(key) : _mm512_maskz_loadu_epi16(there, key);
         const simd_f pairs = _mm512_castsi512_ps(bits);
-        if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)(d * 2)));
-        FA_UNROLL for (int r = 0; r < width; r++)
-            sum[i * of_key + r * of_row] = simd_dot_bf16(pairs, simd_load(q + r * pitch + d / 2), sum[i * of_key + r * of_row]);
+        if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)at));
+        FA_UNROLL for (int r = 0; r < width; r++) {
+            simd_f *const to = &sum[i * of_key + r * of_row];
+            *to = simd_dot_bf16(pairs, _mm512_loadu_ps((const char *)(q + r * pitch) + at), *to);
+        }
     }
 }
 
 /* All numbers of these keys and rows. */
 FA_INLINE void dot_few_steps(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
                              const dot_few_keys *k, int first, int64_t head_dim) {
-    enum { OF_A_KEY = 4 * HALVES }; /* numbers of one key that come before those of the next, if one row alone reads them: so they lie in memory */
-    int64_t d = 0;
-    for (; width == 1 && d + OF_A_KEY <= head_dim; d += OF_A_KEY)
+    enum { STEP = 2 * HALVES, OF_A_KEY = 4 * STEP }; /* bytes of one key that come before those of the next, if one row alone reads them: so
+                                                        they lie in memory */
+    const int64_t bytes = 2 * head_dim;
+    int64_t at = 0;
+    for (; width == 1 && at + OF_A_KEY <= bytes; at += OF_A_KEY)
         FA_UNROLL for (int i = 0; i < keys; i++)
-            FA_UNROLL for (int n = 0; n < OF_A_KEY; n += HALVES)
-                dot_few_step(1, 1, of_key, of_row, asks, sum + i * of_key, q, pitch, k, first + i, d + n, 0xffffffffu);
-    for (; d + HALVES <= head_dim; d += HALVES)
-        dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, 0xffffffffu);
-    if (d < head_dim) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
+            FA_UNROLL for (int n = 0; n < OF_A_KEY; n += STEP)
+                dot_few_step(1, 1, of_key, of_row, asks, sum + i * of_key, q, pitch, k, first + i, at + n, 0xffffffffu);
+    for (; at + STEP <= bytes; at += STEP)
+        dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, at, 0xffffffffu);
+    if (at < bytes) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, at, (1u << (bytes - at) / 2) - 1u);
 }
 
 /* The scores of `width` rows, a constant as `first` and `asks` are, with as many keys as fill a vector. */
@@ -332,7 +355,7 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
 }
 
 #define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
-#define DOT_LANES .pack = pairs_pack_1, .keys = dot_keys, DOT_SLOTS
+#define DOT_LANES .pack = pairs_pack_1, DOT_SLOTS
 #define DOT_ALONE                                                                                                                  \
     .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_wide = FEWEST_ALONE,                \
     .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack
@@ -342,8 +365,8 @@ const fa_products fastattn_products_bfloat16_few_avx512 = {
     DOT_ALONE};
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
-    .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512, .qk = dot_rows_qk, DOT_LANES,
-    DOT_ALONE};
+    .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512, .keys = dot_alone_keys,
+    .qk = dot_rows_qk, DOT_LANES, DOT_ALONE};
 
 static const fa_products dot_few = {
     .name = "bfloat16_by_rows_avx512", .most_beside = TILE_MOST_BESIDE, .pack = dot_few_pack, .qk = dot_by_rows_qk, .softmax = rows_softmax,
@@ -352,8 +375,8 @@ static const fa_products dot_few = {
 const fa_products fastattn_products_bfloat16_avx512 = {
     .name = "bfloat16_avx512", .isa = FASTATTN_ISA_AVX512, .fewest_rows = FEWEST_LANES, .fewest_rows_wide = FEWEST_LANES,
     .alone = &fastattn_products_bfloat16_rows_avx512, .few = &dot_few, .panel_rows = FA_PANEL_ROWS,
-    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = dot_values, .qk = dot_qk, .pv = dot_pv,
-    .unpack = unpack, DOT_LANES};
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .keys = dot_keys, .values = dot_values, .qk = dot_qk,
+    .pv = dot_pv, .unpack = unpack, DOT_LANES};
 
 #undef DOT_ALONE
 #undef DOT_LANES

@@ -21,6 +21,9 @@ enum { TILE_FLOAT32, TILE_BFLOAT16, TILE_INT16 };
 /* By rows, what a tile asks memory for: the first half of what will be read in the place of its strip, the last, and the line that it ends in. */
 enum { TILE_ASKS_FIRST = 1, TILE_ASKS_LAST = 2, TILE_ASKS_END = 4 };
 
+/* Else, of how many rows of elements it asks for a line each, in as many steps as the line lasts. */
+enum { TILE_ASKED = 16 };
+
 /* What is a constant wherever a tile is inlined. Pairs of halves are a panel of float32 to this file. */
 typedef struct tile_kind {
     int multiply;
@@ -117,8 +120,8 @@ typedef struct tile_operands {
     fastattn_dtype storage; /* and what their numbers are: the panel is of float32 else */
     int64_t lanes;       /* of a ragged panel */
     int64_t steps, run;
-    int64_t ahead; /* rows of elements (whose `along` is 1) from those in use to what will be read next, which memory is asked for
-                      meanwhile, as for the rows of a panel; 0: nothing */
+    int64_t ahead; /* bytes from the elements in use (whose `along` is 1) to what will be read next, which memory is asked for meanwhile; by
+                      rows any but 0, and `rows` says where; 0: nothing */
     int ends, asks; /* by rows: whether the strip is the last of its rows, and what the tile asks for */
     const float *units, *lane_units;
 } tile_operands;
@@ -140,7 +143,6 @@ FA_INLINE const char *tile_panel(tile_kind kind, const tile_operands *x, int64_t
 /* By rows, what will be read in the place of a row. Else rows of elements come as their lines are used up: one line with each step, those
  * of up to 16 rows in the 16 steps that a line lasts. With many rows in the panel the processor is in time itself. */
 FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, int64_t n, int w, fastattn_dtype storage) {
-    enum { LINE = 16 };
     if (kind.paired) { /* a line that has been asked for costs less than to ask whether it has */
         const uintptr_t later = tile_later(&x->rows, n);
         const int64_t bytes = vectors * SIMD_LANES * fa_size_of(storage);
@@ -158,8 +160,8 @@ FA_INLINE void tile_fetch(tile_kind kind, int vectors, const tile_operands *x, i
             FA_UNROLL for (int64_t at = half; at < bytes; at += 64) simd_fetch((const char *)(later + (uintptr_t)at));
         if (x->asks & TILE_ASKS_END) simd_fetch((const char *)(later + (uintptr_t)(bytes - 1))); /* a row need not end with a line */
     } else if (vectors <= 3) {
-        const int64_t element = n + (n % LINE + x->ahead) * x->across;
-        simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)element * sizeof(float)));
+        const int64_t element = n + n % TILE_ASKED * x->across;
+        simd_fetch((const char *)((uintptr_t)x->a + (uintptr_t)(element * (int64_t)sizeof(float) + x->ahead)));
     }
 }
 
@@ -294,6 +296,7 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
             if (kind.beside || n == 2 || tiles == 1) x.asks |= TILE_ASKS_LAST | (x.ends ? TILE_ASKS_END : 0);
         }
         tile_of(kind, width, vectors, &x);
+        if (!kind.by_rows && count <= TILE_ASKED) x.ahead = 0; /* all have been asked for */
         x.c += width * x.c_ld;
         x.a += width * x.across;
         if (kind.by_rows && x.alpha) x.alpha += width;
