@@ -88,8 +88,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     shape->full_lanes = products == call->uk->products && !call->stored.quantised;
     plan_splits(call, shape);
     const fa_ways ways = fastattn_ways(call, shape);
-    for (int way = 0; way < FA_WAYS; way++)
-        shape->prepared[way] = (way == FA_PREFERRED || (way == FA_EXACT && products->fits)) && !as_stored(call, shape, ways.of[way]);
+    const int taken[FA_WAYS] = {1, products->fits != NULL, call->stored.widened}; /* for more than what is as it has to be */
+    for (int way = 0; way < FA_WAYS; way++) shape->prepared[way] = taken[way] && !as_stored(call, shape, ways.of[way]);
 }
 
 static int64_t keys_of(const fastattn_attention_args *a, int64_t b) {
@@ -313,9 +313,9 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
     const int pairs = args->q_dtype == FASTATTN_BFLOAT16 && args->kv_dtype == FASTATTN_BFLOAT16;
     if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
+    call->stored.widened = args->kv_dtype != FASTATTN_FLOAT32 && !call->uk->few_quantised;
     if (FA_UNLIKELY(call->stored.quantised)) {
         const fa_products *few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
-        call->stored.widened = !few;
         if (few) call->few = few;
     }
     call->workers = args->num_threads > 1 ? args->num_threads : 1;

@@ -86,7 +86,7 @@ typedef struct fa_heads {
 /* How keys and values lie. */
 typedef struct fa_stored {
     int quantised; /* the products by rows read them, others what they become in float32, run by run */
-    int widened;   /* they become that for few rows, too */
+    int widened;   /* few rows read keys of float32 alone, which these are not */
     int apart;     /* there are gaps between the rows of keys or values, as between pages */
     int v_in_k;    /* values are the first numbers of their keys, as those of latents are */
     int64_t k_bytes, v_bytes; /* of a row */

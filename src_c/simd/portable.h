@@ -10,7 +10,7 @@
 #define SIMD_LANES 4
 #define SIMD_TILE_VECTORS 2 /* vectors of rows in a register tile, at most */
 #define SIMD_TILE_WIDTH(vectors) 4 /* broadcast elements beside them */
-#define SIMD_CONSTANT_STORAGE /* a tile for each storage type: compilers keep the sums of a tile that serves all of them in memory */
+#define SIMD_PLAIN /* vectors are what compilers make of loops: keys of 16 bits become float32 a run at a time, for few rows too */
 
 typedef struct simd_f { float lane[4]; } simd_f;
 typedef struct simd_m { int lane[4]; } simd_m;

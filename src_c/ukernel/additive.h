@@ -51,5 +51,5 @@ FA_INLINE void additive_rows_of(float *s, const float *q, int ld, int rows, fa_m
 }
 
 static void additive_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    FA_BY_STORAGE(k.dtype, additive_rows_of, s, q, ld, rows, fa_rows_from(k, from), keys, head_dim)
+    FA_BY_STORAGE_OF_KEYS(k.dtype, additive_rows_of, s, q, ld, rows, fa_rows_from(k, from), keys, head_dim)
 }

@@ -301,20 +301,20 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
 static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
 #ifdef SIMD_QUADS
     if (fit_quads(rows, head_dim)) {
-        FA_BY_STORAGE(k.dtype, quads_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+        FA_BY_STORAGE_OF_KEYS(k.dtype, quads_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
         return;
     }
 #endif
-    FA_BY_STORAGE(k.dtype, turned_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    FA_BY_STORAGE_OF_KEYS(k.dtype, turned_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     if (rows > SHORT_ROWS)
         turned_qk(s, q, ld, rows, k, from, keys, head_dim);
     else if (k.beside) {
-        FA_BY_STORAGE(k.dtype, beside_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+        FA_BY_STORAGE_OF_KEYS(k.dtype, beside_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
     } else {
-        FA_BY_STORAGE(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+        FA_BY_STORAGE_OF_KEYS(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
     }
 }
 
@@ -351,7 +351,7 @@ FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
-#ifdef SIMD_CONSTANT_STORAGE
+#ifdef SIMD_PLAIN /* a tile for each storage type: compilers keep the sums of one that serves all of them in memory */
     FA_BY_STORAGE(v.dtype, rows_pv_of, fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim)
 #else
     rows_pv_of(fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim, v.dtype);

@@ -54,7 +54,7 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
 #define FA_FLOAT32_ROWS(instructions, block_size) .pack = rows_pack, FA_ROWS(instructions, block_size, rows_pv)
 #define FA_ROWS(instructions, block_size, second)                                                                        \
     .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
-    .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = as_stored, .values = as_stored, .pv = second,       \
+    .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = KEYS_OF_ROWS, .values = as_stored, .pv = second,    \
     .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
 /* What reads quantised rows as they are stored. */

@@ -296,8 +296,8 @@ typedef struct fa_ukernel {
     const fa_products *products; /* in float32, for every storage type: lanes are rows */
     const fa_products *few;      /* the same by rows, for fewer than any products want */
     const fa_products *turned;   /* as few, but that any number of rows gets the bits of `products` */
-    const fa_products *few_quantised; /* these over quantised keys and values, which become numbers in registers; or null: a run at a time
-                                         becomes float32 for few rows as for many */
+    const fa_products *few_quantised; /* these over quantised keys and values, which become numbers in registers; or null: then products by
+                                         rows read keys of float32 alone, which a run at a time becomes for few rows as for many */
 
     /* The same two for additive scores, s[key][row] = sum over d of w[row][d] * tanh(k[from + key][d] + q[d][row]), with tanh to six
      * units in the last place: in the panel of queries those of w follow the numbers of q, from number fa_sums_row(head_dim) on. */
