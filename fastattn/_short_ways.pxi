@@ -311,22 +311,46 @@ def attention_plain(
     return (out_array, lse) if return_lse is True else out_array
 
 
-def paged_plain(q, k_pages, v_pages, np.ndarray block_table, kv_lengths, causal):
-    """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence, or None.
+cdef np.ndarray own_pages(block_table):
+    """A copy of a table of pages, int32 and contiguous, which nobody can change while a kernel runs; None if it is no ordinary one.
 
-    Nobody else has the table, int32 ``(B, most)``, which is contiguous."""
+    A page beyond int32 becomes -1, which the library refuses where it would read it."""
+    cdef np.ndarray table, own
+    cdef np.npy_intp b, n
+    cdef int64_t page
+    cdef const char *at
+    cdef int32_t *to
+    if not lies_well(block_table) or np.PyArray_NDIM(<np.ndarray>block_table) != 2:
+        return None
+    table = block_table
+    if np.PyArray_SIZE(table) == 0 or (np.PyArray_TYPE(table) != np.NPY_INT64 and np.PyArray_TYPE(table) != np.NPY_INT32):
+        return None
+    own = np.PyArray_EMPTY(2, table.shape, np.NPY_INT32, 0)
+    to = <int32_t *>np.PyArray_DATA(own)
+    for b in range(table.shape[0]):
+        at = <const char *>np.PyArray_DATA(table) + b * table.strides[0]
+        for n in range(table.shape[1]):
+            page = (<const int64_t *>at)[0] if np.PyArray_ITEMSIZE(table) == 8 else (<const int32_t *>at)[0]
+            to[n] = <int32_t>page if <int32_t>page == page else -1
+            at += table.strides[1]
+        to += table.shape[1]
+    return own
+
+
+def paged_plain(q, k_pages, v_pages, block_table, kv_lengths, causal):
+    """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence of a table, or None."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
     cdef engine_settings found
-    cdef np.ndarray queries, k, v, out
+    cdef np.ndarray queries, k, v, out, table = own_pages(block_table)
     cdef np.npy_intp shape[3]
     cdef int64_t starts[MOST_ENTRIES + 1]
     cdef int64_t lengths[MOST_ENTRIES]
-    cdef int64_t b, batch = block_table.shape[0]
+    cdef int64_t b, batch
     cdef int axis, type_num, kv_type_num
-    if not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or (causal is not True and causal is not False):
+    if table is None or not lies_well(q) or np.PyArray_NDIM(<np.ndarray>q) != 3 or (causal is not True and causal is not False):
         return None
-    queries, type_num = q, np.PyArray_TYPE(<np.ndarray>q)
+    queries, type_num, batch = q, np.PyArray_TYPE(<np.ndarray>q), table.shape[0]
     kv_type_num = np.PyArray_TYPE(<np.ndarray>k_pages) if lies_well(k_pages) else np.NPY_VOID
     if not go_together(type_num, kv_type_num) or not is_plain(k_pages, kv_type_num) or not is_plain(v_pages, kv_type_num):
         return None
@@ -340,7 +364,7 @@ def paged_plain(q, k_pages, v_pages, np.ndarray block_table, kv_lengths, causal)
         return None
     if k.shape[1] == 0 or queries.shape[1] % k.shape[1] or batch == 0 or queries.shape[0] % batch:
         return None
-    if not take_ints(kv_lengths, batch, 0, k.shape[2] * block_table.shape[1], lengths):
+    if not take_ints(kv_lengths, batch, 0, k.shape[2] * table.shape[1], lengths):
         return None
     if find_settings(&found):
         return None
@@ -359,9 +383,9 @@ def paged_plain(q, k_pages, v_pages, np.ndarray block_table, kv_lengths, causal)
     copy_strides(args.v_strides, v, 3)
     args.scale, args.causal = <float>(1.0 / sqrt(<double>k.shape[3])), causal is True
     args.cu_seqlens_q, args.kv_lengths = starts, lengths
-    args.block_table, args.block_table_stride = <const int32_t *>np.PyArray_DATA(block_table), block_table.strides[0]
+    args.block_table, args.block_table_stride = <const int32_t *>np.PyArray_DATA(table), table.strides[0]
     args.num_pages, args.page_size = k.shape[0], k.shape[2]
-    args.kv_len = k.shape[2] * block_table.shape[1]
+    args.kv_len = k.shape[2] * table.shape[1]
     args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     if PyThread_get_thread_ident() == main_thread:
         args.interrupted = interrupted

@@ -148,26 +148,15 @@ def paged_plain(q, k, v, block_table, kv_lengths, causal):
     return runtime._state.paged_plain(q, k, v, block_table, kv_lengths, causal)
 
 
-def _own_table(table, pages):
-    """A copy of a table of pages, int32, as long as it is an ordinary one of so many at most; else None."""
-    if type(table) is not np.ndarray or table.ndim != 2 or table.dtype.char not in "ilq" or table.size == 0:
-        return None
-    if table.itemsize == 8 and not (table.min() >= 0 and table.max() < min(pages, 2**31)):
-        return None
-    return np.array(table, np.int32, order="C")
-
-
 def _directly(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, but that ordinary arguments go straight to the engine."""
 
     @wraps(function)
     def paged_attention(q, k_pages, v_pages, block_table, kv_lengths, *, causal=False, **rules):
         if not rules and type(k_pages) is type(v_pages) is np.ndarray and k_pages.ndim == v_pages.ndim == 4:
-            table = _own_table(block_table, len(k_pages))
-            if table is not None:
-                out = paged_plain(q, k_pages.swapaxes(1, 2), v_pages.swapaxes(1, 2), table, kv_lengths, causal)
-                if out is not None:
-                    return out
+            out = paged_plain(q, k_pages.swapaxes(1, 2), v_pages.swapaxes(1, 2), block_table, kv_lengths, causal)
+            if out is not None:
+                return out
         return function(q, k_pages, v_pages, block_table, kv_lengths, causal=causal, **rules)
 
     return paged_attention
