@@ -52,7 +52,7 @@ AARCH64 = ("float32_portable", "float32_neon")
 KERNELS = {
     ("x86_64",): (*X86_64, "bfloat16_amx"),
     ("win_amd64",): X86_64,
-    ("aarch64", "0_arm64"): (*AARCH64, "bfloat16_neon"),  # Linux, and a version of macOS
+    ("aarch64", "0_arm64"): (*AARCH64, "bfloat16_neon", "bytes_rows_neon"),  # Linux, and a version of macOS
     ("win_arm64",): AARCH64,
 }
 

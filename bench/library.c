@@ -3,9 +3,9 @@
  *     library QUERIES KEYS ROUNDS CALLS SIDE...
  *
  * prints for each side the smallest mean of CALLS calls in nanoseconds; the sides take turns ROUNDS times. A side is an instruction
- * set ("best", "neon", ...), with "+bfloat16" on arrays of that type, with "+planned" run again and again by a plan made once; "plain",
- * the online softmax as a C programmer writes it down; or, where the program is linked with OpenBLAS, "gemms", its two products with a
- * softmax between. */
+ * set ("best", "neon", ...), with "+bfloat16" on arrays of that type, with "+int8" or "+int4" on keys and values that are kept so and queries
+ * of bfloat16, with "+planned" run again and again by a plan made once; "plain", the online softmax as a C programmer writes it down; or,
+ * where the program is linked with OpenBLAS, "gemms", its two products with a softmax between. */
 #define _POSIX_C_SOURCE 199309L
 
 #include <fastattn.h>
@@ -25,6 +25,7 @@ enum { DIM = 64, MOST_QUERIES = 64, MOST_KEYS = 8192, MOST_SIDES = 8 };
 
 static alignas(64) float q[MOST_QUERIES * DIM], k[MOST_KEYS * DIM], v[MOST_KEYS * DIM], out[MOST_QUERIES * DIM];
 static alignas(64) uint16_t q16[MOST_QUERIES * DIM], k16[MOST_KEYS * DIM], v16[MOST_KEYS * DIM], out16[MOST_QUERIES * DIM];
+static alignas(64) unsigned char quantised[2][2][MOST_KEYS * (DIM + 4)]; /* int8 and int4, keys and values */
 static alignas(64) unsigned char workspace[1 << 20], of_plan[1 << 20];
 static int queries, keys;
 
@@ -88,6 +89,7 @@ struct side {
     const char *name;
     void (*run)(void);
     int bfloat16;
+    float tolerance;
     fastattn_attention_args args;
     const fastattn_plan *plan;
 };
@@ -101,12 +103,29 @@ static void call(const struct side *side) {
                 expect_ok(fastattn_plan_run(side->plan, phase, item, 0));
 }
 
+/* Keys and values as they are kept in a cache of int8 or int4. */
+static void quantise(fastattn_attention_args *a, fastattn_dtype dtype) {
+    const int64_t bytes = dtype == FASTATTN_INT8 ? DIM + 4 : DIM / 32 * 18;
+    static int64_t slots[MOST_KEYS];
+    unsigned char(*const to)[sizeof quantised[0][0]] = quantised[dtype == FASTATTN_INT4];
+    for (int n = 0; n < keys; n++) slots[n] = n;
+    for (int n = 0; n < 2; n++) {
+        const fastattn_store_args store = {.size = sizeof store, .batch = 1, .new_len = keys, .num_heads = 1, .head_dim = DIM, .from = n ? v : k,
+                                           .from_strides = {0, DIM * 4, 0}, .to = to[n], .to_dtype = dtype, .num_pages = keys, .page_size = 1,
+                                           .to_strides = {bytes, 0, 0}, .slots = slots};
+        expect_ok(fastattn_store(&store));
+    }
+    a->kv_dtype = dtype, a->k = to[0], a->v = to[1];
+    a->k_strides[2] = a->v_strides[2] = bytes;
+}
+
 static struct side side_of(const char *name) {
-    struct side side = {name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, FASTATTN_ATTENTION_ARGS_INIT, NULL};
+    struct side side = {name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, 1e-4f, FASTATTN_ATTENTION_ARGS_INIT, NULL};
     if (side.run) return side;
     const size_t length = strcspn(name, "+");
     fastattn_attention_args *a = &side.args;
-    side.bfloat16 = !strcmp(name + length, "+bfloat16");
+    const fastattn_dtype kept = !strcmp(name + length, "+int8") ? FASTATTN_INT8 : !strcmp(name + length, "+int4") ? FASTATTN_INT4 : FASTATTN_BFLOAT16;
+    side.bfloat16 = kept != FASTATTN_BFLOAT16 || !strcmp(name + length, "+bfloat16");
     a->isa = (fastattn_isa)-1; /* no such set, which is an error */
     for (int isa = FASTATTN_ISA_BEST; fastattn_isa_name((fastattn_isa)isa); isa++) {
         const char *known = fastattn_isa_name((fastattn_isa)isa);
@@ -120,6 +139,8 @@ static struct side side_of(const char *name) {
     a->out = side.bfloat16 ? (void *)out16 : out;
     a->q_strides[2] = a->k_strides[2] = a->v_strides[2] = a->out_strides[2] = DIM * bytes;
     a->scale = 0.125f;
+    if (side.bfloat16) side.tolerance = kept == FASTATTN_INT4 ? 0.2f : kept == FASTATTN_INT8 ? 2e-2f : 1e-2f;
+    if (kept != FASTATTN_BFLOAT16) quantise(a, kept);
     if (!strcmp(name + length, "+planned")) expect_ok(fastattn_attention_plan(a, of_plan, sizeof of_plan, &side.plan));
     return side;
 }
@@ -143,7 +164,7 @@ static void check(const struct side *side, const float *right) {
         uint32_t bits = (uint32_t)out16[n] << 16;
         float number = out[n];
         if (side->bfloat16) memcpy(&number, &bits, sizeof number);
-        if (fabsf(number - right[n]) <= (side->bfloat16 ? 1e-2f : 1e-4f)) continue;
+        if (fabsf(number - right[n]) <= side->tolerance) continue;
         fprintf(stderr, "library: %s is wrong\n", side->name);
         exit(1);
     }

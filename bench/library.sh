@@ -8,7 +8,8 @@
 #   wasm      a build with SIMD128 and one without under node, 64 queries. Wanted: 2.5 times as fast
 #   aarch64   instructions of a call under qemu-aarch64, 64 queries: those of a second call, so that nothing else of the program counts.
 #             Wanted: NEON takes at most a third of portable, and at most 1.05 times OpenBLAS's two products and a softmax (with
-#             vectors of powers), the former from PyPI's package scipy-openblas32 for AArch64
+#             vectors of powers), the former from PyPI's package scipy-openblas32 for AArch64. Also bfloat16, and a few queries of it over
+#             keys and values of int8 and int4: on processors with SDOT, and without
 #
 # Sides take turns in one process (those of WebAssembly are two, which take turns), and the smallest of their times counts. What
 # cannot run here is named, and the others run.
@@ -65,11 +66,11 @@ wasm() {
     done
 }
 
-# count CPU SIDE KEYS: "SIDE NUMBER", the instructions of a second call.
+# count CPU SIDE KEYS [QUERIES]: "SIDE NUMBER", the instructions of a second call.
 count() {
     for calls in 1 2; do
         qemu-aarch64 -L /usr/aarch64-linux-gnu -U OPENBLAS_CORETYPE -E OPENBLAS_NUM_THREADS=1 -E LD_LIBRARY_PATH="$blas:$build" -cpu "$1" \
-            -plugin "$build/instructions.so" "$build/aarch64.bin" 64 "$3" 1 "$calls" "$2" 2>&1 >/dev/null
+            -plugin "$build/instructions.so" "$build/aarch64.bin" "${4-64}" "$3" 1 "$calls" "$2" 2>&1 >/dev/null
     done | awk -v side="$2" '$1 == "instructions" { if (first) print side, $2 - first; first = $2 }'
 }
 
@@ -95,6 +96,13 @@ aarch64() {
         [ -z "$blas" ] || ratio "aarch64: $keys keys, instructions" neon gemms <"$build/counts"
         for side in portable+bfloat16 best+bfloat16; do count max $side $keys; done |
             ratio "aarch64: $keys keys of bfloat16, instructions" best+bfloat16 portable+bfloat16
+    done
+    for kept in int8 int4; do
+        for queries in 1 4; do
+            { count cortex-a72 best+$kept 1024 $queries | sed 's/^[^ ]*/without/'
+              count cortex-a76 best+$kept 1024 $queries | sed 's/^[^ ]*/sdot/'; } |
+                ratio "aarch64: $queries queries, 1024 keys of $kept, instructions" without sdot
+        done
     done
 }
 

@@ -78,8 +78,21 @@ static unsigned detect(void) {
 
 #include <sys/auxv.h>
 static unsigned detect(void) {
-    const unsigned long bf16 = 1ul << 14; /* HWCAP2_BF16, which older headers do not name */
-    return getauxval(AT_HWCAP2) & bf16 ? FA_CPU_BFDOT : 0;
+    const unsigned long dotprod = 1ul << 20, bf16 = 1ul << 14; /* HWCAP_ASIMDDP and HWCAP2_BF16, which older headers do not name */
+    return (getauxval(AT_HWCAP) & dotprod ? FA_CPU_DOTPROD : 0) | (getauxval(AT_HWCAP2) & bf16 ? FA_CPU_BFDOT : 0);
+}
+
+#elif defined(__aarch64__)
+
+static unsigned detect(void) {
+    unsigned features = 0;
+#ifdef __ARM_FEATURE_DOTPROD
+    features |= FA_CPU_DOTPROD;
+#endif
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+    features |= FA_CPU_BFDOT;
+#endif
+    return features;
 }
 
 #else

@@ -1,5 +1,5 @@
 /* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add, and beside them the products of the
- * extension bf16. */
+ * extensions bf16 and dotprod. */
 #include "ukernel.h"
 
 #ifdef FA_HOLDS_NEON
@@ -13,5 +13,11 @@ FA_TABLE(neon, FASTATTN_ISA_NEON, 64, &neon_few_quantised)
 #include "target_bf16.h"
 #include "bfdot.h"
 #include "target_end.h"
+
+#ifdef SIMD_BYTES
+const fa_products fastattn_products_bytes_neon = {
+    .name = "bytes_rows_neon", .pack = FA_QUANTISED(fastattn_quantised_pack_sdot), .qk = FA_QUANTISED(fastattn_quantised_qk_sdot),
+    .softmax = rows_softmax, FA_ROWS(FASTATTN_ISA_NEON, 64, FA_QUANTISED(fastattn_quantised_pv_sdot))};
+#endif
 
 #endif

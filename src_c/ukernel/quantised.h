@@ -44,4 +44,10 @@ void fastattn_quantised_qk_vnni(float *s, const float *q, int ld, int rows, fa_m
 void fastattn_quantised_pv_vnni(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                                 int64_t v_head_dim);
 
+/* And by SDOT of AArch64. */
+void fastattn_quantised_pack_sdot(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype, float sign);
+void fastattn_quantised_qk_sdot(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim);
+void fastattn_quantised_pv_sdot(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                                int64_t v_head_dim);
+
 #endif

@@ -104,7 +104,7 @@ FA_INLINE void quantised_scores(int rows, float *s, int ld, const float *q, int6
     const int tile_keys = SHORT_SUMS / rows;
     for (int64_t first = 0; first < keys; first += tile_keys) {
         simd_f sum[SHORT_SUMS];
-        if (rows == 4)
+        if (rows == 4 && SIMD_LANES > 4) /* of short vectors a key takes so many that a loop over keys is nothing beside them */
             FA_UNROLL for (int j = 0; j < SHORT_SUMS / 4; j++)
                 quantised_products(4, sum + j, SHORT_SUMS / 4, q, pitch, k, first + j, keys, dim, dtype);
         else

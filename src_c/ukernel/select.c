@@ -75,6 +75,10 @@ const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa 
     if (halves && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) &&
         fastattn_cpu_has(FA_CPU_AVX512_VNNI))
         return &fastattn_products_bytes_avx512;
+#elif defined(FA_HOLDS_NEON) && defined(__GNUC__)
+    const int halves = q_dtype != FASTATTN_FLOAT32 || precision == FASTATTN_PRECISION_MEDIUM;
+    if (halves && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_NEON) && fastattn_cpu_has(FA_CPU_DOTPROD))
+        return &fastattn_products_bytes_neon;
 #else
     (void)limit, (void)q_dtype, (void)precision;
 #endif

@@ -398,7 +398,7 @@ extern const fa_ukernel fastattn_ukernel_neon;
 extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_few_avx512;
 extern const fa_products fastattn_products_int16_avx512, fastattn_products_bytes_avx512;
-extern const fa_products fastattn_products_bfloat16_neon;
+extern const fa_products fastattn_products_bfloat16_neon, fastattn_products_bytes_neon;
 extern const fa_products fastattn_products_bfloat16_amx;
 extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;
 

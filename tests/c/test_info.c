@@ -1,6 +1,8 @@
 /* What the library says about itself and about a call. */
 #include "problem.h"
 
+#include "ukernel/ukernel.h"
+
 #include <stdio.h>
 #include <string.h>
 #if defined(__aarch64__) && defined(__linux__)
@@ -122,8 +124,8 @@ TEST(info_what_was_left_out_is_refused) {
 }
 
 #if defined(__aarch64__) && defined(__linux__)
-/* The products of bfloat16 where the system says that the processor has them, and there alone. */
-TEST(info_chooses_bfloat16_by_the_processor) {
+/* The products of bfloat16, and those of bytes, where the system says that the processor has them, and there alone. */
+TEST(info_chooses_products_by_the_processor) {
     static const struct spec spec = {.name = "bfloat16", .q_len = 100, .kv_len = 100, .head_dim = 16,
                                      .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16};
     struct problem problem;
@@ -132,6 +134,9 @@ TEST(info_chooses_bfloat16_by_the_processor) {
     CHECK_STATUS(fastattn_explain(&problem.args, &info), FASTATTN_OK);
     const char *wanted = getauxval(AT_HWCAP2) >> 14 & 1 ? "bfloat16_neon" : "float32_neon";
     CHECK(!strcmp(info.kernel, wanted), "%s, not %s", info.kernel, wanted);
+    const fa_products *few = fastattn_quantised_select(&fastattn_ukernel_neon, FASTATTN_ISA_BEST, FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST);
+    wanted = getauxval(AT_HWCAP) >> 20 & 1 ? "bytes_rows_neon" : "quantised_rows_neon";
+    CHECK(!strcmp(few->name, wanted), "%s, not %s", few->name, wanted);
 }
 #endif
 

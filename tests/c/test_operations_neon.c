@@ -1,4 +1,4 @@
-/* The operations of simd/neon.h, and those of the extension bf16. */
+/* The operations of simd/neon.h, and those of the extensions bf16 and dotprod. */
 #include "ukernel/ukernel.h"
 
 #ifdef FA_HOLDS_NEON
@@ -61,12 +61,33 @@ static void check_bf16(struct rng *rng) {
 #include "ukernel/target_end.h"
 #endif
 
+#ifdef SIMD_BYTES
+static void check_bytes(struct rng *rng) {
+    int8_t x[2][16];
+    int32_t c[4], found[4];
+    for (int n = 0; n < TRIPLES / 4; n++) {
+        for (int m = 0; m < 2; m++)
+            for (int i = 0; i < 16; i++) x[m][i] = (int8_t)random_between(rng, -128, 127);
+        EACH_LANE(i) c[i] = (int32_t)random_between(rng, -1000000, 1000000);
+        vst1q_s32(found, simd_dot_bytes(vld1q_s8(x[0]), vld1q_s8(x[1]), vld1q_s32(c)));
+        EACH_LANE(i) {
+            for (int m = 4 * i; m < 4 * i + 4; m++) c[i] += x[0][m] * x[1][m];
+            CHECK(found[i] == c[i], "lane %d of simd_dot_bytes is %d, not %d", i, (int)found[i], (int)c[i]);
+        }
+    }
+}
+#endif
+
 TEST(operations_of_neon) {
     check_operations();
 #ifdef SIMD_PAIRS
     struct rng rng = {4};
     check_permutations(&rng);
     if (fastattn_cpu_has(FA_CPU_BFDOT)) check_bf16(&rng);
+#endif
+#ifdef SIMD_BYTES
+    struct rng of_bytes = {5};
+    if (fastattn_cpu_has(FA_CPU_DOTPROD)) check_bytes(&of_bytes);
 #endif
 }
 

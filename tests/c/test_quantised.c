@@ -164,6 +164,61 @@ TEST_EACH_ISA(queries_of_16_bits_are_multiplied_exactly_however_far_apart) {
             }
 }
 
+/* Rows of one size, times a power of two, and scales of theirs: what fits no integers is multiplied in float32, and all else as ever. */
+static void scale_rows(char *rows, int64_t keys, int64_t dim, int power, float *numbers) {
+    for (int64_t n = 0; n < KV_HEADS * keys; n++) {
+        float scale;
+        char *at = rows + n * row_bytes(FASTATTN_INT8, dim) + dim;
+        memcpy(&scale, at, sizeof scale);
+        scale = ldexpf(scale, power);
+        memcpy(at, &scale, sizeof scale);
+        for (int64_t d = 0; d < dim; d++) numbers[n * dim + d] = ldexpf(numbers[n * dim + d], power);
+    }
+}
+
+TEST_EACH_ISA(queries_of_16_bits_are_multiplied_whatever_their_size) {
+    enum { QUERIES = 3, KEYS = 70, DIM = 64 };
+    static const struct { int q, k, v; float odd; } cases[] = {
+        {0, 0, 0, 0}, {-95, 95, 0, 0}, {110, -110, 0, 0}, {0, 0, -110, 0}, {0, 0, 90, 0}, {0, 0, 0, NAN}, {0, 0, 0, INFINITY}};
+    struct rng rng = {8};
+    for (size_t n = 0; n < COUNT(cases); n++) {
+        float numbers[2][KV_HEADS * KEYS * DIM], wide_q[HEADS * QUERIES * DIM];
+        uint16_t q[HEADS * QUERIES * DIM];
+        float out[HEADS * QUERIES * DIM], lse[2][HEADS * QUERIES];
+        uint16_t half_out[HEADS * QUERIES * DIM];
+        fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
+        context("queries times 2**%d, keys 2**%d, values 2**%d, one number %g", cases[n].q, cases[n].k, cases[n].v, (double)cases[n].odd);
+        for (int i = 0; i < HEADS * QUERIES * DIM; i++) store(FASTATTN_BFLOAT16, q + i, ldexp(random_signed(&rng), cases[n].q));
+        if (cases[n].odd != 0) store(FASTATTN_BFLOAT16, q + DIM + 5, (double)cases[n].odd);
+        for (int i = 0; i < HEADS * QUERIES * DIM; i++) wide_q[i] = (float)load(FASTATTN_BFLOAT16, q + i);
+        char *k = rows_build(&rng, KEYS, KEYS, DIM, FASTATTN_INT8, GUARD_BEHIND, args.k_strides, numbers[0]);
+        char *v = rows_build(&rng, KEYS, KEYS, DIM, FASTATTN_INT8, GUARD_BEHIND, args.v_strides, numbers[1]);
+        scale_rows(k, KEYS, DIM, cases[n].k, numbers[0]), scale_rows(v, KEYS, DIM, cases[n].v, numbers[1]);
+        args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.q_len = QUERIES, args.kv_len = KEYS;
+        args.head_dim = args.v_head_dim = DIM, args.scale = 0.3f, args.isa = test_isa, args.kv_dtype = FASTATTN_INT8, args.k = k, args.v = v;
+        args.lse_strides[1] = QUERIES * 4, args.lse_strides[2] = 4;
+        fastattn_attention_args halves = args;
+        args.q = wide_q, args.q_strides[1] = QUERIES * DIM * 4, args.q_strides[2] = DIM * 4, args.out = out, args.lse = lse[0];
+        args.out_strides[1] = args.q_strides[1], args.out_strides[2] = args.q_strides[2];
+        halves.q = q, halves.q_dtype = FASTATTN_BFLOAT16, halves.q_strides[1] = QUERIES * DIM * 2, halves.q_strides[2] = DIM * 2;
+        halves.out = half_out, halves.out_strides[1] = QUERIES * DIM * 2, halves.out_strides[2] = DIM * 2, halves.lse = lse[1];
+        guard_seal();
+        CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
+        CHECK_STATUS(fastattn_attention(&halves, NULL, 0), FASTATTN_OK);
+        guard_check();
+        for (int i = 0; i < HEADS * QUERIES; i++)
+            CHECK(fabsf(lse[0][i] - lse[1][i]) <= 4e-6f || (isnan(lse[0][i]) && isnan(lse[1][i])), "lse %d is %.9g, not %.9g", i, (double)lse[1][i],
+                  (double)lse[0][i]);
+        for (int i = 0; i < HEADS * QUERIES * DIM; i++) {
+            const double found = load(FASTATTN_BFLOAT16, half_out + i);
+            CHECK(fabs(found - out[i]) <= ldexp(1.2e-2, cases[n].v) || (isnan(found) && isnan(out[i])), "number %d is %g, not %g", i, found,
+                  (double)out[i]);
+            CHECK(cases[n].odd != 0 || (isfinite(found) && found != 0), "number %d is %g", i, found);
+        }
+        guard_release();
+    }
+}
+
 TEST(what_cannot_be_quantised_is_refused_and_nothing_is_written) {
     float from[2][64] = {{0}};
     char to[2][64 + 4];
