@@ -11,14 +11,11 @@ typedef struct call {
     int exists; /* all of the memory that it speaks of */
 } call;
 
-static int64_t size_of(int dtype) { return dtype == FASTATTN_BOOL ? 1 : dtype == FASTATTN_FLOAT32 ? 4 : dtype == FASTATTN_FLOAT64 ? 8 : 2; }
-
 static fuzz_array array(fuzz_input *in, call *x, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int dtype, int64_t *strides) {
     const int64_t shape[3] = {batch, heads, rows};
-    const int of_bytes = dtype == FASTATTN_INT8 || dtype == FASTATTN_INT4; /* scales included; of sizes that are refused, whatever */
-    if (of_bytes && dim >= 0 && dim < 1 << 20) dim = dtype == FASTATTN_INT8 ? dim + 4 : dim / 32 * 18;
-    const fuzz_array made =
-        fuzz_array_make(in, shape, strides, 3, dim, of_bytes ? 1 : size_of(dtype), dtype == FASTATTN_FLOAT32 || of_bytes ? FUZZ_FLOATS : 0);
+    int64_t size;
+    const int64_t packed = fuzz_row(dtype, dim, &size);
+    const fuzz_array made = fuzz_array_make(in, shape, strides, 3, packed, size, size == 4 || size == 1 ? FUZZ_FLOATS : 0);
     x->exists &= made.exists;
     return made;
 }
@@ -204,7 +201,9 @@ static void decode(fuzz_input *in, call *x) {
     if (options & 512) {
         const int64_t shape[4] = {a->batch, a->num_heads, a->q_len, a->kv_len};
         a->mask_dtype = (fastattn_dtype)fuzz_enum(in, 5);
-        const fuzz_array made = fuzz_array_make(in, shape, a->mask_strides, 4, 1, size_of((int)a->mask_dtype), 0);
+        int64_t bytes;
+        fuzz_row((int)a->mask_dtype, 1, &bytes);
+        const fuzz_array made = fuzz_array_make(in, shape, a->mask_strides, 4, 1, bytes, 0);
         x->exists &= made.exists;
         a->mask = made.at;
     }

@@ -141,6 +141,13 @@ fuzz_array fuzz_array_make(fuzz_input *in, const int64_t *shape, int64_t *stride
     return made;
 }
 
+int64_t fuzz_row(int dtype, int64_t dim, int64_t *size) {
+    static const int64_t sizes[] = {4, 2, 2, 8, 1, 1, 1}; /* in the order of fastattn_dtype */
+    *size = dtype >= 0 && dtype < (int)(sizeof sizes / sizeof *sizes) ? sizes[dtype] : 2;
+    if (dim < 0 || dim >= 1 << 20) return dim;
+    return dtype == FASTATTN_INT8 ? dim + 4 : dtype == FASTATTN_INT4 ? dim / 32 * 18 : dim;
+}
+
 int64_t *fuzz_table(int64_t count) {
     if (count < 0 || count > FUZZ_MOST_BYTES / 8) return NULL;
     int64_t *table = keep(malloc((size_t)count * sizeof *table + (count == 0)));

@@ -46,6 +46,9 @@ enum { FUZZ_FLOATS = 1 }; /* contents: finite float32 numbers as a rule, and not
  * not null but not to be used where the array does not exist, for its size is beyond what is tried here, or no size at all. */
 fuzz_array fuzz_array_make(fuzz_input *in, const int64_t *shape, int64_t *strides, int axes, int64_t packed, int64_t size, int contents);
 
+/* A row of `dim` numbers: how many elements of `size` bytes; of quantised ones bytes, scales included (of sizes that are refused, whatever). */
+int64_t fuzz_row(int dtype, int64_t dim, int64_t *size);
+
 /* A table of count numbers, filled by the caller; null when there are too many. */
 int64_t *fuzz_table(int64_t count);
 
