@@ -10,9 +10,8 @@
  * Powers times scales are integers of 16 bits times what makes the largest of a row and block 65535: two planes of bytes. An error of half a
  * unit is far below what rounding such weights to 16 bits would make of it, but of weights that are small anyway.
  *
- * Either product is then the same tile: lines of single quads times a panel whose lanes are quads, in qk those of 64 keys, turned once for
- * all rows, and in pv those of four keys that follow each other and 64 numbers. One side has to be unsigned: weights are, and keys
- * become so by what is taken away from the sums again (KEY_BIAS). */
+ * In qk lanes are keys: quads of 64 keys are turned once for all rows. In pv they are numbers: quads of four keys that follow each other are made
+ * in registers. One side has to be unsigned: weights are, and keys become so by what is taken away from the sums again (KEY_BIAS). */
 #ifdef SIMD_INT16
 
 enum {
@@ -20,15 +19,11 @@ enum {
     BYTES_NUMBERS = 128,  /* of a panel of keys, and of four groups of values */
     BYTES_LEAST_DIM = 32, /* which a row of q has room for */
     BYTES_MOST_DIM = 1024,
-    BYTES_ROWS = 16,      /* whose weights are there at a time, or those of half as many with values of int4: */
-    BYTES_LINES = 256,    /* vectors of weights */
+    BYTES_ROWS = 16,      /* whose weights are there at a time */
     QUAD_BYTES = 4,
     STEP_VECTORS = 4,     /* of a panel, from one quad of a line to the next */
     PANEL_VECTORS = BYTES_KEYS / QUAD_BYTES * STEP_VECTORS /* of 64 numbers */
 };
-
-/* Number g of four, in all of quarter g. */
-#define QUARTERS _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0)
 
 /* Below the largest integer all of whose digits are from -128 to 127. */
 #define MOST_INTEGER 0x7f7f7f00
@@ -149,24 +144,6 @@ void fastattn_quantised_pack_vnni(float *q, int ld, const void *const *rows_of, 
 
 /* Both products */
 
-/* sum[line][vector] = sum over quads of line[quad] times panel[quad][vector]. Weights are unsigned, and of values of four bits there are those
- * of four groups, each for a quarter of a vector. */
-FA_INLINE void quad_tile(int lines, int vectors, int weights, int by_group, __m512i *sum, const char *const *line, const __m512i *panel,
-                         int64_t quads) {
-    const int64_t step = by_group ? 64 : QUAD_BYTES;
-    __m512i dots[4][4];
-    FA_UNROLL for (int i = 0; i < lines; i++)
-        FA_UNROLL for (int v = 0; v < vectors; v++) dots[i][v] = _mm512_setzero_si512();
-    for (int64_t n = 0; n < quads; n++, panel += STEP_VECTORS)
-        FA_UNROLL for (int i = 0; i < lines; i++) {
-            const __m512i quad = by_group ? _mm512_load_si512(line[i] + n * step) : quad_of(line[i] + n * step);
-            FA_UNROLL for (int v = 0; v < vectors; v++)
-                dots[i][v] = weights ? simd_dot_bytes(quad, panel[v], dots[i][v]) : simd_dot_bytes(panel[v], quad, dots[i][v]);
-        }
-    FA_UNROLL for (int i = 0; i < lines; i++)
-        FA_UNROLL for (int v = 0; v < vectors; v++) sum[i * vectors + v] = dots[i][v];
-}
-
 /* Of the sums of two planes, the upper one first, the sums of the integers. */
 FA_INLINE __m512i of_planes(__m512i upper, __m512i lower) { return _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower); }
 
@@ -179,7 +156,7 @@ typedef struct bytes_rows {
 FA_INLINE void find_rows(bytes_rows *x, fa_matrix from, int64_t keys) {
     const char *first_row;
     const tile_rows places = tile_rows_of(from, &first_row);
-    places_apart(&places, 0, keys, (int)fa_round_up(keys, SIMD_LANES), x->row, x->later);
+    for (int64_t j = 0; j < keys; j += SIMD_LANES) tile_places(&places, j, keys, SIMD_LANES, x->row + j, x->later + j);
 }
 
 /* Which bytes there are of a row from number d on: 64 of int8, of int4 those of 128 numbers, four groups. */
@@ -250,6 +227,20 @@ FA_INLINE void turn_bytes(__m512i *panel, const bytes_rows *k, int64_t keys, int
     }
 }
 
+/* sum[line][vector] = sum over quads of panel[quad][vector] times line[quad]. */
+FA_INLINE void quad_tile(int lines, int vectors, __m512i *sum, const char *const *line, const __m512i *panel, int64_t quads) {
+    __m512i dots[4][4];
+    FA_UNROLL for (int i = 0; i < lines; i++)
+        FA_UNROLL for (int v = 0; v < vectors; v++) dots[i][v] = _mm512_setzero_si512();
+    for (int64_t n = 0; n < quads; n++, panel += STEP_VECTORS)
+        FA_UNROLL for (int i = 0; i < lines; i++) {
+            const __m512i quad = quad_of(line[i] + n * QUAD_BYTES);
+            FA_UNROLL for (int v = 0; v < vectors; v++) dots[i][v] = simd_dot_bytes(panel[v], quad, dots[i][v]);
+        }
+    FA_UNROLL for (int i = 0; i < lines; i++)
+        FA_UNROLL for (int v = 0; v < vectors; v++) sum[i * vectors + v] = dots[i][v];
+}
+
 /* What a row of q is multiplied with next. */
 typedef struct bytes_query {
     const char *row;
@@ -287,7 +278,7 @@ FA_INLINE void bytes_scores(int rows, int vectors, float *s, int ld, bytes_query
         const char *lines[4];
         __m512i sum[4 * 4];
         FA_UNROLL for (int i = 0; i < 2 * rows; i++) lines[i] = q[i / 2].row + at.planes + i % 2 * at.plane + d;
-        quad_tile(2 * rows, vectors, 0, 0, sum, lines, panel + (d - first) / QUAD_BYTES * STEP_VECTORS,
+        quad_tile(2 * rows, vectors, sum, lines, panel + (d - first) / QUAD_BYTES * STEP_VECTORS,
                   fa_round_up(end - d, QUAD_BYTES) / QUAD_BYTES);
         FA_UNROLL for (int r = 0; r < rows; r++) {
             simd_f dots[4];
@@ -369,13 +360,13 @@ void fastattn_quantised_qk_vnni(float *s, const float *q, int ld, int rows, fa_m
 
 /* Values */
 
-/* A line of weights with 64 keys: of int8 a quad of keys after the other, of int4 a vector for each, a quarter a group. */
-enum { LINE_VECTORS_INT8 = 1, LINE_VECTORS_INT4 = BYTES_KEYS / QUAD_BYTES };
+/* The weights of a row and 64 keys, in either plane a quad of keys after the other, and what they are times. A row has four of these: those of
+ * the groups of int4, or one of int8. */
+enum { WEIGHT_GROUPS = 4 };
 
-/* The weights of a row, one line for each plane, and what they are times, by group. */
 typedef struct bytes_weights {
-    __m512i *lines;
-    float units[4];
+    __m512i planes[2];
+    float unit;
 } bytes_weights;
 
 /* Whether all scales can be part of a weight. */
@@ -390,99 +381,107 @@ FA_INLINE int weigh_well(float scales[4][BYTES_KEYS], int groups, int64_t keys) 
     return !simd_any(simd_not(well));
 }
 
-/* Powers times the scales of a group as integers, 16 keys a vector, and what they are times; 0 where they are too small. */
-FA_INLINE int weigh_integers(__m512i to[4], float *unit, const simd_f p[4], const float *scales, int vectors) {
+/* Powers times scales as such weights; 0 where they are too small, and then float32 has the row. */
+FA_INLINE int weigh_bytes(bytes_weights *to, const float *p, const float *scales, int64_t keys) {
+    const __m512i by_vector = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), low = _mm512_set1_epi16(255);
     simd_f weights[4], most = simd_set1(0.0f);
     FA_UNROLL for (int v = 0; v < 4; v++) {
-        weights[v] = v < vectors ? simd_mul(p[v], simd_load(scales + v * SIMD_LANES)) : simd_set1(0.0f);
+        const int64_t left = keys - v * SIMD_LANES;
+        weights[v] = simd_set1(0.0f);
+        if (left > 0) weights[v] = simd_mul(load_as(p + v * SIMD_LANES, left, FASTATTN_FLOAT32), simd_load(scales + v * SIMD_LANES));
         most = simd_max(weights[v], most);
     }
     const float largest = simd_largest(most);
     const simd_f factor = simd_set1(largest > 0.0f ? (float)MOST_WEIGHT / largest : 0.0f);
-    *unit = largest * (1.0f / (float)MOST_WEIGHT);
-    FA_UNROLL for (int v = 0; v < 4; v++) to[v] = _mm512_cvtps_epi32(simd_mul(weights[v], factor));
+    __m512i of[4];
+    FA_UNROLL for (int v = 0; v < 4; v++) of[v] = _mm512_cvtps_epi32(simd_mul(weights[v], factor));
+    const __m512i first = _mm512_packus_epi32(of[0], of[1]), last = _mm512_packus_epi32(of[2], of[3]);
+    to->planes[0] = _mm512_permutexvar_epi32(by_vector, _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8)));
+    to->planes[1] = _mm512_permutexvar_epi32(by_vector, _mm512_packus_epi16(_mm512_and_si512(first, low), _mm512_and_si512(last, low)));
+    to->unit = largest * (1.0f / (float)MOST_WEIGHT);
     return largest >= 0x1p-100f || largest == 0.0f;
 }
 
-/* Integers of 16 bits, of four vectors, as two planes of bytes: dword g of quarter n has those of the four integers n of vector g. */
-FA_INLINE void bytes_of(__m512i planes[2], const __m512i of[4]) {
-    const __m512i first = _mm512_packus_epi32(of[0], of[1]), last = _mm512_packus_epi32(of[2], of[3]), low = _mm512_set1_epi16(255);
-    planes[0] = _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8));
-    planes[1] = _mm512_packus_epi16(_mm512_and_si512(first, low), _mm512_and_si512(last, low));
+/* Quads of 64 bytes of four rows: quad n of quarter l of vector i has their bytes 16 l + 4 i + n. All four vectors, or two from `first` on. */
+FA_INLINE void zip_bytes(__m512i *to, int first, int count, const char *const *row, int64_t at, __mmask64 there) {
+    __m512i bytes[4];
+    FA_UNROLL for (int i = 0; i < 4; i++) bytes[i] = _mm512_maskz_loadu_epi8(there, row[i] + at);
+    FA_UNROLL for (int i = first / 2; i < (first + count) / 2; i++) {
+        const __m512i front = i ? _mm512_unpackhi_epi8(bytes[0], bytes[1]) : _mm512_unpacklo_epi8(bytes[0], bytes[1]);
+        const __m512i back = i ? _mm512_unpackhi_epi8(bytes[2], bytes[3]) : _mm512_unpacklo_epi8(bytes[2], bytes[3]);
+        to[2 * i - first] = _mm512_unpacklo_epi16(front, back), to[2 * i - first + 1] = _mm512_unpackhi_epi16(front, back);
+    }
 }
 
-/* 0 where the row is for float32; its weights are 0 then. */
-FA_INLINE int weigh_bytes(bytes_weights *to, const float *p, float scales[4][BYTES_KEYS], int well, int64_t keys, fastattn_dtype dtype) {
-    const int groups = dtype == FASTATTN_INT4 ? 4 : 1, vectors = (int)(fa_round_up(keys, SIMD_LANES) / SIMD_LANES);
-    __m512i integers[4][4];
-    simd_f powers[4];
-    FA_UNROLL for (int v = 0; v < 4; v++) {
-        const int64_t left = keys - v * SIMD_LANES;
-        powers[v] = left > 0 ? load_as(p + v * SIMD_LANES, left, FASTATTN_FLOAT32) : simd_set1(0.0f);
-    }
-    FA_UNROLL for (int g = 0; g < groups; g++) well &= weigh_integers(integers[g], &to->units[g], powers, scales[g], vectors);
-    if (!well) memset(to->units, 0, sizeof to->units);
-    __m512i planes[2];
-    if (groups == 1) {
-        const __m512i by_vector = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-        bytes_of(planes, integers[0]);
-        FA_UNROLL for (int i = 0; i < 2; i++) to->lines[i] = _mm512_permutexvar_epi32(by_vector, planes[i]);
-        return well;
-    }
-    FA_UNROLL for (int v = 0; v < 4; v++) {
-        const __m512i of_groups[4] = {integers[0][v], integers[1][v], integers[2][v], integers[3][v]};
-        bytes_of(planes, of_groups);
-        FA_UNROLL for (int i = 0; i < 2; i++)
-            FA_UNROLL for (int n = 0; n < 4; n++)
-                to->lines[i * LINE_VECTORS_INT4 + 4 * v + n] =
-                    _mm512_permutexvar_epi32(_mm512_add_epi32(QUARTERS, _mm512_set1_epi32(4 * n)), planes[i]);
-    }
-    return well;
+/* Quads of a group of int4 of four rows, times 16: its first 16 numbers, and the others. */
+FA_INLINE void zip_nibbles(__m512i to[2], const char *const *row, int64_t at) {
+    __m256i halves[2];
+    FA_UNROLL for (int i = 0; i < 2; i++)
+        halves[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(row[2 * i] + at))),
+                                            _mm_loadu_si128((const __m128i *)(const void *)(row[2 * i + 1] + at)), 1);
+    const __m512i by_quad = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i by_row = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
+    const __m512i upper = _mm512_set1_epi8((char)0xf0), bias = _mm512_set1_epi8((char)0x80);
+    const __m512i quads = _mm512_permutexvar_epi32(by_quad, _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1));
+    const __m512i bytes = _mm512_shuffle_epi8(quads, by_row);
+    to[0] = _mm512_and_si512(_mm512_xor_si512(_mm512_slli_epi16(bytes, 4), bias), upper);
+    to[1] = _mm512_and_si512(_mm512_xor_si512(bytes, bias), upper);
 }
 
-/* panel[quad of keys][vector] for 64 numbers from d on of up to 64 values: vector i has the four numbers from 4 i on of each quarter. Of int4,
- * whose quarters are groups, there are two such panels, one for each half of all groups. */
-FA_INLINE void zip_bytes(__m512i *panel, const bytes_rows *v, int64_t keys, int64_t d, int64_t dim, fastattn_dtype dtype) {
+/* sum[row][vector] of `count` vectors from vector `first` on, constants, of the 64 numbers from d on. Past the end of int4 is the last group
+ * again. */
+FA_INLINE void bytes_tile(int rows, int first, int count, __m512i sum[4][4], const bytes_weights *weights, const bytes_rows *v, int64_t keys,
+                          int asks, int64_t d, int64_t dim, fastattn_dtype dtype) {
+    const int by_group = dtype == FASTATTN_INT4, group = by_group ? (int)(d % BYTES_NUMBERS) / FA_GROUP + first / 2 : 0;
+    const int64_t last = dim / 2 - FA_GROUP / 2, begin = by_group ? d / 2 + first / 2 * (FA_GROUP / 2) : d;
+    const int64_t at = by_group && begin > last ? last : begin, next = at < last ? at + FA_GROUP / 2 : last;
     const __mmask64 there = bytes_there(d, dim, dtype);
-    const __m512i nibbles = _mm512_set1_epi8(15), bias = _mm512_set1_epi8(8);
-    for (int64_t j = 0; j < keys; j += QUAD_BYTES, panel += STEP_VECTORS) {
-        __m512i bytes[4];
-        FA_UNROLL for (int i = 0; i < 4; i++) bytes[i] = bytes_from(v, j + i, d, there, dtype);
-        const __m512i low01 = _mm512_unpacklo_epi8(bytes[0], bytes[1]), high01 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
-        const __m512i low23 = _mm512_unpacklo_epi8(bytes[2], bytes[3]), high23 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
-        const __m512i zipped[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
-                                   _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
-        FA_UNROLL for (int i = 0; i < 4; i++) {
-            if (dtype == FASTATTN_INT8) {
-                panel[i] = zipped[i];
-                continue;
+    const char *line = (const char *)(weights + group);
+    __m512i dots[8][4];
+    FA_UNROLL for (int i = 0; i < 2 * rows; i++)
+        FA_UNROLL for (int n = 0; n < count; n++) dots[i][n] = _mm512_setzero_si512();
+    for (int64_t j = 0; j < keys; j += QUAD_BYTES, line += QUAD_BYTES) {
+        __m512i values[4];
+        FA_UNROLL for (int i = 0; i < QUAD_BYTES; i++)
+            if (asks) simd_fetch((const char *)(v->later[j + i] + (uintptr_t)at));
+        if (by_group) {
+            zip_nibbles(values, v->row + j, at);
+            if (count == 4) zip_nibbles(values + 2, v->row + j, next);
+        } else
+            zip_bytes(values, first, count, v->row + j, at, there);
+        FA_UNROLL for (int i = 0; i < 2 * rows; i++)
+            FA_UNROLL for (int n = 0; n < count; n++) {
+                const size_t of = (size_t)(i / 2 * WEIGHT_GROUPS + (by_group ? n / 2 : 0)) * sizeof(bytes_weights) + (size_t)(i % 2) * sizeof(__m512i);
+                dots[i][n] = simd_dot_bytes(quad_of(line + of), values[n], dots[i][n]);
             }
-            panel[i] = _mm512_sub_epi8(_mm512_and_si512(zipped[i], nibbles), bias);
-            panel[PANEL_VECTORS + i] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(zipped[i], 4), nibbles), bias);
-        }
     }
+    FA_UNROLL for (int r = 0; r < rows; r++)
+        FA_UNROLL for (int n = 0; n < count; n++) sum[r][first + n] = of_planes(dots[2 * r][n], dots[2 * r + 1][n]);
+    __asm__ volatile("" : : "r"(sum) : "memory"); /* not in registers, which the next tile needs */
 }
 
-/* o = o alpha + what such a panel comes to, for `rows` rows, a constant. */
-FA_INLINE void bytes_add(int rows, float *o, int64_t pitch, const float *alpha, const bytes_weights *weights, const __m512i *panel, int64_t keys,
-                         int64_t d, int64_t dim, fastattn_dtype dtype) {
-    const int by_group = dtype == FASTATTN_INT4;
-    const int64_t apart = by_group ? FA_GROUP : SIMD_LANES;
-    const int vectors = by_group ? LINE_VECTORS_INT4 : LINE_VECTORS_INT8;
-    const char *lines[4];
-    __m512i sum[4 * 4];
-    FA_UNROLL for (int i = 0; i < 2 * rows; i++) lines[i] = (const char *)(weights[i / 2].lines + i % 2 * vectors);
-    quad_tile(2 * rows, 4, 1, by_group, sum, lines, panel, fa_round_up(keys, QUAD_BYTES) / QUAD_BYTES);
+/* o = o alpha + what up to 64 values come to, for 1, 2 or 4 rows, a constant, and the 64 numbers from d on. The quads are made in registers, as
+ * many at a time as the products of all rows have accumulators for. */
+FA_INLINE void bytes_add(int rows, float *o, int64_t pitch, const float *alpha, const bytes_weights *weights, const bytes_rows *v,
+                         int64_t keys, int first_rows, int64_t d, int64_t dim, fastattn_dtype dtype) {
+    const int asks = first_rows && (dtype == FASTATTN_INT8 || d % BYTES_NUMBERS == 0);
+    __m512i sum[4][4];
+    if (rows == 4) {
+        bytes_tile(4, 0, 2, sum, weights, v, keys, asks, d, dim, dtype);
+        bytes_tile(4, 2, 2, sum, weights, v, keys, 0, d, dim, dtype);
+    } else
+        bytes_tile(rows, 0, 4, sum, weights, v, keys, asks, d, dim, dtype);
     FA_UNROLL for (int r = 0; r < rows; r++) {
-        const simd_f unit = by_group ? _mm512_permutexvar_ps(QUARTERS, _mm512_castps128_ps512(_mm_loadu_ps(weights[r].units)))
-                                     : simd_set1(weights[r].units[0]);
         simd_f values[4];
-        FA_UNROLL for (int i = 0; i < 4; i++)
-            values[i] = simd_mul(_mm512_cvtepi32_ps(of_planes(sum[8 * r + i], sum[8 * r + 4 + i])), unit);
-        simd_exchange_quads(values);
-        FA_UNROLL for (int i = 0; i < 4; i++) {
-            float *to = o + r * pitch + d + i * apart;
-            if (d + i * apart < dim) simd_store(to, simd_fma(simd_load(to), simd_set1(alpha[r]), values[i]));
+        FA_UNROLL for (int n = 0; n < 4; n++) {
+            const bytes_weights *of = weights + r * WEIGHT_GROUPS + (dtype == FASTATTN_INT4 ? d % BYTES_NUMBERS / FA_GROUP + n / 2 : 0);
+            const float unit = dtype == FASTATTN_INT4 ? of->unit / 16.0f : of->unit;
+            values[n] = simd_mul(_mm512_cvtepi32_ps(sum[r][n]), simd_set1(unit));
+        }
+        if (dtype == FASTATTN_INT8) simd_exchange_quads(values);
+        FA_UNROLL for (int n = 0; n < 4; n++) {
+            float *to = o + r * pitch + d + n * SIMD_LANES;
+            if (d + n * SIMD_LANES < dim) simd_store(to, simd_fma(simd_load(to), simd_set1(alpha[r]), values[n]));
         }
     }
 }
@@ -497,32 +496,30 @@ static FA_NOINLINE void values_of_numbers(float *o, const float *p, int ld, fa_m
 FA_INLINE void bytes_pv_of(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t keys, int64_t dim,
                            fastattn_dtype dtype) {
     const int64_t pitch = fa_round_up(dim, FA_ROW_STEP);
-    const int groups = dtype == FASTATTN_INT4 ? 4 : 1, of_row = 2 * (dtype == FASTATTN_INT4 ? LINE_VECTORS_INT4 : LINE_VECTORS_INT8);
+    const int groups = dtype == FASTATTN_INT4 ? WEIGHT_GROUPS : 1;
     bytes_rows x;
-    __m512i lines[BYTES_LINES];
-    bytes_weights weights[BYTES_ROWS];
+    bytes_weights weights[BYTES_ROWS][WEIGHT_GROUPS];
     unsigned odd = 0;
     find_rows(&x, v, keys);
     for (int64_t d = 0; d < dim; d += BYTES_NUMBERS) {
-        __m512i panel[2 * PANEL_VECTORS];
         if (d == 0 || dtype == FASTATTN_INT4) {
             float scales[4][BYTES_KEYS];
             scales_of(scales, &x, keys, d, dim, dtype);
             const int well = weigh_well(scales, groups, keys);
             odd = 0;
             for (int r = 0; r < rows; r++) {
-                weights[r].lines = lines + r * of_row;
-                odd |= (unsigned)!weigh_bytes(weights + r, p + r * ld, scales, well, keys, dtype) << r;
+                int fits = well;
+                for (int g = 0; g < groups; g++) fits &= weigh_bytes(&weights[r][g], p + r * ld, scales[g], keys);
+                for (int g = 0; g < groups && !fits; g++) weights[r][g].unit = 0.0f;
+                odd |= (unsigned)!fits << r;
             }
         }
-        for (int n = 0; n < 2; n++) { /* halves of the groups, or of the numbers */
-            const int64_t from = dtype == FASTATTN_INT4 ? d + n * 16 : d + n * 64;
-            __m512i *half = panel + n * PANEL_VECTORS;
-            if (from >= dim) break;
-            if (n == 0 || dtype == FASTATTN_INT8) zip_bytes(half, &x, keys, from, dim, dtype);
-            for (int r = 0; r < rows; r += 2)
-                if (r + 1 < rows) bytes_add(2, o + r * pitch, pitch, alpha + r, weights + r, half, keys, from, dim, dtype);
-                else bytes_add(1, o + r * pitch, pitch, alpha + r, weights + r, half, keys, from, dim, dtype);
+        const int64_t end = dim - d < BYTES_NUMBERS ? dim : d + BYTES_NUMBERS;
+        for (int64_t n = d; n < end; n += 64) {
+            int r = 0;
+            for (; rows - r >= 4; r += 4) bytes_add(4, o + r * pitch, pitch, alpha + r, weights[r], &x, keys, r == 0, n, dim, dtype);
+            if (rows & 2) bytes_add(2, o + r * pitch, pitch, alpha + r, weights[r], &x, keys, r == 0, n, dim, dtype), r += 2;
+            if (rows & 1) bytes_add(1, o + r * pitch, pitch, alpha + r, weights[r], &x, keys, r == 0, n, dim, dtype);
         }
         for (int r = 0; r < rows; r++)
             if (odd >> r & 1) values_of_numbers(o + r * pitch, p + r * ld, ld, v, keys, d, dim, dtype);
@@ -533,8 +530,7 @@ void fastattn_quantised_pv_vnni(float *o, const float *alpha, const float *p, in
                                 int64_t v_head_dim) {
     const int64_t pitch = fa_round_up(v_head_dim, FA_ROW_STEP);
     for (int n; rows > 0; rows -= n, o += n * pitch, alpha += n, p += n * ld) {
-        const int most = v.dtype == FASTATTN_INT4 ? BYTES_ROWS / 2 : BYTES_ROWS;
-        n = rows < most ? rows : most;
+        n = rows < BYTES_ROWS ? rows : BYTES_ROWS;
         for (int64_t j = 0, some; j < keys; j += some) { /* at most up to a multiple of BYTES_KEYS, whatever is left out before */
             const int64_t left = BYTES_KEYS - (from + j) % BYTES_KEYS;
             some = keys - j < left ? keys - j : left;
@@ -544,5 +540,4 @@ void fastattn_quantised_pv_vnni(float *o, const float *alpha, const float *p, in
 }
 
 #undef MOST_INTEGER
-#undef QUARTERS
 #endif
