@@ -3,10 +3,11 @@
     python bench/bench_varlen.py                             # the judge: exit status 1 when a limit is missed
     python bench/bench_varlen.py --rounds 11 --only mixed
 
-Sides alternate in one process, and figures are medians. Padded is our own `attention` of arrays that are as long as the longest sequence,
+Sides alternate in one process; ratios are those of a round, whose sides ran one after the other, and figures are medians. In brackets are
+the quartiles of the ratio to the sum. Padded is our own `attention` of arrays that are as long as the longest sequence,
 which is told nothing of lengths. The sum is that of one call after the other on one thread, divided by the threads: what a perfect
-distribution takes. Outputs are there before, for the system hands out memory at a pace of its own. Wanted: at least 1.7 times the speed of
-the padded batch, and at most 1.05 times the sum.
+distribution takes, where each thread has a processor of its own. Outputs are there before, for the system hands out memory at a pace of
+its own. Wanted: at least 1.7 times the speed of the padded batch, and at most 1.05 times the sum.
 """
 
 import argparse
@@ -59,10 +60,12 @@ def main():
     for name, lengths in LENGTHS.items():
         for dim in DIMS if arguments.only in (None, name) else ():
             calls = sides(rng.permutation(lengths), dim, rng)
-            packed, padded, alone = _bench.medians(*calls, rounds=arguments.rounds)
-            of_padded, of_sum = padded / packed, packed * threads / alone
+            packed, padded, alone = map(np.array, _bench.alternate(calls, rounds=arguments.rounds, min_time=0.05))
+            of_padded = np.median(padded / packed)
+            lower, of_sum, upper = np.quantile(packed * threads / alone, (0.25, 0.5, 0.75))
             missed |= of_padded < LEAST_OF_PADDED or of_sum > MOST_OF_SUM
-            print(f"{name:10} {HEADS:3} x {dim:2} {1e3 * packed:10.2f} {of_padded:6.2f} x {of_sum:6.2f} x")
+            figures = f"{1e3 * np.median(packed):10.2f} {of_padded:6.2f} x {of_sum:6.2f} x  [{lower:.2f}, {upper:.2f}]"
+            print(f"{name:10} {HEADS:3} x {dim:2} {figures}")
     print(f"wanted: at least {LEAST_OF_PADDED} x padded, at most {MOST_OF_SUM} x the sum: {'missed' if missed else 'reached'}")
     return int(missed)
 
