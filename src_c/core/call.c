@@ -71,7 +71,8 @@ static void plan_shape(fa_shape *shape, const fa_call *call, int64_t q_len, int6
     const int many = kv_len >= FA_MANY_KEYS, decodes = call->args->additive || call->stored.quantised;
     const int any_rows = call->args->invariant && (products != call->exact || decodes);
     const int64_t together = (FA_UNLIKELY(call->args->indices) ? 1 : q_len) * call->heads.group; /* rows that could be in one panel */
-    if (alone && alone->fewer && !call->args->invariant && together <= alone->fewer->panel_rows) alone = alone->fewer;
+    const fa_products *fewer = !alone ? NULL : call->args->invariant ? alone->turned : alone->fewer;
+    if (fewer && together <= fewer->panel_rows) alone = fewer;
     if (alone && (many || any_rows) && together <= alone->panel_rows) products = alone;
     shape->rows = plan_rows(call, q_len, products->panel_rows);
     if (products != call->exact && shape->rows.panel_rows < products->fewest_rows && !any_rows) {

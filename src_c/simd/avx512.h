@@ -102,6 +102,10 @@ static inline simd_f simd_dot_bf16(simd_f a, simd_f b, simd_f c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
+static inline simd_f simd_dot_bf16_of(const float *a, simd_f b, simd_f c) { /* one pair with all of b */
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    return c;
+}
 static inline simd_f simd_dot_int16(simd_f a, simd_f b, simd_f c) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;

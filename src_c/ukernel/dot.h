@@ -4,8 +4,7 @@
 
 enum {
     DOT_KEYS = 64,    /* of a block */
-    MOST_TURNED = 32, /* pairs of a run: those of tile_run() */
-    MOST_TURNED_ROWS = 11, /* with more, lanes of rows are full enough */
+    MOST_TURNED = 11, /* rows for which keys are lanes; with more, lanes of rows are full enough */
     FEWEST_ALONE = 8, /* rows of a panel that is alone */
     MOST_ALONE = 32,
     MOST_FEW = 12 /* of these, for which no keys turn */
@@ -47,50 +46,9 @@ static void dot_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int6
     }
 }
 
-/* turned[pair][key], `pairs` pairs from `first` on of the keys, the last of which fills up the vectors. */
-static FA_NOINLINE void turn_pairs(float *turned, const tile_rows *rows, int64_t keys, int64_t first, int64_t pairs, int64_t head_dim) {
-    for (int64_t j = 0; j < keys; j += SIMD_LANES)
-        for (int64_t d = 0; d < pairs; d += SIMD_LANES) {
-            const int64_t number = 2 * (first + d);
-            simd_f square[SIMD_LANES];
-            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-                const int64_t key = j + i < keys ? j + i : keys - 1;
-                __m512i halves[2];
-                simd_fetch((const char *)(tile_later(rows, key) + (uintptr_t)(number * 2)));
-                halves_of(1, halves, tile_row(rows, key) + number * 2, head_dim - number, FASTATTN_BFLOAT16, 1.0f);
-                square[i] = _mm512_castsi512_ps(halves[0]);
-            }
-            simd_transpose(square);
-            FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(turned + (d + i) * DOT_KEYS + j, square[i]);
-        }
-}
-
-/* A few rows leave most lanes empty. Keys are the lanes then, their pairs turned a run at a time, and scores turn back: each is the same
- * sum. */
+/* Of a panel that is alone, whose rows need not fill the last vector up. */
 static void dot_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    const int64_t pairs = (head_dim + 1) / 2, run = (tile_run(head_dim) + 1) / 2;
-    float turned[MOST_TURNED * DOT_KEYS], scores[MOST_TURNED_ROWS * DOT_KEYS];
-    const char *first_row;
-    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
-    if (rows > MOST_TURNED_ROWS) {
-        dot_qk(s, q, ld, (int)fa_round_up(rows, FA_ROW_STEP), k, from, keys, head_dim);
-        return;
-    }
-    int64_t d = 0;
-    do { /* once if there are no numbers, too */
-        const int64_t steps = pairs - d < run ? pairs - d : run;
-        turn_pairs(turned, &places, keys, d, steps, head_dim);
-        const tile_operands x = {.c = scores, .c_ld = DOT_KEYS, .adds = d > 0, .a = q + d * ld, .across = 1, .along = ld,
-                                 TILE_PANEL(turned, DOT_KEYS), .steps = steps, .run = run};
-        dot_across((int)fa_round_up(keys, SIMD_LANES), rows, &x);
-        d += run;
-    } while (d < pairs);
-    for (int64_t j = 0; j < keys; j += SIMD_LANES) {
-        simd_f square[SIMD_LANES];
-        FA_UNROLL for (int r = 0; r < SIMD_LANES; r++) square[r] = simd_load(scores + (r < rows ? r : rows - 1) * DOT_KEYS + j);
-        simd_transpose(square);
-        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) simd_store(s + (j + i) * ld, square[i]);
-    }
+    dot_qk(s, q, ld, (int)fa_round_up(rows, FA_ROW_STEP), k, from, keys, head_dim);
 }
 
 /* Values of two keys side by side, 0 where there is none, and then the 1 whose product is the sum of the powers. */
@@ -143,16 +101,17 @@ static void dot_sums(float *sums, int64_t pitch, const float *alpha, const float
     }
 }
 
-/* Rows that end within a vector, and those of which the last has no partner, are copied to where there are zeros beyond them. */
-static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
-                        int64_t v_head_dim) {
-    const int64_t sums = fa_round_up(v_head_dim, FA_TILE), pitch = sums + FA_ROW_STEP;
-    v = fa_rows_from(v, from);
-    dot_sums(o + sums, pitch, alpha, p, ld, rows, keys);
+/* Rows of o that end with the sum of their powers. */
+static int64_t dot_pitch(int64_t v_head_dim) { return fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP; }
+
+/* Pair j of row r's powers is p[r * across + j * along]. Rows that end within a vector, and those of which the last has no partner, are
+ * copied to where there are zeros beyond them. */
+static FA_NOINLINE void dot_add_values(float *o, const float *alpha, const float *p, int64_t across, int64_t along, int rows, fa_matrix v,
+                                       int64_t keys, int64_t v_head_dim) {
     for (int64_t d = 0; d < v_head_dim; d += HALVES) {
         const char *first_row;
-        tile_operands x = {.c = o + d, .c_ld = pitch, .alpha = alpha, .a = p, .across = 1, .along = ld, .rows = tile_rows_of(v, &first_row),
-                           .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
+        tile_operands x = {.c = o + d, .c_ld = dot_pitch(v_head_dim), .alpha = alpha, .a = p, .across = across, .along = along,
+                           .rows = tile_rows_of(v, &first_row), .steps = (keys + 1) / 2, .run = DOT_KEYS, .ahead = keys};
         __m512i copy[DOT_KEYS];
         x.rows.column += d * 2;
         x.ends = v_head_dim - d <= HALVES;
@@ -169,10 +128,16 @@ static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, in
     }
 }
 
+static void dot_rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                        int64_t v_head_dim) {
+    dot_sums(o + fa_round_up(v_head_dim, FA_TILE), dot_pitch(v_head_dim), alpha, p, ld, rows, keys);
+    dot_add_values(o, alpha, p, 1, ld, rows, fa_rows_from(v, from), keys, v_head_dim);
+}
+
 static int dot_rows_unpack(void *const *outputs, int count, const float *o, int ld, const float *factor, int64_t v_head_dim,
                            fastattn_dtype dtype) {
     (void)ld;
-    return unpack_rows(outputs, count, o, fa_round_up(v_head_dim, FA_TILE) + FA_ROW_STEP, factor, v_head_dim, dtype);
+    return unpack_rows(outputs, count, o, dot_pitch(v_head_dim), factor, v_head_dim, dtype);
 }
 
 /* The fewest of these rows: lanes are pairs of a key's numbers, whose products are summed across lanes for a few keys and rows at a time, and
@@ -354,19 +319,181 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
         }
 }
 
+/* As few rows, each of which gets the bits that it has among many. Panels lie by rows, and lanes are keys: their pairs turn in registers,
+ * where rows meet them, and powers stay lanes. */
+
+/* Pairs of keys that are not all there, or not at one stride, where they are. */
+static FA_NOINLINE void dot_copy_pairs(float *to, const tile_rows *rows, int64_t j, int64_t keys, int64_t number, int64_t head_dim) {
+    for (int i = 0; i < SIMD_LANES; i++) {
+        const int64_t key = j + i < keys ? j + i : keys - 1;
+        __m512i halves[2];
+        simd_fetch((const char *)(tile_later(rows, key) + (uintptr_t)(number * 2)));
+        halves_of(1, halves, tile_row(rows, key) + number * 2, head_dim - number, FASTATTN_BFLOAT16, 1.0f);
+        _mm512_storeu_si512(to + i * SIMD_LANES, halves[0]);
+    }
+}
+
+/* square[pair][key] of SIMD_LANES pairs from a number on, and so many keys from j on, the last of which stands for those beyond. */
+FA_INLINE void dot_turn(simd_f square[SIMD_LANES], const tile_rows *rows, int64_t j, int64_t keys, int64_t number, int64_t head_dim) {
+    const int64_t last = j + SIMD_LANES - 1;
+    if (last < keys && j >> rows->shift == last >> rows->shift && head_dim - number >= HALVES) {
+        const char *const first = tile_row(rows, j) + number * 2;
+        const uintptr_t later = tile_later(rows, j) + (uintptr_t)(number * 2);
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+            simd_fetch((const char *)(later + (uintptr_t)(i * rows->stride)));
+            square[i] = _mm512_castsi512_ps(_mm512_loadu_si512(first + i * rows->stride));
+        }
+    } else {
+        float copy[SIMD_LANES * SIMD_LANES];
+        dot_copy_pairs(copy, rows, j, keys, number, head_dim);
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = simd_load(copy + i * SIMD_LANES);
+    }
+    simd_transpose(square);
+}
+
+/* sum[row] of all pairs of a square, for `width` rows, a constant. */
+FA_INLINE void dot_turned_step(int width, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES]) {
+    const float *of[ROWS_WIDTH];
+    simd_f sum_of[ROWS_WIDTH];
+    FA_UNROLL for (int r = 0; r < width; r++) of[r] = q + r * pitch, sum_of[r] = sum[r];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
+        FA_UNROLL for (int r = 0; r < width; r++) sum_of[r] = simd_dot_bf16_of(of[r] + i, square[i], sum_of[r]);
+    FA_UNROLL for (int r = 0; r < width; r++) sum[r] = sum_of[r];
+}
+
+FA_INLINE void dot_turned_steps(int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES]) {
+    for (; rows >= ROWS_WIDTH; rows -= ROWS_WIDTH, sum += ROWS_WIDTH, q += ROWS_WIDTH * pitch)
+        dot_turned_step(ROWS_WIDTH, sum, q, pitch, square);
+    switch (rows) {
+    case 3: dot_turned_step(3, sum, q, pitch, square); break;
+    case 2: dot_turned_step(2, sum, q, pitch, square); break;
+    case 1: dot_turned_step(1, sum, q, pitch, square); break;
+    }
+}
+
+/* The same of the first pairs. */
+FA_INLINE void dot_turned_part(int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES], int64_t pairs) {
+    simd_f copy[SIMD_LANES];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) copy[i] = square[i];
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < pairs; i++) sum[r] = simd_dot_bf16_of(q + r * pitch + i, copy[i], sum[r]);
+}
+
+/* Sums of a run are formed for all keys side by side, for each of them is a chain. */
+static void dot_turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), pairs = (head_dim + 1) / 2, run = (tile_run(head_dim) + 1) / 2;
+    const char *first_row;
+    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
+    simd_f sum[DOT_KEYS / SIMD_LANES][MOST_TURNED];
+    for (int64_t j = 0; j < keys; j++) simd_fetch((const char *)(tile_later(&places, j) + (uintptr_t)(head_dim * 2 - 1)));
+    int64_t d = 0;
+    do { /* once if there are no numbers, too */
+        const int64_t end = d + run < pairs ? d + run : pairs;
+        memset(sum, 0, sizeof sum);
+        for (int64_t n = d; n < end; n += SIMD_LANES)
+            for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+                simd_f square[SIMD_LANES];
+                dot_turn(square, &places, j, keys, 2 * n, head_dim);
+                if (end - n < SIMD_LANES) dot_turned_part(rows, sum[j / SIMD_LANES], q + n, pitch, square, end - n);
+                else dot_turned_steps(rows, sum[j / SIMD_LANES], q + n, pitch, square);
+            }
+        for (int r = 0; r < rows; r++)
+            for (int64_t j = 0; j < keys; j += SIMD_LANES) {
+                float *const to = s + r * ld + j;
+                const simd_f of_run = sum[j / SIMD_LANES][r];
+                simd_store(to, d > 0 ? simd_add(simd_load(to), of_run) : of_run);
+            }
+        d += run;
+    } while (d < pairs);
+}
+
+/* What pairs_softmax_strip() does for a lane. */
+FA_INLINE void dot_turned_powers(int summed, float *s, float *p, int64_t keys, float c, float *m, float *l, float *alpha) {
+    powers_of x = {.c = simd_set1(c)};
+    float top = *m, most, sum = 0.0f, exact[DOT_KEYS];
+    hide_beyond(s, keys);
+    for (int stale = top == -INFINITY, looked = 0;; looked = 1) {
+        __m512i largest = _mm512_setzero_si512();
+        if (stale) {
+            simd_f highest = simd_set1(top);
+            for (int64_t j = 0; j < keys; j += SIMD_LANES) highest = simd_max(highest, simd_load(s + j));
+            top = simd_largest(highest);
+        }
+        x.base[0] = simd_set1(top == -INFINITY ? 0.0f : top);
+        x.product[0] = simd_mul(x.base[0], x.c);
+        x.near[0] = simd_lt(simd_abs(x.product[0]), simd_set1(PAIRS_NEAR));
+        const int near = simd_any(x.near[0]);
+        for (int64_t j = 0; j < keys; j += HALVES) {
+            const int both = j + SIMD_LANES < keys;
+            const simd_f first = exponent_of(near, &x, 0, s + j);
+            const simd_f last = both ? exponent_of(near, &x, 0, s + j + SIMD_LANES) : simd_set1(-INFINITY);
+            const __m512i pairs = simd_upper_halves(coarse_exp2(first), coarse_exp2(last));
+            _mm512_storeu_si512(p + j / 2, pairs);
+            largest = _mm512_max_epu16(largest, pairs);
+            if (summed) simd_store(exact + j, quick_exp2(first)), simd_store(exact + j + SIMD_LANES, quick_exp2(last));
+        }
+        const uint32_t bits = _mm512_reduce_max_epu32(_mm512_max_epu32(largest, _mm512_slli_epi32(largest, 16)));
+        memcpy(&most, &bits, sizeof most);
+        stale = !(most < FA_MOST_POWER);
+        if (!stale || looked) break;
+    }
+    *alpha = first_lane(exp2_of(simd_sub(simd_set1(*m), x.base[0]), x.c));
+    *m = top;
+    for (int64_t j = 0; summed && j < keys; j += 2) sum += exact[j] + exact[j + 1];
+    if (summed) *l = fmaf(*l, *alpha, sum);
+}
+
+static void dot_turned_softmax(float *s, float *p, int ld, int rows, int64_t keys, float c, float *m, float *l, float *alpha) {
+    const unsigned found = subnormals_are_zero();
+    for (int r = 0; r < rows; r++, s += ld, p += ld) {
+        if (l) dot_turned_powers(1, s, p, keys, c, m + r, l + r, alpha + r);
+        else dot_turned_powers(0, s, p, keys, c, m + r, NULL, alpha + r);
+    }
+    _mm_setcsr(found);
+}
+
+static float dot_turned_power(const float *p, int ld, int row, int64_t key) {
+    uint16_t power;
+    memcpy(&power, (const char *)(p + row * ld) + key * (int64_t)sizeof power, sizeof power);
+    return fa_from_bf16(power);
+}
+
+static void dot_turned_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
+                          int64_t v_head_dim) {
+    const simd_f ones = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80));
+    float *const sums = o + fa_round_up(v_head_dim, FA_TILE);
+    for (int row = 0; row < rows; row += ROWS_WIDTH) { /* chains side by side */
+        simd_f sum[ROWS_WIDTH];
+        FA_UNROLL for (int i = 0; i < ROWS_WIDTH; i++) sum[i] = simd_set1(0.0f);
+        for (int64_t j = 0; j < keys; j += 2)
+            FA_UNROLL for (int i = 0; i < ROWS_WIDTH; i++)
+                sum[i] = simd_dot_bf16(ones, simd_set1(p[(row + i < rows ? row + i : row) * ld + j / 2]), sum[i]);
+        FA_UNROLL for (int i = 0; i < ROWS_WIDTH; i++) {
+            float *const to = sums + (row + i) * dot_pitch(v_head_dim);
+            if (row + i < rows) *to = fmaf(*to, alpha[row + i], first_lane(sum[i]));
+        }
+    }
+    dot_add_values(o, alpha, p, ld, 1, rows, fa_rows_from(v, from), keys, v_head_dim);
+}
+
 #define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
 #define DOT_LANES .pack = pairs_pack_1, DOT_SLOTS
 #define DOT_ALONE                                                                                                                  \
     .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_wide = FEWEST_ALONE,                \
-    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = as_stored, .pv = dot_rows_pv, .unpack = dot_rows_unpack
+    .block_keys = DOT_KEYS, .score_keys = DOT_KEYS, .pair_rows = 1, .sums = 1, .values = as_stored, .unpack = dot_rows_unpack
+
+const fa_products fastattn_products_bfloat16_turned_avx512 = {
+    .name = "bfloat16_turned_avx512", .by_rows = 1, .panel_rows = MOST_TURNED, .pack = dot_few_pack, .keys = as_stored,
+    .qk = dot_turned_qk, .softmax = dot_turned_softmax, .pv = dot_turned_pv, .power = dot_turned_power, .mask = rows_mask,
+    .scores = rows_scores, DOT_ALONE};
 
 const fa_products fastattn_products_bfloat16_few_avx512 = {
-    .name = "bfloat16_few_avx512", .q_by_rows = 1, .panel_rows = MOST_FEW, .pack = dot_few_pack, .keys = as_stored, .qk = dot_few_qk, DOT_SLOTS,
-    DOT_ALONE};
+    .name = "bfloat16_few_avx512", .q_by_rows = 1, .panel_rows = MOST_FEW, .pack = dot_few_pack, .keys = as_stored, .qk = dot_few_qk,
+    .pv = dot_rows_pv, DOT_SLOTS, DOT_ALONE};
 
 const fa_products fastattn_products_bfloat16_rows_avx512 = {
-    .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512, .keys = dot_alone_keys,
-    .qk = dot_rows_qk, DOT_LANES, DOT_ALONE};
+    .name = "bfloat16_rows_avx512", .panel_rows = MOST_ALONE, .fewer = &fastattn_products_bfloat16_few_avx512,
+    .turned = &fastattn_products_bfloat16_turned_avx512, .keys = dot_alone_keys, .qk = dot_rows_qk, .pv = dot_rows_pv, DOT_LANES, DOT_ALONE};
 
 static const fa_products dot_few = {
     .name = "bfloat16_by_rows_avx512", .most_beside = TILE_MOST_BESIDE, .pack = dot_few_pack, .qk = dot_by_rows_qk, .softmax = rows_softmax,

@@ -152,6 +152,7 @@ typedef struct fa_products {
     int wide;        /* numbers of such a head, at least, but over FA_MANY_KEYS or more, where FA_WIDE_OVER_MANY do */
     const struct fa_products *alone; /* for so few rows over FA_MANY_KEYS or more in bfloat16 that no panel is beside theirs; or null */
     const struct fa_products *fewer; /* in the place of these, for still fewer rows, whose bits may differ from those among many; or null */
+    const struct fa_products *turned; /* likewise, for rows whose bits may not; or null */
     const struct fa_products *few; /* as exact, by rows for few of them over bfloat16 keys, in the place of the table's; or null */
     int panel_rows; /* rows of a panel, at most: Q, S, P and O must stay near, beside the rows of K or V in use */
     int block_keys; /* keys that are prepared, and whose values are added, at a time, at most */
@@ -397,6 +398,7 @@ extern const fa_ukernel fastattn_ukernel_avx512_bf16; /* the same, but that AVX5
 extern const fa_ukernel fastattn_ukernel_neon;
 extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_few_avx512;
+extern const fa_products fastattn_products_bfloat16_turned_avx512;
 extern const fa_products fastattn_products_int16_avx512, fastattn_products_bytes_avx512;
 extern const fa_products fastattn_products_bfloat16_neon, fastattn_products_bytes_neon;
 extern const fa_products fastattn_products_bfloat16_amx;

@@ -98,6 +98,9 @@ static void check_dot_bf16(struct rng *rng) {
         }
         EACH_LANE(i) c[i] = (float)random_between(rng, -1000, 1000);
         EXPECT_FLOATS(simd_dot_bf16(v[0], v[1], simd_load(c)), c[i] + x[0][2 * i] * x[1][2 * i] + x[0][2 * i + 1] * x[1][2 * i + 1]);
+        float lanes[SIMD_LANES];
+        simd_store(lanes, v[0]);
+        EXPECT_FLOATS(simd_dot_bf16_of(lanes, v[1], simd_load(c)), c[i] + x[0][0] * x[1][2 * i] + x[0][1] * x[1][2 * i + 1]);
     }
 }
 

@@ -304,6 +304,67 @@ static fa_matrix rows_by_pointers(fa_matrix m, const char **rows, int64_t keys, 
     return m;
 }
 
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+/* Of pairs, too: a few rows by themselves, over keys side by side or wherever pointers say, have the bits that they have in a panel. The
+ * maximum is far below the scores, above them, or not there yet, and l may be unwanted. */
+static void check_turned_pairs(const fa_products *lanes, const fa_products *by_rows) {
+    static const int64_t dims[] = {1, 8, 33, 64, 72, 80, 128, 160}, blocks[] = {1, 15, 16, 17, 31, 33, 40, 64};
+    enum { ROWS = FA_ROW_STEP, DIM = 160, KEYS = 64 };
+    for (size_t e = 0; e < COUNT(dims) * COUNT(blocks) * 12; e++) {
+        const int rows = 1 + (int)(e % (size_t)by_rows->panel_rows), in_pages = e / 3 % 2 == 1, shift = in_pages ? (int)(e % 5) : 0;
+        const int64_t dim = dims[e % COUNT(dims)], keys = blocks[e / COUNT(dims) % COUNT(blocks)], stride = dim * 2;
+        const float c = e % 4 == 3 ? 60.0f : unit, first_m[] = {-INFINITY, -40.0f, 100.0f, 0.25f};
+        const void *rows_of[FA_PANEL_ROWS];
+        const char *k_rows[2 * KEYS], *v_rows[2 * KEYS];
+        float *s[2], *p[2], *o[2], m[2][ROWS], l[2][ROWS], alpha[2][ROWS];
+        context("%d rows, %lld keys, %lld numbers, pointers %d to 2**%d", rows, (long long)keys, (long long)dim, in_pages, shift);
+        random_rows(rows_of, rows, rows, dim, stride, FASTATTN_BFLOAT16);
+        for (int r = rows; r < ROWS; r++) rows_of[r] = rows_of[rows - 1];
+        const int64_t stored = fa_round_up(keys, (int64_t)1 << shift);
+        fa_matrix k = stored_rows("k", stored, dim, stride, FASTATTN_BFLOAT16), v = stored_rows("v", stored, dim, stride, FASTATTN_BFLOAT16);
+        if (in_pages) k = rows_by_pointers(k, k_rows, keys, shift), v = rows_by_pointers(v, v_rows, keys, shift);
+        float *q[2], *room = panel("k room", KEYS, DIM);
+        for (int side = 0; side < 2; side++) {
+            q[side] = panel("q", DIM, ROWS), s[side] = panel("s", KEYS, ROWS), p[side] = panel("p", KEYS, ROWS);
+            o[side] = panel("o", ROWS, (int)fa_row_of_o(lanes, DIM));
+            for (int r = 0; r < ROWS; r++) m[side][r] = first_m[(e + (size_t)r) % COUNT(first_m)], l[side][r] = 2.0f;
+            for (int64_t n = 0; n < ROWS * fa_row_of_o(lanes, dim); n++) o[side][n] = 0.5f;
+        }
+        guard_seal();
+        for (int side = 0; side < 2; side++) {
+            const fa_products *by = side ? by_rows : lanes;
+            const int panel_rows = side ? rows : ROWS, ld = side ? KEYS : ROWS;
+            by->pack(q[side], ld, rows_of, panel_rows, dim, FASTATTN_BFLOAT16, 1.0f);
+            by->qk(s[side], q[side], ld, panel_rows, by->keys(room, k, keys, dim), 0, keys, dim);
+            by->softmax(s[side], p[side], ld, panel_rows, keys, c, m[side], e % 2 ? l[side] : NULL, alpha[side]);
+            by->pv(o[side], alpha[side], p[side], ld, rows, by->values(NULL, v, keys, dim), 0, keys, dim);
+        }
+        for (int r = 0; r < rows; r++) {
+            for (int64_t j = 0; j < keys; j++) {
+                check_close("s", r, j, s[1][r * KEYS + j], s[0][j * ROWS + r], 0);
+                check_close("p", r, j, by_rows->power(p[1], KEYS, r, j), lanes->power(p[0], ROWS, r, j), 0);
+            }
+            check_close("m", 0, r, m[1][r], m[0][r], 0);
+            check_close("l", 0, r, l[1][r], l[0][r], 0);
+            check_close("alpha", 0, r, alpha[1][r], alpha[0][r], 0);
+            for (int64_t d = 0; d <= fa_sums_of_o(lanes, dim); d++)
+                if (d < dim || d == fa_sums_of_o(lanes, dim))
+                    check_close("o", r, d, o[1][o_at(by_rows, KEYS, dim, r, d)], o[0][o_at(lanes, ROWS, dim, r, d)], 0);
+        }
+        guard_check();
+        guard_release();
+    }
+}
+#endif
+
+TEST_EACH_ISA(products_of_pairs_by_rows_have_the_same_bits) {
+    table();
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
+        check_turned_pairs(&fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_rows_avx512.turned);
+#endif
+}
+
 /* Rows with keys and values of their own, beside each other, get the bits that each gets from its own alone. */
 static void check_beside(const fa_products *by, const fastattn_dtype *kinds, size_t count) {
     static const int64_t dims[] = {1, 8, 33, 64, 72, 128, 160}, blocks[] = {1, 3, 4, 5, 16, 17, 40, 64};
