@@ -17,8 +17,8 @@
 #include <time.h>
 
 #ifdef WITH_OPENBLAS
-void scipy_cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a, int lda, const float *b,
-                       int ldb, float beta, float *c, int ldc);
+void scipy_cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a, int lda,
+                       const float *b, int ldb, float beta, float *c, int ldc);
 #endif
 
 enum { DIM = 64, MOST_QUERIES = 64, MOST_KEYS = 8192, MOST_SIDES = 8 };
@@ -59,7 +59,10 @@ static void softmax(float *s, int count) {
         for (int n = 0; n < LANES; n++) {
             const float x = s[j + n] - m > -87.0f ? s[j + n] - m : -87.0f, whole = rintf(x * 1.44269504f), r = x - whole * 0.693147181f;
             const float e = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * 0.00833333333f))));
-            union { int32_t bits; float number; } two_to = {((int32_t)whole + 127) * (1 << 23)};
+            union {
+                int32_t bits;
+                float number;
+            } two_to = {((int32_t)whole + 127) * (1 << 23)};
             sums[n] += s[j + n] = e * two_to.number;
         }
     for (int n = 0; n < LANES; n++) l += sums[n];
@@ -107,12 +110,22 @@ static void call(const struct side *side) {
 static void quantise(fastattn_attention_args *a, fastattn_dtype dtype) {
     const int64_t bytes = dtype == FASTATTN_INT8 ? DIM + 4 : DIM / 32 * 18;
     static int64_t slots[MOST_KEYS];
-    unsigned char(*const to)[sizeof quantised[0][0]] = quantised[dtype == FASTATTN_INT4];
+    unsigned char (*const to)[sizeof quantised[0][0]] = quantised[dtype == FASTATTN_INT4];
     for (int n = 0; n < keys; n++) slots[n] = n;
     for (int n = 0; n < 2; n++) {
-        const fastattn_store_args store = {.size = sizeof store, .batch = 1, .new_len = keys, .num_heads = 1, .head_dim = DIM, .from = n ? v : k,
-                                           .from_strides = {0, DIM * 4, 0}, .to = to[n], .to_dtype = dtype, .num_pages = keys, .page_size = 1,
-                                           .to_strides = {bytes, 0, 0}, .slots = slots};
+        const fastattn_store_args store = {.size = sizeof store,
+                                           .batch = 1,
+                                           .new_len = keys,
+                                           .num_heads = 1,
+                                           .head_dim = DIM,
+                                           .from = n ? v : k,
+                                           .from_strides = {0, DIM * 4, 0},
+                                           .to = to[n],
+                                           .to_dtype = dtype,
+                                           .num_pages = keys,
+                                           .page_size = 1,
+                                           .to_strides = {bytes, 0, 0},
+                                           .slots = slots};
         expect_ok(fastattn_store(&store));
     }
     a->kv_dtype = dtype, a->k = to[0], a->v = to[1];
@@ -120,11 +133,14 @@ static void quantise(fastattn_attention_args *a, fastattn_dtype dtype) {
 }
 
 static struct side side_of(const char *name) {
-    struct side side = {name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, 1e-4f, FASTATTN_ATTENTION_ARGS_INIT, NULL};
+    struct side side = {
+        name, !strcmp(name, "plain") ? plain : !strcmp(name, "gemms") ? gemms : NULL, 0, 1e-4f, FASTATTN_ATTENTION_ARGS_INIT, NULL};
     if (side.run) return side;
     const size_t length = strcspn(name, "+");
     fastattn_attention_args *a = &side.args;
-    const fastattn_dtype kept = !strcmp(name + length, "+int8") ? FASTATTN_INT8 : !strcmp(name + length, "+int4") ? FASTATTN_INT4 : FASTATTN_BFLOAT16;
+    const fastattn_dtype kept = !strcmp(name + length, "+int8")   ? FASTATTN_INT8
+                                : !strcmp(name + length, "+int4") ? FASTATTN_INT4
+                                                                  : FASTATTN_BFLOAT16;
     side.bfloat16 = kept != FASTATTN_BFLOAT16 || !strcmp(name + length, "+bfloat16");
     a->isa = (fastattn_isa)-1; /* no such set, which is an error */
     for (int isa = FASTATTN_ISA_BEST; fastattn_isa_name((fastattn_isa)isa); isa++) {

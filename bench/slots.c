@@ -59,8 +59,16 @@ static void measure(struct chain *x, int rounds, double median[CHAIN_SLOTS]) {
 
 static void report(const fa_products *by, fastattn_dtype dtype, int64_t dim, int rounds) {
     static const char *const storage[] = {"float32", "float16", "bfloat16"};
-    struct chain x = {.by = by, .dtype = dtype, .c = {by->panel_rows, 0, by->panel_rows}, .head_dim = dim, .v_head_dim = dim,
-                      .block = by->block_keys, .keys = by->block_keys, .part = by->score_keys, .sign = 1, .unit = 0.01f,
+    struct chain x = {.by = by,
+                      .dtype = dtype,
+                      .c = {by->panel_rows, 0, by->panel_rows},
+                      .head_dim = dim,
+                      .v_head_dim = dim,
+                      .block = by->block_keys,
+                      .keys = by->block_keys,
+                      .part = by->score_keys,
+                      .sign = 1,
+                      .unit = 0.01f,
                       .as_stored = by->in_place && dtype == FASTATTN_FLOAT32};
     const double panel = 32.0 / x.c.rows, run_of_keys = 32.0 / (double)x.keys, scores = panel * 32.0 / (double)x.part;
     const double share[CHAIN_SLOTS] = {panel, run_of_keys, run_of_keys, scores, scores, scores, panel * run_of_keys, panel};
@@ -81,17 +89,20 @@ static void report(const fa_products *by, fastattn_dtype dtype, int64_t dim, int
 }
 
 int main(int argc, char **argv) {
-    static const fastattn_isa isas[] = {FASTATTN_ISA_PORTABLE, FASTATTN_ISA_NEON, FASTATTN_ISA_AVX2, FASTATTN_ISA_AVX512,
-                                        FASTATTN_ISA_AMX};
-    static const struct { fastattn_dtype dtype; fastattn_precision precision; } kinds[] = {
-        {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST},  {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH},
-        {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM},   {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST},
-        {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST}};
+    static const fastattn_isa isas[] = {FASTATTN_ISA_PORTABLE, FASTATTN_ISA_NEON, FASTATTN_ISA_AVX2, FASTATTN_ISA_AVX512, FASTATTN_ISA_AMX};
+    static const struct {
+        fastattn_dtype dtype;
+        fastattn_precision precision;
+    } kinds[] = {{FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGHEST},
+                 {FASTATTN_FLOAT32, FASTATTN_PRECISION_HIGH},
+                 {FASTATTN_FLOAT32, FASTATTN_PRECISION_MEDIUM},
+                 {FASTATTN_FLOAT16, FASTATTN_PRECISION_HIGHEST},
+                 {FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST}};
     const int rounds = argc > 1 ? atoi(argv[1]) : 0;
     if (rounds < 1 || argc < 3) return fprintf(stderr, "usage: %s ROUNDS HEAD_DIM ...\n", argv[0]), 2;
     printf("Medians of %d rounds, in %s: pack and unpack for 32 rows, keys and values for 32 keys, the rest for\n"
-           "32 rows x 32 keys. \"+ qk\" is the softmax with the qk of other keys beside it.\n\n%-18s %-8s %5s", rounds, UNIT,
-           "products", "storage", "dim");
+           "32 rows x 32 keys. \"+ qk\" is the softmax with the qk of other keys beside it.\n\n%-18s %-8s %5s",
+           rounds, UNIT, "products", "storage", "dim");
     for (int slot = 0; slot < CHAIN_SLOTS; slot++) printf(" %8s", names[slot]);
     printf("\n");
     for (size_t i = 0; i < COUNT(isas); i++) {

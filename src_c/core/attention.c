@@ -110,8 +110,8 @@ static void next_state(fa_work *w, int64_t key) {
 }
 
 /* Panel `panel` of an entry, as number `n` of a bundle, at its first block of keys. */
-static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker,
-                  fa_run *run, float v_scale) {
+static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, int64_t n, int worker, fa_run *run,
+                  float v_scale) {
     const fa_scratch *at = &call->scratch;
     char *scratch = scratch_of(call, worker), *own = scratch + at->panels + at->panel.bytes * (size_t)n;
     w->call = call;
@@ -264,8 +264,7 @@ fastattn_status fastattn_attention(const fastattn_attention_args *args, void *wo
         own = FASTATTN_MALLOC(prepared->room.bytes + 63);
         if (!own) return FASTATTN_ERROR_MEMORY;
         workspace = (void *)(((uintptr_t)own + 63) / 64 * 64);
-    } else if (workspace_size < prepared->room.bytes || prepared == &elsewhere)
-        return FASTATTN_ERROR_WORKSPACE;
+    } else if (workspace_size < prepared->room.bytes || prepared == &elsewhere) return FASTATTN_ERROR_WORKSPACE;
     const fa_call *call = fastattn_call_enter(prepared, workspace);
     status = fastattn_for_each(phase_items(call, FA_COMPUTE), &call->team, run_item, call);
     if (status == FASTATTN_OK) status = fastattn_for_each(phase_items(call, FA_MERGE), &call->team, merge_item, call);
@@ -292,8 +291,7 @@ fastattn_status fastattn_attention_plan(const fastattn_attention_args *args, voi
 int64_t fastattn_plan_items(const fastattn_plan *plan, int phase) { return plan ? phase_items(plan, phase) : 0; }
 
 fastattn_status fastattn_plan_run(const fastattn_plan *plan, int phase, int64_t item, int worker) {
-    if (!plan || item < 0 || item >= phase_items(plan, phase) || worker < 0 || worker >= plan->workers)
-        return FASTATTN_ERROR_ARGUMENT;
+    if (!plan || item < 0 || item >= phase_items(plan, phase) || worker < 0 || worker >= plan->workers) return FASTATTN_ERROR_ARGUMENT;
     fastattn_for_range(item, item + 1, worker, phase == FA_COMPUTE ? run_item : merge_item, plan);
     return FASTATTN_OK;
 }

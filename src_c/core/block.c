@@ -13,7 +13,8 @@ static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     if (FA_UNLIKELY(a->indices)) return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
     if (FA_UNLIKELY(a->mask)) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
-        found = w->panel.products->mask(w->bias, w->panel.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys, a->mask_dtype);
+        found = w->panel.products->mask(w->bias, w->panel.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys,
+                                        a->mask_dtype);
     }
     if (FA_UNLIKELY(fa_hides(block)) && found & FA_MASK_SHOWS) {
         const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias, w->keys_of);
@@ -22,9 +23,7 @@ static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     return found;
 }
 
-static float relative(int64_t key, int64_t first, int64_t keys) {
-    return (float)fa_max(0, fa_min(key - first, keys));
-}
+static float relative(int64_t key, int64_t first, int64_t keys) { return (float)fa_max(0, fa_min(key - first, keys)); }
 
 /* The rules of a block; the panel's vectors are filled for it. */
 static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_block *block, int biased) {
@@ -38,8 +37,7 @@ static void block_rules(fa_score_rules *rules, const fa_work *w, const fa_key_bl
     rules->begin = block->partial ? p->begin_of : NULL;
     rules->end = block->partial ? p->end_of : NULL;
     rules->bias = biased ? w->bias : NULL;
-    for (int r = 0; r < p->padded && sloped; r++)
-        p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
+    for (int r = 0; r < p->padded && sloped; r++) p->offset_of[r] = (float)(p->query[r] + p->entry->offset - block->first);
     for (int r = 0; r < p->padded && block->partial; r++) {
         p->begin_of[r] = relative(p->begin[r], block->first, block->keys);
         p->end_of[r] = relative(p->end[r], block->first, block->keys);
@@ -135,10 +133,9 @@ static int as_promised(const fa_work *w, const fa_operands *x, int row, int rows
     const fa_products *products = x->products;
     return rows > 0 && keys > 0 && row + rows <= w->panel.padded && w->panel.rows <= products->panel_rows &&
            w->panel.padded <= fa_round_up(products->panel_rows, FA_ROW_STEP) && w->panel.ld % FA_ROW_STEP == 0 &&
-           (products->by_rows ? keys <= w->panel.ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->panel.ld) &&
-           from >= 0 && from + keys <= FA_MOST_BLOCK_KEYS && (x->skip + from) % FA_SUM_RUN == 0 &&
-           FA_ALIGNED(scores_at(w, x, row, 0)) && FA_ALIGNED(powers_at(w, x, row, 0)) && FA_ALIGNED(queries_at(w, x, row)) &&
-           FA_ALIGNED(w->state.o);
+           (products->by_rows ? keys <= w->panel.ld : (row | rows) % FA_ROW_STEP == 0 && row + rows <= w->panel.ld) && from >= 0 &&
+           from + keys <= FA_MOST_BLOCK_KEYS && (x->skip + from) % FA_SUM_RUN == 0 && FA_ALIGNED(scores_at(w, x, row, 0)) &&
+           FA_ALIGNED(powers_at(w, x, row, 0)) && FA_ALIGNED(queries_at(w, x, row)) && FA_ALIGNED(w->state.o);
 }
 
 /* The body of the loop, for a rectangle of rows and keys. Scores, which take more room than anything else, come in parts. Values are
@@ -171,11 +168,10 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         }
         there = products->softmax_beside && after > 0;
         if (FA_UNLIKELY(there)) {
-            const fa_scores next = {scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, *x->k,
-                                    x->skip + j + n, after, dim};
+            const fa_scores next = {
+                scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, *x->k, x->skip + j + n, after, dim};
             products->softmax_beside(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha, &next);
-        } else
-            products->softmax(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha);
+        } else products->softmax(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha);
         if (FA_UNLIKELY(call->args->segments)) {
             fastattn_mass_add(w, x, alpha, p, row, rows, j, n);
             continue;
@@ -242,9 +238,8 @@ void fastattn_run_block(fa_work *w, const fa_key_block *block) {
     x.ruled = call->scoring.ruled || biased;
     const int64_t beside = call->heads.beside;
     x.mended = in_parts && !(w->q_finite && fastattn_all_finite(call, &run->finite_k, run->stored_k, run->keys, a->head_dim * beside));
-    x.careful = w->v_scale != 1.0f ||
-                ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
-                 !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim * beside));
+    x.careful = w->v_scale != 1.0f || ((block->partial || found & FA_MASK_HIDES || in_parts || block->keys < run->keys) &&
+                                       !fastattn_all_finite(call, &run->finite_v, run->stored_v, run->keys, a->v_head_dim * beside));
     fastattn_choose_operands(w, &x, block);
     x.p = x.products->in_place ? w->s : w->p;
     attend_visible(w, &x, block);

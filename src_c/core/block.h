@@ -20,7 +20,7 @@ typedef struct fa_run {
     fa_matrix stored_k, stored_v;
     float *wide_k, *wide_v; /* room for them in float32, if they are quantised */
     fa_matrix widened_k, widened_v;
-    int widened;            /* they are there */
+    int widened;                   /* they are there */
     const char **k_rows, **v_rows; /* room for pointers to rows in pages */
     int finite_k, finite_v;        /* -1: not known yet */
     fa_way ways[FA_WAYS];
@@ -37,13 +37,13 @@ typedef struct fa_work {
     float *s, *p, *bias, *shown;
     char *finite_v;
     float *q[FA_WAYS];
-    int packed[FA_WAYS];       /* q is there */
-    int misfits;               /* blocks in a row that did not fit the products */
-    float v_scale;             /* values are multiplied by it: 1, or FA_SHRINK of range.h */
-    int q_finite;              /* all queries are, as far as that matters */
+    int packed[FA_WAYS]; /* q is there */
+    int misfits;         /* blocks in a row that did not fit the products */
+    float v_scale;       /* values are multiplied by it: 1, or FA_SHRINK of range.h */
+    int q_finite;        /* all queries are, as far as that matters */
     fa_key_blocks blocks;
-    fa_key_block block;        /* the next one */
-    int pending;               /* there is one */
+    fa_key_block block;                                /* the next one */
+    int pending;                                       /* there is one */
     fa_key_range keys_of[FA_PANEL_ROWS / FA_ROW_STEP]; /* of a block that hides keys, what each group of rows may see */
 } fa_work;
 
@@ -51,9 +51,9 @@ typedef struct fa_work {
 typedef struct fa_operands {
     const fa_matrix *source_k, *source_v; /* what the whole run is prepared from */
     const fa_matrix *k, *v;               /* what has been prepared, or the source */
-    int64_t first;  /* key of the block, in its entry */
-    int64_t before; /* keys of the run before the block */
-    int64_t skip;   /* keys of k and v before the block */
+    int64_t first;                        /* key of the block, in its entry */
+    int64_t before;                       /* keys of the run before the block */
+    int64_t skip;                         /* keys of k and v before the block */
     const fa_products *products;
     const float *q;
     float *p;

@@ -114,16 +114,14 @@ static void place(const fastattn_attention_args *a, int64_t b, fa_entry *entry) 
     entry->offset = FA_UNLIKELY(a->query_offset) ? fa_reach(a->query_offset[b]) - entry->start : entry->keys - entry->shape.q_len;
 }
 
-static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) {
-    return shape->q_len == q_len && shape->kv_len == kv_len;
-}
+static int of_shape(const fa_shape *shape, int64_t q_len, int64_t kv_len) { return shape->q_len == q_len && shape->kv_len == kv_len; }
 
 /* What all entries come to. */
 typedef struct fa_totals {
-    double parts, work, partials;  /* panels times parts of their keys, multiplications, and bytes of states */
+    double parts, work, partials;        /* panels times parts of their keys, multiplications, and bytes of states */
     int64_t queries, panels, block_keys; /* the most that an entry has */
-    int ld, prepared[FA_WAYS];     /* the most, and whether any has them */
-    int p_apart, by_turns;         /* powers need room of their own, and so do states of several parts */
+    int ld, prepared[FA_WAYS];           /* the most, and whether any has them */
+    int p_apart, by_turns;               /* powers need room of their own, and so do states of several parts */
 } fa_totals;
 
 /* Multiplications that a panel takes as long as, besides its own. */
@@ -220,7 +218,9 @@ static void plan_team(fa_call *call, double work) {
     const double worth_interrupting = 1e9;
     const fastattn_attention_args *a = call->args;
     const double threads = work / WORTH_A_THREAD;
-    call->team = (fa_team){.threads = a->num_threads < 2 || threads < 2 ? 1 : threads < a->num_threads ? (int)threads : a->num_threads,
+    call->team = (fa_team){.threads = a->num_threads < 2 || threads < 2 ? 1
+                                      : threads < a->num_threads        ? (int)threads
+                                                                        : a->num_threads,
                            .threading = a->threading == FASTATTN_THREADING_DEFAULT ? FASTATTN_THREADING_POOL : a->threading,
                            .interrupted = work < worth_interrupting ? NULL : a->interrupted,
                            .interrupted_context = a->interrupted_context};
@@ -316,7 +316,8 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
     call->stored.widened = args->kv_dtype != FASTATTN_FLOAT32 && !call->uk->few_quantised;
     if (FA_UNLIKELY(call->stored.quantised)) {
-        const fa_products *few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision) : call->uk->few_quantised;
+        const fa_products *few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision)
+                                        : call->uk->few_quantised;
         if (few) call->few = few;
     }
     call->workers = args->num_threads > 1 ? args->num_threads : 1;
@@ -390,10 +391,8 @@ static void enter_all(const fa_call *call, fa_entry *entries) {
     for (int64_t b = 0; b < a->batch; b++) {
         lengths_of(a, b, &q_len, &kv_len);
         fa_entry *entry = entries + (sorted ? begin[magnitude(q_len, kv_len)]++ : b);
-        if (of_shape(shape, q_len, kv_len))
-            entry->shape = *shape;
-        else
-            plan_shape(&entry->shape, call, q_len, kv_len);
+        if (of_shape(shape, q_len, kv_len)) entry->shape = *shape;
+        else plan_shape(&entry->shape, call, q_len, kv_len);
         shape = &entry->shape;
         place(a, b, entry);
         const int abreast = shape->rows.panels == 1 && fastattn_way_of(shape, shape->rows.panel_rows) == FA_FEW;
@@ -449,10 +448,8 @@ const fa_entry *fastattn_entry_of(const fa_call *call, int phase, int64_t item) 
     if (call->alike[phase]) return call->entries + fa_divide(item, call->alike[phase]);
     while (high - low > 1) {
         const int64_t middle = low + (high - low) / 2;
-        if (call->entries[middle].first[phase] <= item)
-            low = middle;
-        else
-            high = middle;
+        if (call->entries[middle].first[phase] <= item) low = middle;
+        else high = middle;
     }
     return call->entries + low;
 }

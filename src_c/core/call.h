@@ -55,16 +55,16 @@ typedef struct fa_shape {
 /* A batch entry: where it lies in the caller's arrays, and what of the call's work is its own. Its queries and keys count from 0. */
 typedef struct fa_entry {
     fa_shape shape;
-    int64_t batch;          /* of arrays that have such an axis */
-    int64_t query, q_room;  /* its first query among the rows of q, and all rows there that are its own, padding included */
-    int64_t key;            /* its first key among the rows of k and v */
-    int64_t start;          /* of its keys, those before the first, which no query sees: masks count from there */
-    int64_t keys;           /* that it has: as many as its shape, but where lists of keys are what the loop goes through */
-    int64_t offset;         /* position of its first query, where that of its first key is 0 */
-    int64_t bundle;         /* consecutive panels of an item: they share what is made of a block of keys, or lines of its rows */
-    int64_t line;           /* panels that bundles are cut from: of a packed sequence, or, if each has but one, of all */
-    int64_t bundles;        /* of a line */
-    int64_t first[FA_PHASES]; /* items of the entries before it */
+    int64_t batch;                  /* of arrays that have such an axis */
+    int64_t query, q_room;          /* its first query among the rows of q, and all rows there that are its own, padding included */
+    int64_t key;                    /* its first key among the rows of k and v */
+    int64_t start;                  /* of its keys, those before the first, which no query sees: masks count from there */
+    int64_t keys;                   /* that it has: as many as its shape, but where lists of keys are what the loop goes through */
+    int64_t offset;                 /* position of its first query, where that of its first key is 0 */
+    int64_t bundle;                 /* consecutive panels of an item: they share what is made of a block of keys, or lines of its rows */
+    int64_t line;                   /* panels that bundles are cut from: of a packed sequence, or, if each has but one, of all */
+    int64_t bundles;                /* of a line */
+    int64_t first[FA_PHASES];       /* items of the entries before it */
     size_t partials, partial_bytes; /* the states of its parts, from the first partial on, and the bytes of each */
 } fa_entry;
 
@@ -72,7 +72,9 @@ typedef struct fa_entry {
 typedef struct fa_scratch {
     size_t s, p, bias, shown, k[FA_WAYS], v[FA_WAYS], wide_k, wide_v, k_rows, v_rows, finite_v, panels;
     size_t bytes;
-    struct { size_t q[FA_WAYS], o, total, rows, bytes; } panel; /* rows: vectors of one float a row, and row pointers */
+    struct {
+        size_t q[FA_WAYS], o, total, rows, bytes;
+    } panel; /* rows: vectors of one float a row, and row pointers */
 } fa_scratch;
 
 /* Query heads as rows. */
@@ -85,10 +87,10 @@ typedef struct fa_heads {
 
 /* How keys and values lie. */
 typedef struct fa_stored {
-    int quantised; /* the products by rows read them, others what they become in float32, run by run */
-    int widened;   /* few rows read keys of float32 alone, which these are not */
-    int apart;     /* there are gaps between the rows of keys or values, as between pages */
-    int v_in_k;    /* values are the first numbers of their keys, as those of latents are */
+    int quantised;            /* the products by rows read them, others what they become in float32, run by run */
+    int widened;              /* few rows read keys of float32 alone, which these are not */
+    int apart;                /* there are gaps between the rows of keys or values, as between pages */
+    int v_in_k;               /* values are the first numbers of their keys, as those of latents are */
     int64_t k_bytes, v_bytes; /* of a row */
 } fa_stored;
 
@@ -112,15 +114,15 @@ typedef struct fastattn_plan {
     const fastattn_attention_args *args;
     const fa_ukernel *uk;
     const fa_products *products, *exact, *few; /* those that are preferred, those in float32, and those for few rows */
-    int64_t panel_dim;     /* numbers of a row in the panel of queries */
+    int64_t panel_dim;                         /* numbers of a row in the panel of queries */
     fa_heads heads;
     fa_stored stored;
     fa_scoring scoring;
-    fa_team team;          /* as many threads as pay off, at most args->num_threads */
-    int workers;           /* for which there is scratch */
+    fa_team team; /* as many threads as pay off, at most args->num_threads */
+    int workers;  /* for which there is scratch */
     int64_t most_bundle, abreast;
-    int64_t pointers;      /* to rows, that a run has for keys and for values each */
-    fa_shape shape;        /* that of the last entry */
+    int64_t pointers; /* to rows, that a run has for keys and for values each */
+    fa_shape shape;   /* that of the last entry */
     fa_scratch scratch;
     fa_room room;
 

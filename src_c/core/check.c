@@ -9,8 +9,7 @@
 #include <string.h>
 
 /* Sizes are bounded so that no product in the plan overflows 63 bits: rows of a panel sequence, tiles, work items. */
-static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 40,
-                     most_items = (int64_t)1 << 56;
+static const int64_t most_heads = (int64_t)1 << 24, most_length = (int64_t)1 << 40, most_items = (int64_t)1 << 56;
 
 static fastattn_status check_shape(const fastattn_attention_args *a) {
     if (FA_UNLIKELY((a->batch | a->num_heads | a->num_kv_heads | a->q_len | a->kv_len | a->head_dim | a->v_head_dim) < 0)) /* any of them */
@@ -33,8 +32,8 @@ static fastattn_status check_shape(const fastattn_attention_args *a) {
 }
 
 /* fastattn_check_table of a table that is given in parts. */
-static inline fastattn_status check_axes(const void *pointer, int64_t *strides, int axes, const int64_t *shape, int64_t packed, int64_t size,
-                                  int required, int output) {
+static inline fastattn_status check_axes(const void *pointer, int64_t *strides, int axes, const int64_t *shape, int64_t packed,
+                                         int64_t size, int required, int output) {
     int64_t bits = (int64_t)(uintptr_t)pointer;
     int empty = packed == 0, overlaps = 0;
     for (int axis = 0; axis < axes; axis++) {
@@ -100,15 +99,13 @@ static fastattn_status check_memory(fastattn_attention_args *a) {
 static fastattn_status check_numbers(const fastattn_attention_args *a) {
     if (!isfinite(a->scale) || !isfinite(a->softcap) || a->softcap < 0) return FASTATTN_ERROR_SCALE;
     if (a->window_left < -1 || a->window_right < -1) return FASTATTN_ERROR_SHAPE;
-    if ((int)a->precision < FASTATTN_PRECISION_HIGHEST || a->precision > FASTATTN_PRECISION_MEDIUM)
-        return FASTATTN_ERROR_ARGUMENT;
+    if ((int)a->precision < FASTATTN_PRECISION_HIGHEST || a->precision > FASTATTN_PRECISION_MEDIUM) return FASTATTN_ERROR_ARGUMENT;
     for (int64_t h = 0; FA_UNLIKELY(a->sinks) && h < a->num_heads; h++)
         if (!isfinite(a->sinks[h]) && a->sinks[h] != -INFINITY) return FASTATTN_ERROR_SCALE;
     const int64_t slopes = a->alibi_strides[0] == 0 ? fa_min(a->batch, 1) : a->batch;
     for (int64_t b = 0; FA_UNLIKELY(a->alibi_slopes) && b < slopes; b++)
         for (int64_t h = 0; h < a->num_heads; h++)
-            if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] +
-                                           h * a->alibi_strides[1])))
+            if (!isfinite(*(const float *)((const char *)a->alibi_slopes + b * a->alibi_strides[0] + h * a->alibi_strides[1])))
                 return FASTATTN_ERROR_SCALE;
     return FASTATTN_OK;
 }
@@ -180,10 +177,9 @@ static fastattn_status check_segments(const fastattn_attention_args *a) {
 static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const fastattn_block_mask *m = a->block_mask;
     if (FA_LIKELY(!m)) return FASTATTN_OK;
-    if (fa_misaligned(m->indptr, 8) || fa_misaligned(m->indices, 4) || fa_misaligned(m->partial, 4))
-        return FASTATTN_ERROR_ARGUMENT;
-    if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 ||
-        m->head_stride < 0 || !m->indptr || m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
+    if (fa_misaligned(m->indptr, 8) || fa_misaligned(m->indices, 4) || fa_misaligned(m->partial, 4)) return FASTATTN_ERROR_ARGUMENT;
+    if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 || m->head_stride < 0 || !m->indptr ||
+        m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
         return FASTATTN_ERROR_BLOCK_MASK;
     const int64_t rows = fa_ceil_div(a->q_len, m->block_size);
     const int64_t columns = fa_ceil_div(a->kv_len, m->block_size);
@@ -202,26 +198,20 @@ static fastattn_status check_block_mask(const fastattn_attention_args *a) {
         for (int64_t t = first; t < last; t++) {
             if (m->indices[t] <= before || m->indices[t] >= columns) return FASTATTN_ERROR_BLOCK_MASK;
             before = m->indices[t];
-            if (m->partial && (m->partial[t] < -1 || m->partial[t] >= m->num_element_masks))
-                return FASTATTN_ERROR_BLOCK_MASK;
+            if (m->partial && (m->partial[t] < -1 || m->partial[t] >= m->num_element_masks)) return FASTATTN_ERROR_BLOCK_MASK;
             if (m->partial && m->partial[t] >= 0 && !m->element_bits) return FASTATTN_ERROR_BLOCK_MASK;
         }
     }
     return FASTATTN_OK;
 }
 
-int fastattn_known_size(size_t size, size_t first, size_t own) {
-    return size >= first && size <= own && size % sizeof(void *) == 0;
-}
+int fastattn_known_size(size_t size, size_t first, size_t own) { return size >= first && size <= own && size % sizeof(void *) == 0; }
 
 /* What fields are that an older caller does not have. */
 static const fastattn_attention_args absent = FASTATTN_ATTENTION_ARGS_INIT;
 static const fastattn_block_mask absent_from_mask = {0};
 
-enum {
-    FIRST_ARGS = FA_END_OF(fastattn_attention_args, num_threads),
-    FIRST_BLOCK_MASK = FA_END_OF(fastattn_block_mask, num_element_masks)
-};
+enum { FIRST_ARGS = FA_END_OF(fastattn_attention_args, num_threads), FIRST_BLOCK_MASK = FA_END_OF(fastattn_block_mask, num_element_masks) };
 
 fastattn_status fastattn_take_struct(void *to, const void *from, size_t first, const void *rest, size_t own) {
     size_t size;
@@ -255,8 +245,7 @@ fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args
     if (FA_UNLIKELY(a->v_dtype != a->kv_dtype) && !(quantised && fa_is_quantised(a->v_dtype))) return FASTATTN_ERROR_DTYPE;
     if (!fa_is_storage(a->q_dtype) || !fa_is_cached(a->kv_dtype) || (quantised && a->additive)) return FASTATTN_ERROR_DTYPE;
     if (a->q_dtype != a->kv_dtype && a->q_dtype != FASTATTN_FLOAT32 && !quantised) return FASTATTN_ERROR_DTYPE;
-    if (FA_UNLIKELY(a->mask) &&
-        ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL || !fa_holds(a->mask_dtype)))
+    if (FA_UNLIKELY(a->mask) && ((int)a->mask_dtype < FASTATTN_FLOAT32 || a->mask_dtype > FASTATTN_BOOL || !fa_holds(a->mask_dtype)))
         return FASTATTN_ERROR_DTYPE;
     if (FA_UNLIKELY(a->indices) && a->indices_size != 4 && a->indices_size != 8) return FASTATTN_ERROR_ARGUMENT;
     if (!fastattn_threading_available(a->threading)) return FASTATTN_ERROR_THREADING;

@@ -62,18 +62,16 @@ static inline int fa_misaligned(const void *pointer, size_t size) { return ((uin
 static inline int fa_is_storage(fastattn_dtype dtype) {
     return fa_holds(dtype) && (dtype == FASTATTN_FLOAT32 || dtype == FASTATTN_FLOAT16 || dtype == FASTATTN_BFLOAT16);
 }
-static inline int fa_is_cached(fastattn_dtype dtype) {
-    return fa_is_storage(dtype) || (fa_holds(dtype) && fa_is_quantised(dtype));
-}
+static inline int fa_is_cached(fastattn_dtype dtype) { return fa_is_storage(dtype) || (fa_holds(dtype) && fa_is_quantised(dtype)); }
 
 /* An array of the caller's, and what is known of it. */
 typedef struct fa_table {
     const void *pointer;
-    int64_t *strides;     /* of all axes but those packed at the end, or null */
-    int axes;             /* that have strides */
+    int64_t *strides;         /* of all axes but those packed at the end, or null */
+    int axes;                 /* that have strides */
     int64_t shape[4], packed; /* of those axes, and the elements of the others */
-    int64_t size;         /* bytes of an element */
-    int required, output; /* may not be null; may not overlap itself */
+    int64_t size;             /* bytes of an element */
+    int required, output;     /* may not be null; may not overlap itself */
 } fa_table;
 
 /* Whether the table can be used as it is said to be. No stride along an axis of length 1, or of an array without elements, is ever

@@ -37,8 +37,8 @@ static uint64_t lanes_of_list(const fa_panel *p, const fa_key_block *block, int6
     return lanes_of_bits(p, m->element_bits + row * block->bits_stride, block->bits_query, group);
 }
 
-unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, const fa_products *products,
-                               int ld, float *bias, fa_key_range *keys_of) {
+unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_key_block *block, const fa_products *products, int ld,
+                               float *bias, fa_key_range *keys_of) {
     static const float hidden[16][4] = {
 #define H -INFINITY
         {H, H, H, H}, {0, H, H, H}, {H, 0, H, H}, {0, 0, H, H}, {H, H, 0, H}, {0, H, 0, H}, {H, 0, 0, H}, {0, 0, 0, H},
@@ -74,8 +74,7 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
         for (int r = 0; r < p->padded; r += 4) {
             const float *four = hidden[lanes[j] >> r & 15];
             float *at = bias + j * ld + r;
-            if (!call->args->mask)
-                memcpy(at, four, sizeof *hidden);
+            if (!call->args->mask) memcpy(at, four, sizeof *hidden);
             else
                 for (int i = 0; i < 4; i++) at[i] = four[i] == 0.0f ? at[i] : four[i];
         }

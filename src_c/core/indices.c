@@ -29,16 +29,16 @@ int64_t fastattn_listed_keys(const fa_key_list *list, int64_t place, int64_t pla
 
 /* Most lists ascend, and -1 is at their end, if anywhere: then each key is there once, if the first and the last are there at all. (In steps
  * that compilers turn into vectors.) */
-#define ASCENDS(type)                                                                      \
-    static int ascends_##type(const type *list, int64_t n, int64_t keys) {                 \
-        enum { STEP = 16 };                                                                \
-        int rises = 1;                                                                     \
-        int64_t i = 1;                                                                     \
-        while (n > 0 && list[n - 1] == -1) n--;                                            \
-        for (; i + STEP <= n; i += STEP)                                                   \
-            for (int s = 0; s < STEP; s++) rises &= list[i + s - 1] < list[i + s];         \
-        for (; i < n; i++) rises &= list[i - 1] < list[i];                                 \
-        return n == 0 || (rises && list[0] >= 0 && list[n - 1] < keys);                    \
+#define ASCENDS(type)                                                              \
+    static int ascends_##type(const type *list, int64_t n, int64_t keys) {         \
+        enum { STEP = 16 };                                                        \
+        int rises = 1;                                                             \
+        int64_t i = 1;                                                             \
+        while (n > 0 && list[n - 1] == -1) n--;                                    \
+        for (; i + STEP <= n; i += STEP)                                           \
+            for (int s = 0; s < STEP; s++) rises &= list[i + s - 1] < list[i + s]; \
+        for (; i < n; i++) rises &= list[i - 1] < list[i];                         \
+        return n == 0 || (rises && list[0] >= 0 && list[n - 1] < keys);            \
     }
 ASCENDS(int32_t)
 ASCENDS(int64_t)

@@ -6,10 +6,10 @@
 
 /* The list of one query. Keys count from the first of the entry. */
 typedef struct fa_key_list {
-    const char *at;    /* its indices, or null: places are keys */
-    int64_t size;      /* bytes of an index */
-    int64_t start;     /* the index of key 0 */
-    int64_t from, to;  /* keys that the query sees by their position */
+    const char *at;   /* its indices, or null: places are keys */
+    int64_t size;     /* bytes of an index */
+    int64_t start;    /* the index of key 0 */
+    int64_t from, to; /* keys that the query sees by their position */
 } fa_key_list;
 
 static inline int64_t fa_index_at(const char *list, int64_t size, int64_t place) {

@@ -14,7 +14,8 @@ const char *fastattn_version(void) { return FASTATTN_VERSION; }
 const char *fastattn_status_string(fastattn_status status) {
     switch (status) {
     case FASTATTN_OK: return "success";
-    case FASTATTN_ERROR_ARGUMENT: return "a pointer is null or misaligned, an output overlaps itself, or a struct size or an enum is unknown";
+    case FASTATTN_ERROR_ARGUMENT:
+        return "a pointer is null or misaligned, an output overlaps itself, or a struct size or an enum is unknown";
     case FASTATTN_ERROR_SHAPE: return "a size is negative or too large, or num_heads is no multiple of num_kv_heads";
     case FASTATTN_ERROR_DTYPE: return "the dtypes of q, k, v and mask are unknown or do not go together";
     case FASTATTN_ERROR_SCALE: return "scale, softcap or an ALiBi slope is not finite, softcap is negative, or a sink is NaN or +inf";
@@ -25,14 +26,16 @@ const char *fastattn_status_string(fastattn_status status) {
     case FASTATTN_ERROR_WORKSPACE: return "workspace is too small or not aligned to 64 bytes";
     case FASTATTN_ERROR_MEMORY: return "out of memory";
     case FASTATTN_ERROR_DECAY: return "a decay lies outside of [0, 1], or above 0 as a logarithm";
-    case FASTATTN_ERROR_ACTIVATION: return "the activation is unknown, its power or bias out of range, or lse or sinks are asked for without a softmax";
+    case FASTATTN_ERROR_ACTIVATION:
+        return "the activation is unknown, its power or bias out of range, or lse or sinks are asked for without a softmax";
     case FASTATTN_ERROR_ISA: return "the instruction set is unknown or not available";
     case FASTATTN_ERROR_SLOT: return "a slot is below -1 or beyond the pages";
     case FASTATTN_ERROR_BLOCK_TABLE: return "block_table has, within the length of an entry, a page below 0 or beyond num_pages";
     case FASTATTN_ERROR_NOT_FINITE: return "a number that is to be quantised is NaN, infinite or too large";
     case FASTATTN_ERROR_INDICES: return "indices have a key below -1 or beyond kv_len, or one twice in a list";
     case FASTATTN_ERROR_LEFT_OUT: return "this library was built without what the call asks for";
-    case FASTATTN_ERROR_SEGMENTS: return "a segment is below -1 or beyond num_segments, that is out of range, or there are values or indices beside them";
+    case FASTATTN_ERROR_SEGMENTS:
+        return "a segment is below -1 or beyond num_segments, that is out of range, or there are values or indices beside them";
     case FASTATTN_ERROR_INTERRUPTED: return "interrupted by the caller";
     case FASTATTN_ERROR_THREADING: return "the way of threading is unknown or not available";
     }
@@ -64,8 +67,7 @@ static double visited_pairs(const fa_call *call, const fa_entry *entry, char *me
         fa_key_block block;
         fastattn_panel_of(&panel, call, entry, n / splits, n % splits, memory);
         fastattn_key_blocks(&blocks, call, &panel);
-        if (!blocks.mask)
-            pairs += (double)fa_max(blocks.end - blocks.next, 0) * panel.rows;
+        if (!blocks.mask) pairs += (double)fa_max(blocks.end - blocks.next, 0) * panel.rows;
         else
             while (fastattn_next_key_block(&blocks, &block)) pairs += (double)block.keys * panel.rows;
     }

@@ -23,8 +23,7 @@ void fastattn_key_blocks(fa_key_blocks *it, const fa_call *call, const fa_panel 
         it->last_entry = it->mask->indptr[row + 1];
         it->run_end = it->next;
         it->whole_steps = call->args->invariant;
-    } else
-        it->next -= (it->next - it->first_key) % FA_SUM_RUN;
+    } else it->next -= (it->next - it->first_key) % FA_SUM_RUN;
 }
 
 /* Takes the next listed block with a key in reach, and whole blocks that follow it without a gap. */

@@ -102,7 +102,9 @@ static void pointwise_item(const void *context, int64_t item, int worker) {
     const fastattn_pointwise_args *a = call->args;
     const int64_t first = item / call->pieces * call->rows, end = fa_min(first + call->rows, a->rows);
     const int64_t from = item % call->pieces * call->width;
-    fa_pointwise row = {.n = fa_min(call->width, a->width - from), .kind = a->kind, .bias = a->bias ? a->bias + from : NULL,
+    fa_pointwise row = {.n = fa_min(call->width, a->width - from),
+                        .kind = a->kind,
+                        .bias = a->bias ? a->bias + from : NULL,
                         .factor_bias = a->bias && a->gated ? a->bias + a->width + from : NULL};
     (void)worker;
     for (int64_t i = first; i < end; i++) {

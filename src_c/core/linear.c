@@ -39,11 +39,10 @@ typedef struct fa_linear_work {
     const float *from;           /* where the state is: the caller's before the first token, then s */
     float *s;
     int64_t ld_from, ld_s;
-    float *z, *k, *q, *u, *o, *weighted, *keys, *weights, *own, *a, *before, *after, *within, *left, *between, *beta, *ones,
-        *sums, *row;
-    int64_t n, padded;           /* tokens of the chunk, and rounded up to FA_ROW_STEP */
-    int apart;                   /* rows of the state have factors of their own */
-    int careful;                 /* some u is not finite */
+    float *z, *k, *q, *u, *o, *weighted, *keys, *weights, *own, *a, *before, *after, *within, *left, *between, *beta, *ones, *sums, *row;
+    int64_t n, padded; /* tokens of the chunk, and rounded up to FA_ROW_STEP */
+    int apart;         /* rows of the state have factors of their own */
+    int careful;       /* some u is not finite */
 } fa_linear_work;
 
 enum { CHUNK = FA_LINEAR_CHUNK }; /* the pitch of what has a column for each token */
@@ -105,10 +104,8 @@ static void take_tokens(fa_linear_work *w, int64_t row, int64_t n) {
     if (a->decay) {
         const fa_matrix decays = rows_at(a->decay, a->decay_strides, entry(w), w->state, row, a->decay_dtype);
         const int64_t numbers = w->apart ? n * w->dim : n;
-        if (w->apart)
-            stage(w, w->a, w->dim, decays, n, a->head_dim);
-        else
-            stage_numbers(w->a, decays, n);
+        if (w->apart) stage(w, w->a, w->dim, decays, n, a->head_dim);
+        else stage_numbers(w->a, decays, n);
         if (a->decay_log) w->dense->exps(w->a, fa_round_up(numbers, FA_ROW_STEP));
     }
     if (a->beta) stage_numbers(w->beta, rows_at(a->beta, a->beta_strides, entry(w), w->state, row, a->beta_dtype), n);
@@ -163,8 +160,7 @@ static void begin(fa_linear_work *w, float *scratch) {
 /* The state is where it is to stay. */
 static void settle(fa_linear_work *w) {
     if (w->from == w->s && w->ld_from == w->ld_s) return;
-    for (int64_t d = 0; d < w->args->head_dim; d++)
-        memmove(w->s + d * w->ld_s, w->from + d * w->ld_from, (size_t)w->width * sizeof(float));
+    for (int64_t d = 0; d < w->args->head_dim; d++) memmove(w->s + d * w->ld_s, w->from + d * w->ld_from, (size_t)w->width * sizeof(float));
     w->from = w->s;
     w->ld_from = w->ld_s;
 }
@@ -175,8 +171,7 @@ static void end(fa_linear_work *w) {
     settle(w);
     float *to = (float *)(uintptr_t)state_at(w, a->new_state, a->new_state_strides);
     const int64_t ld = a->new_state_strides[2] / (int64_t)sizeof(float);
-    for (int64_t d = 0; w->s != to && d < a->head_dim; d++)
-        memcpy(to + d * ld, w->s + d * w->ld_s, (size_t)w->real * sizeof(float));
+    for (int64_t d = 0; w->s != to && d < a->head_dim; d++) memcpy(to + d * ld, w->s + d * w->ld_s, (size_t)w->real * sizeof(float));
     for (int64_t d = 0; a->normalize && w->column == 0 && d < a->head_dim; d++) to[d * ld + a->v_head_dim] = w->z[d];
 }
 
@@ -248,8 +243,7 @@ static void weigh_apart(const fa_linear_work *w, float *to, const float *x, int6
 static void weigh(const fa_linear_work *w, float *to, const float *x) {
     for (int64_t i = 0; i < w->n; i += FA_ROW_STEP) {
         const int64_t rows = fa_min(FA_ROW_STEP, w->n - i), until = i + FA_ROW_STEP;
-        if (w->apart)
-            weigh_apart(w, to, x, i, rows);
+        if (w->apart) weigh_apart(w, to, x, i, rows);
         else {
             w->dense->product(to + i * CHUNK, CHUNK, NULL, x + i * w->dim, w->dim, 1, w->keys, CHUNK, rows, until, w->args->head_dim);
             if (w->args->decay) w->dense->scale(to + i * CHUNK, CHUNK, rows, until, w->between + i * CHUNK, CHUNK, 1);
@@ -274,7 +268,8 @@ static void solve(fa_linear_work *w) {
     for (int64_t i = 0; i < n; i++) {
         const int64_t first = i / FA_ROW_STEP * FA_ROW_STEP;
         if (i == first && i > 0)
-            dense->product(w->u + i * width, width, w->ones, w->own + i * CHUNK, CHUNK, 1, w->u, width, fa_min(FA_ROW_STEP, n - i), width, i);
+            dense->product(w->u + i * width, width, w->ones, w->own + i * CHUNK, CHUNK, 1, w->u, width, fa_min(FA_ROW_STEP, n - i), width,
+                           i);
         if (i > first)
             dense->product(w->u + i * width, width, w->ones, w->own + i * CHUNK + first, CHUNK, 1, w->u + first * width, width, 1, width,
                            i - first);
@@ -437,8 +432,7 @@ static void run_item(const void *context, int64_t item, int worker) {
     for (int64_t d = 0; d < ones; d++) w.ones[d] = 1.0f;
     const fa_sequence keys = fastattn_linear_sequence(a, w.b, 0), queries = fastattn_linear_sequence(a, w.b, 1);
     begin(&w, scratch + at->s);
-    if (!a->causal)
-        run_whole(&w, keys, queries);
+    if (!a->causal) run_whole(&w, keys, queries);
     else
         for (int64_t done = 0; done < keys.real; done += w.n) run_chunk(&w, keys.first + done, fa_min(CHUNK, keys.real - done));
     clear(&w, queries.first + queries.real, queries.rows - queries.real);

@@ -23,14 +23,14 @@ typedef struct fa_linear_scratch {
 } fa_linear_scratch;
 
 typedef struct fa_linear_call {
-    fastattn_linear_args own;     /* what args points to: a call cannot be copied */
+    fastattn_linear_args own; /* what args points to: a call cannot be copied */
     const fastattn_linear_args *args;
     const fa_ukernel *uk;
-    int64_t states, heads;        /* of an entry; heads are those of out */
-    int64_t group;                /* heads that a state answers */
-    int64_t slices, slice;        /* parts of the columns of v, which do not touch each other, and how many each has */
-    int64_t items;                /* batch * states * slices */
-    int64_t dim, columns;         /* head_dim and slice, rounded up to FA_ROW_STEP */
+    int64_t states, heads; /* of an entry; heads are those of out */
+    int64_t group;         /* heads that a state answers */
+    int64_t slices, slice; /* parts of the columns of v, which do not touch each other, and how many each has */
+    int64_t items;         /* batch * states * slices */
+    int64_t dim, columns;  /* head_dim and slice, rounded up to FA_ROW_STEP */
     fa_team team;
     fa_linear_scratch scratch;
     size_t workspace;

@@ -27,8 +27,8 @@ static fastattn_status check_shape(const fastattn_linear_args *a) {
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
         if (sizes[n] < 0 || sizes[n] > most[n]) return FASTATTN_ERROR_SHAPE;
     const int64_t states = fa_max(a->num_k_heads, a->num_v_heads), heads = fa_max(states, a->num_q_heads);
-    if (heads > 0 && !(divides(a->num_k_heads, states) && divides(a->num_v_heads, states) && divides(states, heads) &&
-                       divides(a->num_q_heads, heads)))
+    if (heads > 0 &&
+        !(divides(a->num_k_heads, states) && divides(a->num_v_heads, states) && divides(states, heads) && divides(a->num_q_heads, heads)))
         return FASTATTN_ERROR_SHAPE;
     if ((a->causal || a->cu_seqlens) && a->q_len != a->kv_len) return FASTATTN_ERROR_SHAPE;
     if (a->batch > most_items / fa_max(heads, 1) / FA_MOST_DIM) return FASTATTN_ERROR_SHAPE;

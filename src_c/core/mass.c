@@ -30,8 +30,7 @@ static void follow_maximum(const fa_call *call, fa_panel *p, int r, float m) {
     if (m == -INFINITY) return;
     double rise = call->scoring.exponent * ((double)m - p->base[r]);
     if (!(rise <= most_rise)) {
-        if (p->base[r] != -INFINITY)
-            call->uk->narrow(p->outputs[r], p->outputs[r], (float)exp2(-rise), p->cleared, FASTATTN_FLOAT32);
+        if (p->base[r] != -INFINITY) call->uk->narrow(p->outputs[r], p->outputs[r], (float)exp2(-rise), p->cleared, FASTATTN_FLOAT32);
         p->base[r] = m;
         rise = call->scoring.exponent * ((double)m - m);
     }
@@ -56,7 +55,8 @@ static int64_t find_runs(fa_segment_run *runs, int64_t *beyond, const fa_work *w
     return count;
 }
 
-void fastattn_mass_add(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from, int64_t keys) {
+void fastattn_mass_add(fa_work *w, const fa_operands *x, const float *alpha, const float *p, int row, int rows, int64_t from,
+                       int64_t keys) {
     const fa_call *call = w->call;
     fa_panel *panel = &w->panel;
     const int real = (int)fa_min(rows, panel->rows - row);

@@ -138,9 +138,9 @@ fastattn_status fastattn_merge(const fastattn_merge_args *given) {
     return status;
 }
 
-fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses,
-                                      int64_t rows, int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse) {
-    const fastattn_merge_args args = {sizeof args, num_parts, rows, v_head_dim, outs, lses, dtype, out, lse,
-                                      FASTATTN_ISA_BEST, 1, FASTATTN_THREADING_DEFAULT};
+fastattn_status fastattn_merge_states(int64_t num_parts, const void *const *outs, const float *const *lses, int64_t rows,
+                                      int64_t v_head_dim, fastattn_dtype dtype, void *out, float *lse) {
+    const fastattn_merge_args args = {sizeof args, num_parts, rows, v_head_dim,        outs, lses,
+                                      dtype,       out,       lse,  FASTATTN_ISA_BEST, 1,    FASTATTN_THREADING_DEFAULT};
     return fastattn_merge(&args);
 }

@@ -28,9 +28,7 @@ static fa_matrix rows_beside(fa_matrix rows, int64_t head_stride) {
 }
 
 /* Whether the head before has come to the same run. Its pointers stay what they are until all heads have left that. */
-static int goes_beside(const fa_run *run) {
-    return run->abreast_before > 0 && run[-1].first == run->first && run[-1].keys == run->keys;
-}
+static int goes_beside(const fa_run *run) { return run->abreast_before > 0 && run[-1].first == run->first && run[-1].keys == run->keys; }
 
 fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     const fa_call *call = w->call;
@@ -44,9 +42,7 @@ fa_run *fastattn_run_of(fa_work *w, const fa_key_block *block) {
     if (FA_UNLIKELY(goes_beside(run))) {
         run->stored_k = rows_beside(run[-1].stored_k, call->args->k_strides[1]);
         run->stored_v = rows_beside(run[-1].stored_v, call->args->v_strides[1]);
-    } else
-        fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows, run->k_rows,
-                                       run->v_rows);
+    } else fastattn_panel_keys_and_values(&run->stored_k, &run->stored_v, call, &w->panel, run->first, follows, run->k_rows, run->v_rows);
     look_ahead(&run->stored_k, run, shape, call->args->k_strides[1] * beside);
     look_ahead(&run->stored_v, run, shape, call->args->v_strides[1] * beside);
     run->finite_k = run->finite_v = -1;

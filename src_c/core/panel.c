@@ -20,9 +20,7 @@ static void visible_keys(const fastattn_attention_args *a, int64_t position, int
     *hi = fa_max(end, 0);
 }
 
-size_t fastattn_panel_bytes(int ld) {
-    return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 8 * sizeof(float));
-}
+size_t fastattn_panel_bytes(int ld) { return (size_t)ld * (4 * sizeof(int64_t) + 2 * sizeof(void *) + 8 * sizeof(float)); }
 
 void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, int64_t panel, int64_t part, char *memory) {
     const fastattn_attention_args *a = call->args;
@@ -72,8 +70,7 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
         visible_keys(a, i + entry->offset, entry->keys, &p->begin[r], &p->end[r]);
         p->outputs[r] = out + h * a->out_strides[1] + i * a->out_strides[2];
         if (FA_UNLIKELY(a->alibi_slopes))
-            p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] +
-                                           h * a->alibi_strides[1]);
+            p->slopes[r] = *(const float *)((const char *)a->alibi_slopes + entry->batch * a->alibi_strides[0] + h * a->alibi_strides[1]);
         if (++h == p->head + call->heads.group) h = p->head, i++;
     }
     p->list = (fa_key_list){.at = NULL};
@@ -124,7 +121,8 @@ static int shift_of_pages(int64_t page_size, int64_t key) {
     return shift;
 }
 
-void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows, const char **pointers) {
+void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows,
+                         const char **pointers) {
     const int32_t *table = pages->table;
     const int64_t size = pages->size, wanted = fastattn_row_pointers(run_keys), count = fa_min(wanted, end - key);
     const int64_t first_page = key / size, last_page = (key + count - 1) / size;
@@ -146,20 +144,22 @@ void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, in
         pointers[n >> rows->shift] = (const char *)((uintptr_t)pointers[(n + run_keys) >> rows->shift] + (uintptr_t)run_keys * stride);
     for (int64_t page = (key + n) / size; n < count; page++) {
         const uintptr_t at = head + (uintptr_t)(table[page] * pages->stride) + (uintptr_t)(key - page * size) * stride;
-        for (const int64_t last = fa_min((page + 1) * size - key, count); n < last; n += step) pointers[n >> rows->shift] = (const char *)at;
+        for (const int64_t last = fa_min((page + 1) * size - key, count); n < last; n += step)
+            pointers[n >> rows->shift] = (const char *)at;
     }
     for (; n < wanted; n += step) pointers[n >> rows->shift] = pointers[(n >> rows->shift) - 1];
 }
 
 /* The same of listed keys from a place on, in pages or not; where there is none, and beyond the list, it is the entry's first. */
-static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t place, int64_t known, const char **k_rows, const char **v_rows) {
+static void find_listed_rows(const fa_call *call, const fa_panel *p, int64_t place, int64_t known, const char **k_rows,
+                             const char **v_rows) {
     const fastattn_attention_args *a = call->args;
     const char *k_head = (const char *)a->k + p->kv_head * a->k_strides[1], *v_head = (const char *)a->v + p->kv_head * a->v_strides[1];
     const int32_t *table = fastattn_pages_at(a->block_table, a->block_table_stride, p->entry->batch);
     const int64_t wanted = fastattn_row_pointers(p->entry->shape.block_keys), there = fa_min(wanted, p->entry->shape.kv_len - place);
     const char *k_page = k_head + p->entry->batch * a->k_strides[0], *v_page = v_head + p->entry->batch * a->v_strides[0];
     const int64_t k_stride = a->k_strides[2], v_stride = a->v_strides[2], entry = p->entry->key;
-    const fa_key_list list = p->list; /* a copy, which no pointer that is written can change */
+    const fa_key_list list = p->list;      /* a copy, which no pointer that is written can change */
     int64_t n = known, first = 0, end = 0; /* keys of the page at hand */
     memcpy(k_rows, k_rows + wanted - known, (size_t)known * sizeof *k_rows);
     memcpy(v_rows, v_rows + wanted - known, (size_t)known * sizeof *v_rows);

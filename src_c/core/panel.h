@@ -6,28 +6,28 @@
 #include "indices.h"
 
 typedef struct fa_panel {
-    const fa_entry *entry;  /* from whose first query and key everything counts */
-    int way;                /* the products that its number of rows asks for */
+    const fa_entry *entry; /* from whose first query and key everything counts */
+    int way;               /* the products that its number of rows asks for */
     const fa_products *products;
-    int ld;                 /* as these lay it out */
+    int ld; /* as these lay it out */
     int64_t kv_head;
-    int64_t head;           /* query head of the packed sequence's first */
-    int64_t first_row;      /* of the panel, in its packed sequence */
+    int64_t head;               /* query head of the packed sequence's first */
+    int64_t first_row;          /* of the panel, in its packed sequence */
     int64_t first_key, end_key; /* keys of this part */
-    int rows;               /* real rows */
-    int padded;             /* rows that the slots work on: where they are lanes, rounded up to FA_ROW_STEP */
-    int64_t *query;         /* [padded] query index; padding repeats the last row everywhere */
-    int64_t *head_of;       /* [padded] query head */
-    int64_t *begin, *end;   /* [padded] visible keys by position: causal, window, lengths; both ascend */
-    fa_key_list list;       /* the keys in their place, where the caller has chosen them: those of the panel's one query */
-    float *slopes;          /* [padded] when there are ALiBi slopes */
-    float *offset_of;       /* [padded] the rules' per-row vectors, refilled for each block */
+    int rows;                   /* real rows */
+    int padded;                 /* rows that the slots work on: where they are lanes, rounded up to FA_ROW_STEP */
+    int64_t *query;             /* [padded] query index; padding repeats the last row everywhere */
+    int64_t *head_of;           /* [padded] query head */
+    int64_t *begin, *end;       /* [padded] visible keys by position: causal, window, lengths; both ascend */
+    fa_key_list list;           /* the keys in their place, where the caller has chosen them: those of the panel's one query */
+    float *slopes;              /* [padded] when there are ALiBi slopes */
+    float *offset_of;           /* [padded] the rules' per-row vectors, refilled for each block */
     float *begin_of, *end_of;
     float *alpha, *fade;
-    float *base, *rise;     /* of sums of weights by segment: see mass.c */
-    int64_t cleared;        /* segments that have such sums, in all rows of the output */
-    const void **rows_of;   /* [padded] row pointers: of q, then of the mask */
-    void **outputs;         /* [padded] row pointers of out */
+    float *base, *rise;   /* of sums of weights by segment: see mass.c */
+    int64_t cleared;      /* segments that have such sums, in all rows of the output */
+    const void **rows_of; /* [padded] row pointers: of q, then of the mask */
+    void **outputs;       /* [padded] row pointers of out */
 } fa_panel;
 
 /* The bytes of a panel's vectors. */
@@ -56,7 +56,8 @@ typedef struct fa_pages {
 /* The rows in pages from `key` on, which is before `end`: at a stride, if these and what is read next lie one after the other, or else by
  * pointers, page after page; beyond the end they are those of its page. If they follow on what `rows` are, a run of so many keys, the first
  * of the pointers are the last of before. */
-void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows, const char **pointers);
+void fastattn_paged_rows(fa_matrix *rows, const fa_pages *pages, int64_t key, int64_t end, int64_t run_keys, int follows,
+                         const char **pointers);
 
 /* Pointers for the keys of a block and of the next. */
 static inline int64_t fastattn_row_pointers(int64_t block_keys) { return 2 * block_keys; }

@@ -8,25 +8,25 @@
 
 enum {
     MOST_HELPERS = 1024,
-    IDLE_NS = 50000,   /* how long a helper looks out for the next call, which often follows at once, before it sleeps */
-    FINISH_NS = 100000, /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
+    IDLE_NS = 50000,     /* how long a helper looks out for the next call, which often follows at once, before it sleeps */
+    FINISH_NS = 100000,  /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
     CROWDED_NS = 5000000 /* how long nobody is woken after a helper ran where its caller does: there may be one processor for both */
 };
 
 /* The lock guards everything but `quiet`, which is atomic and on a line of a cache that no one else writes: spinning helpers
  * look at it. */
 static struct {
-    int64_t quiet;        /* neither offers nor a stop: nothing for a helper to do */
+    int64_t quiet; /* neither offers nor a stop: nothing for a helper to do */
     char apart[56];
     int64_t crowded_until; /* on the clock, or 0 */
     fa_mutex lock;
-    fa_condition called;  /* there is an offer, or helpers are to stop */
-    fa_condition left;    /* helpers have left a call for which somebody sleeps, or all have stopped */
-    fa_offer *offers;     /* with seats left, and items as far as is known; the newest first */
-    int helpers;          /* started; of them */
-    int idle;             /* not at work, and of them */
-    int asleep;           /* not even spinning */
-    int sleepers;         /* callers that wait for `left` */
+    fa_condition called; /* there is an offer, or helpers are to stop */
+    fa_condition left;   /* helpers have left a call for which somebody sleeps, or all have stopped */
+    fa_offer *offers;    /* with seats left, and items as far as is known; the newest first */
+    int helpers;         /* started; of them */
+    int idle;            /* not at work, and of them */
+    int asleep;          /* not even spinning */
+    int sleepers;        /* callers that wait for `left` */
     int stopping, at_fork, processors;
 } pool = {.quiet = 1, .lock = FA_MUTEX_FREE, .called = FA_CONDITION_NEW, .left = FA_CONDITION_NEW};
 
@@ -53,9 +53,7 @@ static void spin(int64_t *number, int64_t end) {
 }
 
 /* Whether a thread that runs there cannot go on while this one does, so that to spin for it would be to wait for oneself. */
-static int in_the_way_of(int64_t processor) {
-    return pool.processors == 1 || (processor >= 0 && processor == fastattn_processor());
-}
+static int in_the_way_of(int64_t processor) { return pool.processors == 1 || (processor >= 0 && processor == fastattn_processor()); }
 
 /* How many of those asleep are to be woken: two, who wake two more each, so that nobody wakes many in turn. Those who spin come
  * unasked. */

@@ -33,10 +33,17 @@ static void rotate_item(const void *context, int64_t item, int worker) {
     const int64_t b = item / x->head_items / x->row_items;
     const int64_t heads = fa_min(x->heads, a->num_heads - h0), rows = fa_min(x->rows, a->length - i0);
     const int axis = x->by_heads ? 1 : 2; /* along which the kernel's rows lie */
-    fa_rotation r = {.x_head = a->x_strides[1], .out_head = a->out_strides[1], .x_row = a->x_strides[axis],
-                     .out_row = a->out_strides[axis], .cos_row = a->cos_strides[axis], .sin_row = a->sin_strides[axis],
-                     .rows = x->by_heads ? heads : rows, .head_dim = a->head_dim, .pairs = a->rotary_dim / 2,
-                     .interleaved = a->interleaved, .dtype = a->dtype};
+    fa_rotation r = {.x_head = a->x_strides[1],
+                     .out_head = a->out_strides[1],
+                     .x_row = a->x_strides[axis],
+                     .out_row = a->out_strides[axis],
+                     .cos_row = a->cos_strides[axis],
+                     .sin_row = a->sin_strides[axis],
+                     .rows = x->by_heads ? heads : rows,
+                     .head_dim = a->head_dim,
+                     .pairs = a->rotary_dim / 2,
+                     .interleaved = a->interleaved,
+                     .dtype = a->dtype};
     (void)worker;
     for (int64_t n = 0; n < (x->by_heads ? rows : heads); n += r.heads) {
         const int64_t h = h0 + (x->by_heads ? 0 : n), i = i0 + (x->by_heads ? n : 0);

@@ -20,11 +20,11 @@
 #include <string.h>
 
 enum {
-    ITEMS_OF_A_THREAD = 2,    /* and fewer, where there are many tiles, are not worth parts, each of which begins with any candidates */
-    FEWEST_KEYS = 2048,       /* of a part; and eight times as many as it keeps */
-    COUNTED = 64,             /* scores that are counted together */
-    LOOK = 16,                /* that are looked at together: most hold no candidate */
-    FEWEST_SPARE = 1024,      /* room for candidates beyond the best, lest these are looked for all the time */
+    ITEMS_OF_A_THREAD = 2,     /* and fewer, where there are many tiles, are not worth parts, each of which begins with any candidates */
+    FEWEST_KEYS = 2048,        /* of a part; and eight times as many as it keeps */
+    COUNTED = 64,              /* scores that are counted together */
+    LOOK = 16,                 /* that are looked at together: most hold no candidate */
+    FEWEST_SPARE = 1024,       /* room for candidates beyond the best, lest these are looked for all the time */
     WORK_OF_A_THREAD = 2000000 /* multiplications for which it pays to wake one */
 };
 
@@ -40,13 +40,13 @@ typedef struct fa_select {
     fastattn_select_args args;
     const fa_ukernel *uk;
     const fa_products *products;
-    int64_t group;           /* query heads of a kv head: the rows of a query */
+    int64_t group; /* query heads of a kv head: the rows of a query */
     int64_t tile_queries, tiles;
     int64_t panel_rows, panels; /* the rows of a tile: of several queries in one panel, or of one query in several */
     int ld;
-    int64_t unit;            /* keys of a candidate */
-    int64_t wanted, room;    /* candidates in the end, and at a time */
-    int64_t run_keys, line;  /* keys that are prepared at a time; and the same, rounded up */
+    int64_t unit;           /* keys of a candidate */
+    int64_t wanted, room;   /* candidates in the end, and at a time */
+    int64_t run_keys, line; /* keys that are prepared at a time; and the same, rounded up */
     int64_t split_keys, splits, items;
     size_t q, k, s, turned, sums, weights, pointers, candidates, bytes; /* scratch of a worker, as offsets in it, and all of it */
     size_t candidates_bytes, partial_bytes;
@@ -200,7 +200,8 @@ static int64_t rows_in_panel(const fa_select *x, const fa_chooser *who, int64_t 
 static int padded(const fa_select *x, int64_t rows) { return (int)(x->products->by_rows ? rows : fa_round_up(rows, FA_ROW_STEP)); }
 
 static float *panel_at(const fa_select *x, char *scratch, int64_t panel) {
-    return (float *)(void *)(scratch + x->q) + panel * fa_round_up(fa_max(x->args.head_dim, 1), FA_TILE) * fa_round_up(x->panel_rows, FA_ROW_STEP);
+    return (float *)(void *)(scratch + x->q) +
+           panel * fa_round_up(fa_max(x->args.head_dim, 1), FA_TILE) * fa_round_up(x->panel_rows, FA_ROW_STEP);
 }
 
 /* The queries of a tile, and the weight of each row. */
@@ -217,7 +218,7 @@ static void pack_tile(const fa_select *x, const fa_chooser *who, char *scratch) 
             rows[r] = (const char *)a->q + who->batch * a->q_strides[0] + h * a->q_strides[1] + i * a->q_strides[2];
             if (r < count)
                 weights[row] = a->weights ? *(const float *)(const void *)((const char *)a->weights + who->batch * a->weights_strides[0] +
-                                                                          h * a->weights_strides[1] + i * a->weights_strides[2])
+                                                                           h * a->weights_strides[1] + i * a->weights_strides[2])
                                           : 1.0f;
         }
         x->products->pack(panel_at(x, scratch, panel), x->ld, rows, all, a->head_dim, a->q_dtype, 1.0f);
@@ -240,8 +241,8 @@ static void sum_scores(const fa_select *x, const fa_chooser *who, char *scratch,
         if (!by_rows) x->uk->products->unpack((void *const *)line_of, (int)rows, s, x->ld, one, keys, FASTATTN_FLOAT32);
         if (x->args.rectified) x->uk->activate(lines, ld, rows, whole, &rectifier);
         for (int64_t r = 0; r < rows; r += of_query)
-            x->uk->dense->product(sums + r / of_query * x->line, x->line, panel > 0 ? one : NULL, weights + panel * x->panel_rows + r, of_query,
-                                  1, lines + r * ld, ld, 1, whole, of_query);
+            x->uk->dense->product(sums + r / of_query * x->line, x->line, panel > 0 ? one : NULL, weights + panel * x->panel_rows + r,
+                                  of_query, 1, lines + r * ld, ld, 1, whole, of_query);
     }
 }
 
@@ -303,7 +304,8 @@ static void choose(const fa_select *x, const fa_chooser *who, char *scratch, fa_
 static void write_indices(const fa_select *x, int64_t b, int64_t h, int64_t i, const fa_candidates *best) {
     const fastattn_select_args *a = &x->args;
     const int64_t end = end_of(a, offset_of(a, b) + i, length_of(a, b));
-    int32_t *to = (int32_t *)(void *)((char *)a->indices + b * a->indices_strides[0] + h * a->indices_strides[1] + i * a->indices_strides[2]);
+    int32_t *to = (int32_t *)(void *)((char *)a->indices + b * a->indices_strides[0] + h * a->indices_strides[1] +
+                                      i * a->indices_strides[2]);
     int64_t n = 0;
     for (int64_t c = 0; c < best->count; c++)
         for (int64_t j = best->at[c] * x->unit; j < fa_min((best->at[c] + 1) * x->unit, end); j++) to[n++] = (int32_t)j;
@@ -320,8 +322,12 @@ static void select_item(const void *context, int64_t item, int worker) {
     const fastattn_select_args *a = &x->args;
     const int64_t part = item % x->splits, tile = item / x->splits % x->tiles, line = item / x->splits / x->tiles;
     const int64_t b = line / a->num_kv_heads, length = length_of(a, b), first = part * x->split_keys;
-    fa_chooser who = {.batch = b, .kv_head = line % a->num_kv_heads, .query = tile * x->tile_queries, .offset = offset_of(a, b),
-                      .first = first, .kv_length = length};
+    fa_chooser who = {.batch = b,
+                      .kv_head = line % a->num_kv_heads,
+                      .query = tile * x->tile_queries,
+                      .offset = offset_of(a, b),
+                      .first = first,
+                      .kv_length = length};
     who.queries = fa_min(x->tile_queries, a->q_len - who.query);
     who.end = fa_min(end_of(a, who.offset + who.query + who.queries - 1, length), first + x->split_keys);
     fa_candidates best[FA_PANEL_ROWS];
@@ -360,12 +366,13 @@ static void merge_item(const void *context, int64_t item, int worker) {
 
 static fastattn_status check_shapes(const fastattn_select_args *a) {
     const int64_t most = INT32_MAX;
-    const int64_t sizes[] = {a->batch, a->num_heads, a->num_kv_heads, a->q_len, a->kv_len, a->head_dim, a->num_keys, a->block_size,
-                             a->keep_first, a->keep_recent};
+    const int64_t sizes[] = {a->batch,    a->num_heads, a->num_kv_heads, a->q_len,      a->kv_len,
+                             a->head_dim, a->num_keys,  a->block_size,   a->keep_first, a->keep_recent};
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
         if (sizes[n] < 0 || sizes[n] > most) return FASTATTN_ERROR_SHAPE;
     if (a->num_kv_heads == 0 ? a->num_heads != 0 : a->num_heads % a->num_kv_heads != 0) return FASTATTN_ERROR_SHAPE;
-    if (a->head_dim > FA_MOST_DIM || a->num_keys > 1 << 24 || fa_product_exceeds(a->batch * fa_max(a->num_heads, 1), a->q_len, (int64_t)1 << 44))
+    if (a->head_dim > FA_MOST_DIM || a->num_keys > 1 << 24 ||
+        fa_product_exceeds(a->batch * fa_max(a->num_heads, 1), a->q_len, (int64_t)1 << 44))
         return FASTATTN_ERROR_SHAPE;
     if (a->block_table && (a->num_pages < 0 || a->num_pages > most || a->page_size < 1 || a->page_size > most)) return FASTATTN_ERROR_SHAPE;
     const int64_t unit = fa_max(a->block_size, 1), recent = a->keep_recent > 0 ? (a->keep_recent + unit - 2) / unit + 1 : 0;
@@ -396,8 +403,8 @@ static fastattn_status check_tables(fastattn_select_args *a) {
             if (table[n] < 0 || table[n] >= a->num_pages) return FASTATTN_ERROR_BLOCK_TABLE;
         for (int64_t h = 0; a->weights && h < a->num_heads; h++)
             for (int64_t i = 0; i < a->q_len; i++)
-                if (!isfinite(*(const float *)(const void *)((const char *)a->weights + b * a->weights_strides[0] + h * a->weights_strides[1] +
-                                                             i * a->weights_strides[2])))
+                if (!isfinite(*(const float *)(const void *)((const char *)a->weights + b * a->weights_strides[0] +
+                                                             h * a->weights_strides[1] + i * a->weights_strides[2])))
                     return FASTATTN_ERROR_SCALE;
     }
     return FASTATTN_OK;
@@ -425,7 +432,8 @@ static void plan(fa_select *x, int64_t threads) {
     const int64_t lines = a->batch * a->num_kv_heads, items = threads > 1 ? ITEMS_OF_A_THREAD * threads : 1;
     const int64_t wanted = fa_min(fa_ceil_div(items, lines * x->tiles), a->kv_len / fa_max(FEWEST_KEYS, 8 * a->num_keys));
     /* Whole runs and whole blocks: a score has the same bits whatever the parts. */
-    x->split_keys = wanted > 1 ? fa_round_up(fa_ceil_div(a->kv_len, wanted), x->run_keys * (x->unit / common_factor(x->unit, x->run_keys))) : a->kv_len;
+    x->split_keys = wanted > 1 ? fa_round_up(fa_ceil_div(a->kv_len, wanted), x->run_keys * (x->unit / common_factor(x->unit, x->run_keys)))
+                               : a->kv_len;
     x->splits = x->split_keys > 0 ? fa_ceil_div(a->kv_len, x->split_keys) : 1;
     x->items = lines * x->tiles * x->splits;
 

@@ -7,10 +7,10 @@
 
 typedef struct fa_state {
     int64_t rows, v_head_dim;
-    float *m;    /* [rows] */
-    float *l;    /* [rows] */
-    float *seen; /* [rows] 1 where a key was visible: -inf scores alone cannot tell */
-    float *o;    /* number d of row r at o[r * of_row + d * of_number] */
+    float *m;                  /* [rows] */
+    float *l;                  /* [rows] */
+    float *seen;               /* [rows] 1 where a key was visible: -inf scores alone cannot tell */
+    float *o;                  /* number d of row r at o[r * of_row + d * of_number] */
     int64_t of_row, of_number; /* one of them is 1 */
     float *norm; /* the sum of row r's powers as they were multiplied by the values, rounded, at norm[r * of_norm]: what o is divided
                     by. Or l */

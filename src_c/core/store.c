@@ -14,7 +14,7 @@
 
 enum {
     TOKENS_OF_AN_ITEM = 16,
-    CHUNK = 256,              /* numbers between two 16-bit types at a time, at least */
+    CHUNK = 256, /* numbers between two 16-bit types at a time, at least */
     NUMBERS_OF_A_THREAD = 1 << 17
 };
 

@@ -85,10 +85,8 @@ fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn
 #pragma omp parallel num_threads(team->threads)
         { /* without a loop of OpenMP's, which would end in a barrier beside that of the region */
             const int worker = omp_get_thread_num();
-            if (worker == 0)
-                done = fastattn_take_part(&share, 0, 0, team);
-            else
-                fastattn_take_part(&share, fa_atomic_add(&share.next, 1), worker, NULL);
+            if (worker == 0) done = fastattn_take_part(&share, 0, 0, team);
+            else fastattn_take_part(&share, fa_atomic_add(&share.next, 1), worker, NULL);
         }
 #endif
     } else {

@@ -9,10 +9,10 @@ typedef void fa_work_fn(const void *context, int64_t item, int worker);
 
 /* Who works, and who may end it. */
 typedef struct fa_team {
-    int threads;                   /* at most; the calling one is among them */
-    int64_t at_once;               /* items that follow each other and are a thread's together, or 0: 1 */
+    int threads;     /* at most; the calling one is among them */
+    int64_t at_once; /* items that follow each other and are a thread's together, or 0: 1 */
     fastattn_threading threading;
-    int (*interrupted)(void *);    /* asked by the calling thread now and then, or null */
+    int (*interrupted)(void *); /* asked by the calling thread now and then, or null */
     void *interrupted_context;
 } fa_team;
 

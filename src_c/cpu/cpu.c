@@ -12,9 +12,7 @@ static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4]) { __cpuidex((i
 static uint64_t xcr0(void) { return _xgetbv(0); }
 #else
 #include <cpuid.h>
-static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4]) {
-    __cpuid_count(leaf, subleaf, r[0], r[1], r[2], r[3]);
-}
+static void cpuid(uint32_t leaf, uint32_t subleaf, uint32_t r[4]) { __cpuid_count(leaf, subleaf, r[0], r[1], r[2], r[3]); }
 static uint64_t xcr0(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -57,10 +55,9 @@ static unsigned detect(void) {
     if (!has(one[ECX], 27)) return 0; /* OSXSAVE: xgetbv may be asked */
     const uint64_t ymm = 0x06, zmm = 0xe6, saved = xcr0();
     unsigned features = 0;
-    if ((saved & ymm) == ymm && has(one[ECX], 12) /* FMA */ && has(one[ECX], 29) /* F16C */ && has(seven[EBX], 5))
-        features |= FA_CPU_AVX2;
-    if (features && (saved & zmm) == zmm && has(seven[EBX], 16) /* F */ && has(seven[EBX], 17) /* DQ */ &&
-        has(seven[EBX], 30) /* BW */ && has(seven[EBX], 31) /* VL */)
+    if ((saved & ymm) == ymm && has(one[ECX], 12) /* FMA */ && has(one[ECX], 29) /* F16C */ && has(seven[EBX], 5)) features |= FA_CPU_AVX2;
+    if (features && (saved & zmm) == zmm && has(seven[EBX], 16) /* F */ && has(seven[EBX], 17) /* DQ */ && has(seven[EBX], 30) /* BW */ &&
+        has(seven[EBX], 31) /* VL */)
         features |= FA_CPU_AVX512;
     if (features & FA_CPU_AVX512 && has(seven[ECX], 11)) features |= FA_CPU_AVX512_VNNI;
     uint32_t seven_one[4] = {0};

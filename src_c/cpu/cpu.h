@@ -3,7 +3,7 @@
 #define FA_CPU_H
 
 enum {
-    FA_CPU_AVX2 = 1,  /* AVX2, FMA, F16C and the system saves ymm registers */
+    FA_CPU_AVX2 = 1,   /* AVX2, FMA, F16C and the system saves ymm registers */
     FA_CPU_AVX512 = 2, /* AVX-512 F, BW, DQ, VL and the system saves zmm and mask registers */
     FA_CPU_AMX = 4,    /* AMX tiles of bfloat16, and the system lets this process use them */
     FA_CPU_AVX512_BF16 = 8,

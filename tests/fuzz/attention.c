@@ -23,8 +23,7 @@ static fuzz_array array(fuzz_input *in, call *x, int64_t batch, int64_t heads, i
 /* Lengths of up to `most`, as a rule. */
 static const int64_t *lengths(fuzz_input *in, int64_t batch, int64_t most) {
     int64_t *table = fuzz_table(batch);
-    for (int64_t b = 0; table && b < batch; b++)
-        table[b] = fuzz_chance(in, 250) ? fuzz_up_to(in, most) : fuzz_size(in, most);
+    for (int64_t b = 0; table && b < batch; b++) table[b] = fuzz_chance(in, 250) ? fuzz_up_to(in, most) : fuzz_size(in, most);
     return table;
 }
 
@@ -49,7 +48,9 @@ static void block_mask(fuzz_input *in, call *x) {
     const int64_t size = m->block_size > 0 ? m->block_size : 1;
     const int64_t rows = a->q_len / size + (a->q_len % size > 0), columns = a->kv_len / size + (a->kv_len % size > 0);
     m->head_stride = fuzz_chance(in, 100) ? rows : fuzz_chance(in, 230) ? 0 : fuzz_size(in, 10);
-    m->batch_stride = fuzz_chance(in, 100) && m->head_stride >= 0 && m->head_stride < 256 ? a->num_heads % 256 * m->head_stride : fuzz_chance(in, 230) ? 0 : fuzz_size(in, 10);
+    m->batch_stride = fuzz_chance(in, 100) && m->head_stride >= 0 && m->head_stride < 256 ? a->num_heads % 256 * m->head_stride
+                      : fuzz_chance(in, 230)                                              ? 0
+                                                                                          : fuzz_size(in, 10);
     if (a->batch > 0 && a->batch < 256 && a->num_heads > 0 && a->num_heads < 256 && rows >= 0 && rows < 256 && m->head_stride >= 0 &&
         m->head_stride < 256 && m->batch_stride >= 0 && m->batch_stride < 65536)
         m->num_rows = (a->batch - 1) * m->batch_stride + (a->num_heads - 1) * m->head_stride + rows;
@@ -65,7 +66,8 @@ static void block_mask(fuzz_input *in, call *x) {
         if (listed > 4096) listed = 4096;
     }
     /* As many as the largest entry says: more than that nobody may look for. */
-    int32_t *indices = (int32_t *)fuzz_table((most + 1) / 2), *partial = fuzz_chance(in, 128) ? (int32_t *)fuzz_table((most + 1) / 2) : NULL;
+    int32_t *indices = (int32_t *)fuzz_table((most + 1) / 2),
+            *partial = fuzz_chance(in, 128) ? (int32_t *)fuzz_table((most + 1) / 2) : NULL;
     m->indices = fuzz_chance(in, 250) ? indices : NULL;
     m->partial = partial;
     m->num_element_masks = fuzz_size(in, 6);
@@ -75,7 +77,8 @@ static void block_mask(fuzz_input *in, call *x) {
             const int64_t left = columns - 1 - before - (indptr[r + 1] - t - 1);
             before += 1 + (left > 1 ? fuzz_up_to(in, left - 1) : 0);
             indices[t] = fuzz_chance(in, 254) ? (int32_t)before : (int32_t)fuzz_size(in, 20);
-            if (partial) partial[t] = fuzz_chance(in, 254) ? (int32_t)(fuzz_up_to(in, m->num_element_masks) - 1) : (int32_t)fuzz_size(in, 20);
+            if (partial)
+                partial[t] = fuzz_chance(in, 254) ? (int32_t)(fuzz_up_to(in, m->num_element_masks) - 1) : (int32_t)fuzz_size(in, 20);
         }
     }
     const int64_t element_shape[1] = {m->num_element_masks};
@@ -146,7 +149,8 @@ static void keys(fuzz_input *in, call *x) {
         a->block_table = made.exists ? made.at : NULL;
         x->exists &= a->block_table != NULL; /* keys would not lie in pages */
         for (size_t n = 0; n + 4 <= made.bytes; n += 4) {
-            const int32_t page = (int32_t)(fuzz_chance(in, 250) ? fuzz_up_to(in, a->num_pages > 0 ? a->num_pages - 1 : 0) : fuzz_size(in, 20));
+            const int32_t page = (int32_t)(fuzz_chance(in, 250) ? fuzz_up_to(in, a->num_pages > 0 ? a->num_pages - 1 : 0)
+                                                                : fuzz_size(in, 20));
             memcpy(made.memory + n, &page, 4);
         }
     }
@@ -166,7 +170,8 @@ static void decode(fuzz_input *in, call *x) {
     const unsigned options = (unsigned)fuzz_bytes(in, 2);
     a->batch = fuzz_size(in, 4);
     a->num_kv_heads = fuzz_size(in, 3);
-    a->num_heads = fuzz_chance(in, 250) && a->num_kv_heads < 1000 && a->num_kv_heads >= 0 ? a->num_kv_heads * (1 + fuzz_up_to(in, 3)) : fuzz_size(in, 8);
+    a->num_heads = fuzz_chance(in, 250) && a->num_kv_heads < 1000 && a->num_kv_heads >= 0 ? a->num_kv_heads * (1 + fuzz_up_to(in, 3))
+                                                                                          : fuzz_size(in, 8);
     a->q_len = fuzz_size(in, 90);
     a->kv_len = fuzz_size(in, 200);
     a->head_dim = fuzz_size(in, 40);

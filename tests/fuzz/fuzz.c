@@ -43,8 +43,19 @@ int64_t fuzz_up_to(fuzz_input *in, int64_t most) {
 }
 
 int64_t fuzz_size(fuzz_input *in, int64_t usual) {
-    static const int64_t limits[] = {-1, 1 << 16, 1 << 20, (1 << 20) + 1, 1 << 24, (1 << 24) + 1, INT32_MAX, (int64_t)INT32_MAX + 1,
-                                     (int64_t)1 << 40, ((int64_t)1 << 40) + 1, (int64_t)1 << 56, INT64_MAX, INT64_MIN};
+    static const int64_t limits[] = {-1,
+                                     1 << 16,
+                                     1 << 20,
+                                     (1 << 20) + 1,
+                                     1 << 24,
+                                     (1 << 24) + 1,
+                                     INT32_MAX,
+                                     (int64_t)INT32_MAX + 1,
+                                     (int64_t)1 << 40,
+                                     ((int64_t)1 << 40) + 1,
+                                     (int64_t)1 << 56,
+                                     INT64_MAX,
+                                     INT64_MIN};
     const int kind = (int)fuzz_bytes(in, 1);
     if (kind == 0) return usual / 8 + 1;
     if (kind < 236) return usual > 0 ? kind % ((usual < 512 ? usual : 512) + 1) : 0;

@@ -68,8 +68,8 @@ void *fuzz_workspace(size_t size);
 
 enum { FUZZ_MOST_BYTES = 1 << 18, FUZZ_MOST_WORKSPACE = 1 << 26 };
 
-#define FUZZ_ASSERT(condition) \
-    do { \
+#define FUZZ_ASSERT(condition)                                       \
+    do {                                                             \
         if (!(condition)) fuzz_fail(__FILE__, __LINE__, #condition); \
     } while (0)
 #if defined(__GNUC__)

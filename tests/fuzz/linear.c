@@ -5,7 +5,8 @@
 
 static int64_t size_of(int dtype) { return dtype == FASTATTN_FLOAT32 ? 4 : 2; }
 
-static fuzz_array array(fuzz_input *in, int *exist, int64_t batch, int64_t heads, int64_t rows, int64_t numbers, int dtype, int64_t *strides) {
+static fuzz_array array(fuzz_input *in, int *exist, int64_t batch, int64_t heads, int64_t rows, int64_t numbers, int dtype,
+                        int64_t *strides) {
     const int64_t shape[3] = {batch, heads, rows};
     const fuzz_array made = fuzz_array_make(in, shape, strides, 3, numbers, size_of(dtype), size_of(dtype) == 4 ? FUZZ_FLOATS : 0);
     *exist &= made.exists;
@@ -66,11 +67,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     if (options & 4) {
         int64_t *table = fuzz_table(a.batch);
-        for (int64_t b = 0; table && b < a.batch; b++) table[b] = fuzz_chance(&in, 250) ? fuzz_up_to(&in, a.cu_seqlens ? 50 : a.kv_len) : fuzz_size(&in, 100);
+        for (int64_t b = 0; table && b < a.batch; b++)
+            table[b] = fuzz_chance(&in, 250) ? fuzz_up_to(&in, a.cu_seqlens ? 50 : a.kv_len) : fuzz_size(&in, 100);
         a.kv_lengths = table;
     }
-    const int64_t states = a.num_k_heads > a.num_v_heads ? a.num_k_heads : a.num_v_heads, heads = states > a.num_q_heads ? states : a.num_q_heads;
-    const int64_t entries = a.cu_seqlens ? a.batch > 0 : a.batch, columns = a.v_head_dim < INT64_MAX ? a.v_head_dim + !!a.normalize : a.v_head_dim;
+    const int64_t states = a.num_k_heads > a.num_v_heads ? a.num_k_heads : a.num_v_heads,
+                  heads = states > a.num_q_heads ? states : a.num_q_heads;
+    const int64_t entries = a.cu_seqlens ? a.batch > 0 : a.batch,
+                  columns = a.v_head_dim < INT64_MAX ? a.v_head_dim + !!a.normalize : a.v_head_dim;
     a.q = array(&in, &exist, entries, a.num_q_heads, a.q_len, a.head_dim, (int)a.q_dtype, a.q_strides).at;
     a.k = array(&in, &exist, entries, a.num_k_heads, a.kv_len, a.head_dim, (int)a.kv_dtype, a.k_strides).at;
     a.v = array(&in, &exist, entries, a.num_v_heads, a.kv_len, a.v_head_dim, (int)a.kv_dtype, a.v_strides).at;
@@ -80,7 +84,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         a.decay_dtype = (fastattn_dtype)fuzz_enum(&in, 3);
         a.decay_rows = fuzz_chance(&in, 128);
         a.decay_log = fuzz_chance(&in, 128);
-        const fuzz_array decay = array(&in, &exist, entries, states, a.kv_len, a.decay_rows ? a.head_dim : 1, (int)a.decay_dtype, a.decay_strides);
+        const fuzz_array decay = array(&in, &exist, entries, states, a.kv_len, a.decay_rows ? a.head_dim : 1, (int)a.decay_dtype,
+                                       a.decay_strides);
         squeeze(&in, &decay, (int)a.decay_dtype, a.decay_log);
         a.decay = decay.at;
     }
@@ -96,8 +101,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         a.new_state = new_state.at;
     }
     const fastattn_linear_args *args = fuzz_struct(&a, a.size, sizeof a);
-    const double factors[] = {(double)a.batch, (double)heads, (double)(a.q_len > a.kv_len ? a.q_len : a.kv_len) / 2 + 8, (double)a.head_dim + 16,
-                              (double)a.v_head_dim + 16};
+    const double factors[] = {(double)a.batch, (double)heads, (double)(a.q_len > a.kv_len ? a.q_len : a.kv_len) / 2 + 8,
+                              (double)a.head_dim + 16, (double)a.v_head_dim + 16};
     double work = 1;
     for (size_t n = 0; n < sizeof factors / sizeof *factors; n++) work *= factors[n] > 1 ? factors[n] : 1;
     if (exist && work < 1e7) {
@@ -112,7 +117,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
             fuzz_blank(&out);
             fuzz_blank(&new_state);
             FUZZ_ASSERT(fastattn_linear_attention(args, NULL, 0) == FASTATTN_OK);
-            if (out.sound && (!new_state.memory || new_state.sound)) FUZZ_ASSERT(before == fuzz_digest(&out) && state == fuzz_digest(&new_state));
+            if (out.sound && (!new_state.memory || new_state.sound))
+                FUZZ_ASSERT(before == fuzz_digest(&out) && state == fuzz_digest(&new_state));
         }
     }
     fuzz_close();

@@ -14,7 +14,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const float *lses[12];
     int exists = 1;
     for (int64_t n = 0; n < parts && n < 12; n++) {
-        const fuzz_array out = fuzz_array_make(&in, NULL, NULL, 0, rows > 0 && dim > 0 && rows < 256 && dim < 256 ? rows * dim : 0, bytes, bytes == 4 ? FUZZ_FLOATS : 0);
+        const fuzz_array out = fuzz_array_make(&in, NULL, NULL, 0, rows > 0 && dim > 0 && rows < 256 && dim < 256 ? rows * dim : 0, bytes,
+                                               bytes == 4 ? FUZZ_FLOATS : 0);
         const fuzz_array lse = fuzz_array_make(&in, NULL, NULL, 0, rows, 4, FUZZ_FLOATS);
         outs[n] = out.at;
         lses[n] = lse.at;
@@ -28,12 +29,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const fuzz_array out = fuzz_array_make(&in, shape, &stride, 1, dim, bytes, 0), lse = fuzz_array_make(&in, NULL, NULL, 0, rows, 4, 0);
     /* Rows and their numbers that cannot exist have to be refused, and whoever asks for such has memory for none. */
     const int refused = parts < 0 || rows < 0 || dim < 0 || dim > 1 << 20;
-    const int here = exists && parts <= 12 && rows < 256 && dim < 256 && out.exists && lse.exists && (rows < 2 || dim < 1 || stride == dim * bytes);
+    const int here = exists && parts <= 12 && rows < 256 && dim < 256 && out.exists && lse.exists &&
+                     (rows < 2 || dim < 1 || stride == dim * bytes);
     if (refused || here) {
         fuzz_blank(&out);
         fuzz_blank(&lse);
-        const fastattn_status status = fastattn_merge_states(parts, fuzz_chance(&in, 254) ? outs : NULL, fuzz_chance(&in, 254) ? lses : NULL,
-                                                             rows, dim, dtype, out.at, lse.at);
+        const fastattn_status status = fastattn_merge_states(parts, fuzz_chance(&in, 254) ? outs : NULL,
+                                                             fuzz_chance(&in, 254) ? lses : NULL, rows, dim, dtype, out.at, lse.at);
         FUZZ_ASSERT(!refused || status == FASTATTN_ERROR_SHAPE);
         if (status != FASTATTN_OK) FUZZ_ASSERT(fuzz_is_blank(&out) && fuzz_is_blank(&lse));
     }

@@ -10,7 +10,8 @@ static void look_through(const fastattn_select_args *a) {
     for (int64_t b = 0; b < a->batch; b++)
         for (int64_t h = 0; h < a->num_kv_heads; h++)
             for (int64_t i = 0; i < a->q_len; i++) {
-                const char *list = (const char *)a->indices + b * a->indices_strides[0] + h * a->indices_strides[1] + i * a->indices_strides[2];
+                const char *list = (const char *)a->indices + b * a->indices_strides[0] + h * a->indices_strides[1] +
+                                   i * a->indices_strides[2];
                 int32_t before = -1, key;
                 for (int64_t n = 0; n < a->num_keys; n++, before = key) {
                     memcpy(&key, list + n * 4, 4);
@@ -27,7 +28,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const unsigned options = (unsigned)fuzz_bytes(&in, 1);
     a.batch = fuzz_size(&in, 4);
     a.num_kv_heads = fuzz_size(&in, 3);
-    a.num_heads = fuzz_chance(&in, 250) && a.num_kv_heads < 1000 && a.num_kv_heads >= 0 ? a.num_kv_heads * (1 + fuzz_up_to(&in, 3)) : fuzz_size(&in, 8);
+    a.num_heads = fuzz_chance(&in, 250) && a.num_kv_heads < 1000 && a.num_kv_heads >= 0 ? a.num_kv_heads * (1 + fuzz_up_to(&in, 3))
+                                                                                        : fuzz_size(&in, 8);
     a.q_len = fuzz_size(&in, 40);
     a.kv_len = fuzz_size(&in, 300);
     a.head_dim = fuzz_size(&in, 40);
@@ -59,8 +61,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     const int64_t q_shape[3] = {a.batch, a.num_heads, a.q_len}, k_shape[3] = {pages, a.num_kv_heads, rows};
     const int64_t out_shape[3] = {a.batch, a.num_kv_heads, a.q_len};
-    const fuzz_array q = fuzz_array_make(&in, q_shape, a.q_strides, 3, a.head_dim, size_of((int)a.q_dtype), a.q_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
-    const fuzz_array k = fuzz_array_make(&in, k_shape, a.k_strides, 3, a.head_dim, size_of((int)a.k_dtype), a.k_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
+    const fuzz_array q = fuzz_array_make(&in, q_shape, a.q_strides, 3, a.head_dim, size_of((int)a.q_dtype),
+                                         a.q_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
+    const fuzz_array k = fuzz_array_make(&in, k_shape, a.k_strides, 3, a.head_dim, size_of((int)a.k_dtype),
+                                         a.k_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
     const fuzz_array out = fuzz_array_make(&in, out_shape, a.indices_strides, 3, a.num_keys, 4, 0);
     exists &= q.exists && k.exists && out.exists;
     a.q = q.at;

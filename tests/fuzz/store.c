@@ -37,7 +37,8 @@ static store make(fuzz_input *in) {
     a->from = from.at;
     a->to = x.to.at;
     const int small = a->batch < 256 && a->new_len < 256 && a->batch >= 0 && a->new_len >= 0;
-    const int64_t rows = a->num_pages >= 0 && a->num_pages < 256 && a->page_size >= 0 && a->page_size < 256 ? a->num_pages * a->page_size : 0;
+    const int64_t rows = a->num_pages >= 0 && a->num_pages < 256 && a->page_size >= 0 && a->page_size < 256 ? a->num_pages * a->page_size
+                                                                                                            : 0;
     int64_t *slots = small ? fuzz_table(a->batch * a->new_len) : NULL;
     for (int64_t t = 0; slots && t < a->batch * a->new_len; t++)
         slots[t] = fuzz_chance(in, 254) ? fuzz_up_to(in, rows) - 1 : fuzz_size(in, 40);
