@@ -9,5 +9,5 @@ int main()
     const bool refused = fastattn_attention(&args, nullptr, 0) == FASTATTN_ERROR_SCALE; // none was given
     args.scale = 1;
     const bool empty = fastattn_attention(&args, nullptr, 0) == FASTATTN_OK;
-    return refused && empty && initial.window_left == -1 && fastattn_isa_available(FASTATTN_ISA_PORTABLE) ? 0 : 1;
+    return refused && empty && initial.window_left == -1 && fastattn_isa_name(FASTATTN_ISA_PORTABLE) ? 0 : 1;
 }
