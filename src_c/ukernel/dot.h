@@ -161,11 +161,11 @@ typedef struct dot_few_keys {
     uintptr_t later[FEW_KEYS];
 } dot_few_keys;
 
-/* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. Pointers
- * that each lead to one key are followed here: a call would put all places into memory. */
-FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int64_t j, int64_t keys, int asks, int64_t head_dim) {
+/* Keys from j on, the last of which stands for those that are not there; memory is asked for the lines that the later ones end in. Where keys
+ * are `apart`, a constant, pointers that each lead to one key are followed here: a call would put all places into memory. */
+FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int apart, int64_t j, int64_t keys, int asks, int64_t head_dim) {
     dot_few_keys x;
-    if (rows->shift == 0 && j + FEW_KEYS <= keys) {
+    if (apart && j + FEW_KEYS <= keys) {
         FA_UNROLL for (int i = 0; i < FEW_KEYS; i++) x.key[i] = tile_row(rows, j + i), x.later[i] = tile_later(rows, j + i);
     } else
         tile_places(rows, j, keys, FEW_KEYS, x.key, x.later);
@@ -174,36 +174,31 @@ FA_INLINE dot_few_keys dot_few_places(const tile_rows *rows, int64_t j, int64_t 
     return x;
 }
 
-/* sum[key * of_key + row * of_row] of the pairs of 32 numbers, or fewer, `at` bytes from the first on, for `keys` keys from the first and
- * `width` rows. Bytes count alike in queries and keys. */
+/* sum[key * of_key + row * of_row] of the pairs of 32 numbers, or fewer, from d on, for `keys` keys from the first and `width` rows. */
 FA_INLINE void dot_few_step(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
-                            const dot_few_keys *k, int first, int64_t at, __mmask32 there) {
+                            const dot_few_keys *k, int first, int64_t d, __mmask32 there) {
     FA_UNROLL for (int i = 0; i < keys; i++) {
-        const char *const key = k->key[first + i] + at;
-        const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(key) : _mm512_maskz_loadu_epi16(there, key);
+        const char *const at = k->key[first + i] + d * 2;
+        const __m512i bits = there == 0xffffffffu ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(there, at);
         const simd_f pairs = _mm512_castsi512_ps(bits);
-        if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)at));
-        FA_UNROLL for (int r = 0; r < width; r++) {
-            simd_f *const to = &sum[i * of_key + r * of_row];
-            *to = simd_dot_bf16(pairs, _mm512_loadu_ps((const char *)(q + r * pitch) + at), *to);
-        }
+        if (asks) simd_fetch((const char *)(k->later[first + i] + (uintptr_t)(d * 2)));
+        FA_UNROLL for (int r = 0; r < width; r++)
+            sum[i * of_key + r * of_row] = simd_dot_bf16(pairs, simd_load(q + r * pitch + d / 2), sum[i * of_key + r * of_row]);
     }
 }
 
 /* All numbers of these keys and rows. */
 FA_INLINE void dot_few_steps(int width, int keys, int of_key, int of_row, int asks, simd_f *sum, const float *q, int64_t pitch,
                              const dot_few_keys *k, int first, int64_t head_dim) {
-    enum { STEP = 2 * HALVES, OF_A_KEY = 4 * STEP }; /* bytes of one key that come before those of the next, if one row alone reads them: so
-                                                        they lie in memory */
-    const int64_t bytes = 2 * head_dim;
-    int64_t at = 0;
-    for (; width == 1 && at + OF_A_KEY <= bytes; at += OF_A_KEY)
+    enum { OF_A_KEY = 4 * HALVES }; /* numbers of one key that come before those of the next, if one row alone reads them: so they lie in memory */
+    int64_t d = 0;
+    for (; width == 1 && d + OF_A_KEY <= head_dim; d += OF_A_KEY)
         FA_UNROLL for (int i = 0; i < keys; i++)
-            FA_UNROLL for (int n = 0; n < OF_A_KEY; n += STEP)
-                dot_few_step(1, 1, of_key, of_row, asks, sum + i * of_key, q, pitch, k, first + i, at + n, 0xffffffffu);
-    for (; at + STEP <= bytes; at += STEP)
-        dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, at, 0xffffffffu);
-    if (at < bytes) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, at, (1u << (bytes - at) / 2) - 1u);
+            FA_UNROLL for (int n = 0; n < OF_A_KEY; n += HALVES)
+                dot_few_step(1, 1, of_key, of_row, asks, sum + i * of_key, q, pitch, k, first + i, d + n, 0xffffffffu);
+    for (; d + HALVES <= head_dim; d += HALVES)
+        dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, 0xffffffffu);
+    if (d < head_dim) dot_few_step(width, keys, of_key, of_row, asks, sum, q, pitch, k, first, d, (1u << (head_dim - d)) - 1u);
 }
 
 /* The scores of `width` rows, a constant as `first` and `asks` are, with as many keys as fill a vector. */
@@ -235,7 +230,7 @@ static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, 
     const char *first_row;
     const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
     for (int64_t j = 0; j < keys; j += FEW_KEYS) {
-        const dot_few_keys x = dot_few_places(&places, j, keys, 1, head_dim);
+        const dot_few_keys x = dot_few_places(&places, 0, j, keys, 1, head_dim);
         for (int row = 0; row < rows; row += SIMD_LANES) {
             float *const to = s + j * ld + row;
             const float *const of = q + row * pitch, *const last = of + FEW_WIDTH * pitch;
@@ -252,7 +247,7 @@ static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, 
 enum { ROWS_WIDTH = 4 }; /* rows of a tile, at most */
 
 /* Those of `width` rows, a constant, and SIMD_LANES keys from j on: few keys at a time, that they are read nearly in the order of memory. */
-FA_INLINE void dot_by_rows_scores(int width, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
+FA_INLINE void dot_by_rows_scores(int width, int apart, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
                                   int64_t head_dim) {
     const int tile_keys = width > 2 ? SIMD_LANES / ROWS_WIDTH : SIMD_LANES / width;
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), end = j + SIMD_LANES < keys ? j + SIMD_LANES : keys;
@@ -260,7 +255,7 @@ FA_INLINE void dot_by_rows_scores(int width, int asks, float *s, int ld, const f
         simd_f sum[SIMD_LANES];
         FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) sum[i] = simd_set1(0.0f);
         FA_UNROLL for (int i = 0; i < tile_keys; i += FEW_KEYS) {
-            const dot_few_keys x = dot_few_places(places, j + i, keys, asks, head_dim);
+            const dot_few_keys x = dot_few_places(places, apart, j + i, keys, asks, head_dim);
             dot_few_steps(width, FEW_KEYS, 1, tile_keys, asks, sum + i, q, pitch, &x, 0, head_dim);
         }
         const simd_f sums = simd_sum_lanes(sum);
@@ -276,6 +271,15 @@ FA_INLINE void dot_by_rows_scores(int width, int asks, float *s, int ld, const f
     }
 }
 
+/* Those of the first rows, which ask for memory. */
+FA_INLINE void dot_by_rows_first(int apart, int rows, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
+                                 int64_t head_dim) {
+    if (rows == 1) dot_by_rows_scores(1, apart, 1, s, ld, q, places, j, keys, head_dim);
+    else if (rows == 2) dot_by_rows_scores(2, apart, 1, s, ld, q, places, j, keys, head_dim);
+    else if (rows == 3) dot_by_rows_scores(3, apart, 1, s, ld, q, places, j, keys, head_dim);
+    else dot_by_rows_scores(4, apart, 1, s, ld, q, places, j, keys, head_dim);
+}
+
 /* The scores of rows that have keys of their own, beside each other: whole keys one after the other, for so they lie in memory. */
 static void dot_beside_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
@@ -284,7 +288,7 @@ static void dot_beside_qk(float *s, const float *q, int ld, int rows, fa_matrix 
     simd_f sum[SIMD_LANES] = {simd_set1(0.0f)};
     for (int64_t j = 0; j < keys; j += FEW_KEYS) {
         float sums[SIMD_LANES];
-        dot_few_keys x = dot_few_places(&places, j, keys, 0, head_dim);
+        dot_few_keys x = dot_few_places(&places, 0, j, keys, 0, head_dim);
         for (int i = 0; i < FEW_KEYS; i++)
             for (int r = 0; r < rows; r++, x.key[i] += k.beside, x.later[i] += (uintptr_t)k.beside) {
                 simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * 2 - 1)));
@@ -308,14 +312,12 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
         for (int row = 0; row < rows; row += ROWS_WIDTH) {
             float *const to = s + row * ld;
             const float *const of = q + row * pitch;
-            if (row == 0 && rows == 1) dot_by_rows_scores(1, 1, to, ld, of, &places, j, keys, head_dim);
-            else if (row == 0 && rows == 2) dot_by_rows_scores(2, 1, to, ld, of, &places, j, keys, head_dim);
-            else if (row == 0 && rows == 3) dot_by_rows_scores(3, 1, to, ld, of, &places, j, keys, head_dim);
-            else if (row == 0) dot_by_rows_scores(4, 1, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 1) dot_by_rows_scores(1, 0, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 2) dot_by_rows_scores(2, 0, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 3) dot_by_rows_scores(3, 0, to, ld, of, &places, j, keys, head_dim);
-            else dot_by_rows_scores(4, 0, to, ld, of, &places, j, keys, head_dim);
+            if (row == 0 && places.shift == 0) dot_by_rows_first(1, rows, to, ld, of, &places, j, keys, head_dim);
+            else if (row == 0) dot_by_rows_first(0, rows, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 1) dot_by_rows_scores(1, 0, 0, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 2) dot_by_rows_scores(2, 0, 0, to, ld, of, &places, j, keys, head_dim);
+            else if (rows - row == 3) dot_by_rows_scores(3, 0, 0, to, ld, of, &places, j, keys, head_dim);
+            else dot_by_rows_scores(4, 0, 0, to, ld, of, &places, j, keys, head_dim);
         }
 }
 

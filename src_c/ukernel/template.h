@@ -9,11 +9,15 @@
 #include <stddef.h>
 #include <string.h>
 
-#if defined(__GNUC__)
+/* Without optimisation nothing that is constant would be left out of what is inlined: files would take minutes and gigabytes. */
+#if defined(__GNUC__) && defined(__OPTIMIZE__)
 #define FA_INLINE static inline __attribute__((always_inline))
-#define FA_NOINLINE __attribute__((noinline))
 #else
 #define FA_INLINE static inline
+#endif
+#if defined(__GNUC__)
+#define FA_NOINLINE __attribute__((noinline))
+#else
 #define FA_NOINLINE
 #endif
 #if defined(__clang__)
