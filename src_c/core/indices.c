@@ -27,30 +27,20 @@ int64_t fastattn_listed_keys(const fa_key_list *list, int64_t place, int64_t pla
     return there;
 }
 
-/* Most lists ascend, and -1 is at their end, if anywhere: then each key is there once, if the first and the last are there at all. (In steps
- * that compilers turn into vectors.) */
-#define ASCENDS(type)                                                              \
-    static int ascends_##type(const type *list, int64_t n, int64_t keys) {         \
-        enum { STEP = 16 };                                                        \
-        int rises = 1;                                                             \
-        int64_t i = 1;                                                             \
-        while (n > 0 && list[n - 1] == -1) n--;                                    \
-        for (; i + STEP <= n; i += STEP)                                           \
-            for (int s = 0; s < STEP; s++) rises &= list[i + s - 1] < list[i + s]; \
-        for (; i < n; i++) rises &= list[i - 1] < list[i];                         \
-        return n == 0 || (rises && list[0] >= 0 && list[n - 1] < keys);            \
-    }
-ASCENDS(int32_t)
-ASCENDS(int64_t)
-#undef ASCENDS
-
-static int ascends(const char *list, int64_t size, int64_t n, int64_t keys) {
-    return size == 8 ? ascends_int64_t((const int64_t *)(const void *)list, n, keys)
-                     : ascends_int32_t((const int32_t *)(const void *)list, n, keys);
-}
-
-/* The same of any list, in as many turns as keys come in sets of bits: those of other sets are far above as unsigned numbers. */
-#define HOLDS_EACH_ONCE(type)                                                                   \
+/* Whether the keys of a list are there, each once. Most lists ascend, and -1 is at their end, if anywhere: then they are if the first and the
+ * last are there at all. (In steps that compilers turn into vectors.) Any other is looked through in as many turns as keys come in sets of
+ * bits: those of other sets are far above as unsigned numbers. */
+#define LISTS_EACH_ONCE(type)                                                                   \
+    static int ascends_##type(const type *list, int64_t n, int64_t keys) {                      \
+        enum { STEP = 16 };                                                                     \
+        int rises = 1;                                                                          \
+        int64_t i = 1;                                                                          \
+        while (n > 0 && list[n - 1] == -1) n--;                                                 \
+        for (; i + STEP <= n; i += STEP)                                                        \
+            for (int s = 0; s < STEP; s++) rises &= list[i + s - 1] < list[i + s];              \
+        for (; i < n; i++) rises &= list[i - 1] < list[i];                                      \
+        return n == 0 || (rises && list[0] >= 0 && list[n - 1] < keys);                         \
+    }                                                                                           \
     static int holds_each_once_##type(const type *list, int64_t n, int64_t keys) {              \
         enum { SET = 1 << 17 };                                                                 \
         uint64_t seen[SET / 64], twice = 0;                                                     \
@@ -66,15 +56,13 @@ static int ascends(const char *list, int64_t size, int64_t n, int64_t keys) {
             }                                                                                   \
         }                                                                                       \
         return !absent && !twice;                                                               \
+    }                                                                                           \
+    static int lists_each_once_##type(const void *list, int64_t n, int64_t keys) {              \
+        return ascends_##type(list, n, keys) || holds_each_once_##type(list, n, keys);          \
     }
-HOLDS_EACH_ONCE(int32_t)
-HOLDS_EACH_ONCE(int64_t)
-#undef HOLDS_EACH_ONCE
-
-static int holds_each_once(const char *list, int64_t size, int64_t n, int64_t keys) {
-    return size == 8 ? holds_each_once_int64_t((const int64_t *)(const void *)list, n, keys)
-                     : holds_each_once_int32_t((const int32_t *)(const void *)list, n, keys);
-}
+LISTS_EACH_ONCE(int32_t)
+LISTS_EACH_ONCE(int64_t)
+#undef LISTS_EACH_ONCE
 
 fastattn_status fastattn_check_indices(const fastattn_attention_args *a) {
     if (!a->indices || a->num_heads == 0) return FASTATTN_OK;
@@ -85,8 +73,7 @@ fastattn_status fastattn_check_indices(const fastattn_attention_args *a) {
         for (int64_t h = 0; h < heads; h++)
             for (int64_t i = first; i < first + rows; i++) {
                 const char *list = fa_list_at(a, b, h, i);
-                if (!ascends(list, a->indices_size, a->num_indices, a->kv_len) &&
-                    !holds_each_once(list, a->indices_size, a->num_indices, a->kv_len))
+                if (!(a->indices_size == 8 ? lists_each_once_int64_t : lists_each_once_int32_t)(list, a->num_indices, a->kv_len))
                     return FASTATTN_ERROR_INDICES;
             }
     }

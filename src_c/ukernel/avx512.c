@@ -19,9 +19,9 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64, &avx512_few_quantised)
 #include "amx.h"
 
 #ifdef SIMD_INT16
-const fa_products fastattn_products_bytes_avx512 = {
-    .name = "bytes_rows_avx512", .pack = FA_QUANTISED(fastattn_quantised_pack_vnni), .qk = FA_QUANTISED(fastattn_quantised_qk_vnni),
-    .softmax = rows_softmax, FA_ROWS(FASTATTN_ISA_AVX512, 64, FA_QUANTISED(fastattn_quantised_pv_vnni))};
+const fa_products fastattn_products_bytes_avx512 =
+    FA_QUANTISED_ROWS("bytes_rows_avx512", FASTATTN_ISA_AVX512, 64, FA_QUANTISED(fastattn_quantised_pack_vnni),
+                      fastattn_quantised_qk_vnni, fastattn_quantised_pv_vnni);
 #endif
 
 #include "target_end.h"

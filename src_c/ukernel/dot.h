@@ -247,8 +247,8 @@ static void dot_few_qk(float *s, const float *q, int ld, int rows, fa_matrix k, 
 enum { ROWS_WIDTH = 4 }; /* rows of a tile, at most */
 
 /* Those of `width` rows, a constant, and SIMD_LANES keys from j on: few keys at a time, that they are read nearly in the order of memory. */
-FA_INLINE void dot_by_rows_scores(int width, int apart, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
-                                  int64_t head_dim) {
+FA_INLINE void dot_by_rows_scores(int width, int apart, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j,
+                                  int64_t keys, int64_t head_dim) {
     const int tile_keys = width > 2 ? SIMD_LANES / ROWS_WIDTH : SIMD_LANES / width;
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), end = j + SIMD_LANES < keys ? j + SIMD_LANES : keys;
     for (; j < end; j += tile_keys) {
@@ -271,13 +271,15 @@ FA_INLINE void dot_by_rows_scores(int width, int apart, int asks, float *s, int 
     }
 }
 
-/* Those of the first rows, which ask for memory. */
-FA_INLINE void dot_by_rows_first(int apart, int rows, float *s, int ld, const float *q, const tile_rows *places, int64_t j, int64_t keys,
-                                 int64_t head_dim) {
-    if (rows == 1) dot_by_rows_scores(1, apart, 1, s, ld, q, places, j, keys, head_dim);
-    else if (rows == 2) dot_by_rows_scores(2, apart, 1, s, ld, q, places, j, keys, head_dim);
-    else if (rows == 3) dot_by_rows_scores(3, apart, 1, s, ld, q, places, j, keys, head_dim);
-    else dot_by_rows_scores(4, apart, 1, s, ld, q, places, j, keys, head_dim);
+/* Those of the rows of a tile, of as many as are left. */
+FA_INLINE void dot_by_rows_tile(int left, int apart, int asks, float *s, int ld, const float *q, const tile_rows *places, int64_t j,
+                                int64_t keys, int64_t head_dim) {
+    switch (left) {
+    case 1: dot_by_rows_scores(1, apart, asks, s, ld, q, places, j, keys, head_dim); break;
+    case 2: dot_by_rows_scores(2, apart, asks, s, ld, q, places, j, keys, head_dim); break;
+    case 3: dot_by_rows_scores(3, apart, asks, s, ld, q, places, j, keys, head_dim); break;
+    default: dot_by_rows_scores(ROWS_WIDTH, apart, asks, s, ld, q, places, j, keys, head_dim); break;
+    }
 }
 
 /* The scores of rows that have keys of their own, beside each other: whole keys one after the other, for so they lie in memory. */
@@ -312,12 +314,9 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
         for (int row = 0; row < rows; row += ROWS_WIDTH) {
             float *const to = s + row * ld;
             const float *const of = q + row * pitch;
-            if (row == 0 && places.shift == 0) dot_by_rows_first(1, rows, to, ld, of, &places, j, keys, head_dim);
-            else if (row == 0) dot_by_rows_first(0, rows, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 1) dot_by_rows_scores(1, 0, 0, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 2) dot_by_rows_scores(2, 0, 0, to, ld, of, &places, j, keys, head_dim);
-            else if (rows - row == 3) dot_by_rows_scores(3, 0, 0, to, ld, of, &places, j, keys, head_dim);
-            else dot_by_rows_scores(4, 0, 0, to, ld, of, &places, j, keys, head_dim);
+            if (row > 0) dot_by_rows_tile(rows - row, 0, 0, to, ld, of, &places, j, keys, head_dim);
+            else if (places.shift > 0) dot_by_rows_tile(rows, 0, 1, to, ld, of, &places, j, keys, head_dim);
+            else dot_by_rows_tile(rows, 1, 1, to, ld, of, &places, j, keys, head_dim);
         }
 }
 

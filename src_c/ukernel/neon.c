@@ -15,9 +15,9 @@ FA_TABLE(neon, FASTATTN_ISA_NEON, 64, &neon_few_quantised)
 #include "target_end.h"
 
 #ifdef SIMD_BYTES
-const fa_products fastattn_products_bytes_neon = {
-    .name = "bytes_rows_neon", .pack = FA_QUANTISED(fastattn_quantised_pack_sdot), .qk = FA_QUANTISED(fastattn_quantised_qk_sdot),
-    .softmax = rows_softmax, FA_ROWS(FASTATTN_ISA_NEON, 64, FA_QUANTISED(fastattn_quantised_pv_sdot))};
+const fa_products fastattn_products_bytes_neon =
+    FA_QUANTISED_ROWS("bytes_rows_neon", FASTATTN_ISA_NEON, 64, FA_QUANTISED(fastattn_quantised_pack_sdot), fastattn_quantised_qk_sdot,
+                      fastattn_quantised_pv_sdot);
 #endif
 
 #endif

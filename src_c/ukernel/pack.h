@@ -172,23 +172,15 @@ FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld
     }
 }
 
-/* Four vectors of numbers. In plain C it is the loop that compilers make vectors of as wide as numbers of 16 bits allow. */
-FA_INLINE void widen_four(float *to, const char *from, fastattn_dtype dtype) {
-    const int64_t size = fa_size_of(dtype);
-#ifdef SIMD_PLAIN
-    if (dtype != FASTATTN_FLOAT32) {
-        for (int i = 0; i < 4 * SIMD_LANES; i++) to[i] = fa_get(from + i * size, dtype);
-        return;
-    }
-#endif
-    FA_UNROLL for (int i = 0; i < 4 * SIMD_LANES; i += SIMD_LANES) simd_store(to + i, load_full(from + i * size, dtype));
-}
-
 FA_INLINE void widen_of(float *to, fa_matrix from, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     for (int64_t j = 0; j < keys; j++, to += head_dim) {
         const char *row = fa_row_at(from, j);
         int64_t d = 0;
-        for (; d + 4 * SIMD_LANES <= head_dim; d += 4 * SIMD_LANES) widen_four(to + d, row + d * fa_size_of(dtype), dtype);
+#ifdef SIMD_PLAIN /* compilers make vectors of such a loop as wide as numbers of 16 bits allow */
+        enum { STEP = 4 * SIMD_LANES };
+        for (; dtype != FASTATTN_FLOAT32 && d + STEP <= head_dim; d += STEP)
+            for (int i = 0; i < STEP; i++) to[d + i] = fa_get(row + (d + i) * fa_size_of(dtype), dtype);
+#endif
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             simd_store(to + d, load_full(row + d * fa_size_of(dtype), dtype));
         if (d < head_dim)

@@ -18,7 +18,6 @@ enum {
     BYTES_KEYS = 64,      /* of a panel, four vectors */
     BYTES_NUMBERS = 128,  /* of a panel of keys, and of four groups of values */
     BYTES_LEAST_DIM = 32, /* which a row of q has room for */
-    BYTES_MOST_DIM = 1024,
     BYTES_ROWS = 16,      /* whose weights are there at a time */
     QUAD_BYTES = 4,
     STEP_VECTORS = 4,     /* of a panel, from one quad of a line to the next */
@@ -52,7 +51,7 @@ FA_INLINE bytes_layout bytes_layout_of(int64_t dim) {
     return x;
 }
 
-static int fit_bytes(int64_t dim) { return dim >= BYTES_LEAST_DIM && dim <= BYTES_MOST_DIM; }
+static int fit_bytes(int64_t dim) { return dim >= BYTES_LEAST_DIM && dim <= INTEGERS_MOST_DIM; }
 
 FA_INLINE __m512i quad_of(const char *at) {
     int32_t quad;
@@ -89,7 +88,7 @@ FA_INLINE int list_digits(char *row, const bytes_layout *at, int *count, const c
 FA_INLINE int pack_digits(char *row, const float *x, int64_t dim) {
     const bytes_layout at = bytes_layout_of(dim);
     const __m512i half = _mm512_set1_epi32((int)0x80808080u);
-    char third[BYTES_MOST_DIM], fourth[BYTES_MOST_DIM];
+    char third[INTEGERS_MOST_DIM], fourth[INTEGERS_MOST_DIM];
     bytes_row head = {1.0f, 0, {0, 0}};
     if (!within(x, dim, 0x1p100f)) return 0;
     const float largest = magnitude_of(x, dim);
@@ -133,7 +132,7 @@ void fastattn_quantised_pack_vnni(float *q, int ld, const void *const *rows_of, 
             FA_BY_STORAGE(dtype, rows_pack_of, q, rows_of + r, 1, head_dim, sign)
             continue;
         }
-        float numbers[BYTES_MOST_DIM];
+        float numbers[INTEGERS_MOST_DIM];
         bytes_numbers(numbers, rows_of[r], head_dim, dtype, sign);
         if (pack_digits((char *)q, numbers, head_dim)) continue;
         const bytes_row head = {0.0f, (uint16_t)(dtype == FASTATTN_FLOAT16 ? dtype : FASTATTN_BFLOAT16), {0, 0}};
@@ -333,14 +332,6 @@ FA_INLINE void bytes_qk_of(float *s, const float *q, int ld, int rows, fa_matrix
     }
 }
 
-/* A row that is no digits, in float32. */
-static FA_NOINLINE void scores_of_numbers(float *s, const float *q, int ld, fa_matrix k, int64_t from, int64_t keys, int64_t dim,
-                                          fastattn_dtype dtype) {
-    float numbers[BYTES_MOST_DIM];
-    bytes_numbers(numbers, (const char *)q + sizeof(bytes_row), dim, dtype, 1.0f);
-    quantised_qk(s, numbers, ld, 1, k, from, keys, dim);
-}
-
 void fastattn_quantised_qk_vnni(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP);
     if (!fit_bytes(head_dim)) {
@@ -354,7 +345,7 @@ void fastattn_quantised_qk_vnni(float *s, const float *q, int ld, int rows, fa_m
     for (int r = 0; r < rows; r++, q += pitch, s += ld) {
         bytes_row head;
         memcpy(&head, q, sizeof head);
-        if (head.unit == 0.0f) scores_of_numbers(s, q, ld, k, from, keys, head_dim, (fastattn_dtype)head.dtype);
+        if (head.unit == 0.0f) scores_of_numbers(s, (const char *)q + sizeof head, (fastattn_dtype)head.dtype, ld, k, from, keys, head_dim);
     }
 }
 
@@ -381,9 +372,14 @@ FA_INLINE int weigh_well(float scales[4][BYTES_KEYS], int groups, int64_t keys) 
     return !simd_any(simd_not(well));
 }
 
+/* Dword n of quarter l becomes dword l of quarter n. */
+FA_INLINE __m512i turn_dwords(__m512i x) {
+    return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), x);
+}
+
 /* Powers times scales as such weights; 0 where they are too small, and then float32 has the row. */
 FA_INLINE int weigh_bytes(bytes_weights *to, const float *p, const float *scales, int64_t keys) {
-    const __m512i by_vector = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), low = _mm512_set1_epi16(255);
+    const __m512i low = _mm512_set1_epi16(255);
     simd_f weights[4], most = simd_set1(0.0f);
     FA_UNROLL for (int v = 0; v < 4; v++) {
         const int64_t left = keys - v * SIMD_LANES;
@@ -396,8 +392,8 @@ FA_INLINE int weigh_bytes(bytes_weights *to, const float *p, const float *scales
     __m512i of[4];
     FA_UNROLL for (int v = 0; v < 4; v++) of[v] = _mm512_cvtps_epi32(simd_mul(weights[v], factor));
     const __m512i first = _mm512_packus_epi32(of[0], of[1]), last = _mm512_packus_epi32(of[2], of[3]);
-    to->planes[0] = _mm512_permutexvar_epi32(by_vector, _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8)));
-    to->planes[1] = _mm512_permutexvar_epi32(by_vector, _mm512_packus_epi16(_mm512_and_si512(first, low), _mm512_and_si512(last, low)));
+    to->planes[0] = turn_dwords(_mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(last, 8)));
+    to->planes[1] = turn_dwords(_mm512_packus_epi16(_mm512_and_si512(first, low), _mm512_and_si512(last, low)));
     to->unit = largest * (1.0f / (float)MOST_WEIGHT);
     return largest >= 0x1p-100f || largest == 0.0f;
 }
@@ -419,10 +415,9 @@ FA_INLINE void zip_nibbles(__m512i to[2], const char *const *row, int64_t at) {
     FA_UNROLL for (int i = 0; i < 2; i++)
         halves[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(row[2 * i] + at))),
                                             _mm_loadu_si128((const __m128i *)(const void *)(row[2 * i + 1] + at)), 1);
-    const __m512i by_quad = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i by_row = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);
     const __m512i upper = _mm512_set1_epi8((char)0xf0), bias = _mm512_set1_epi8((char)0x80);
-    const __m512i quads = _mm512_permutexvar_epi32(by_quad, _mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1));
+    const __m512i quads = turn_dwords(_mm512_inserti64x4(_mm512_castsi256_si512(halves[0]), halves[1], 1));
     const __m512i bytes = _mm512_shuffle_epi8(quads, by_row);
     to[0] = _mm512_and_si512(_mm512_xor_si512(_mm512_slli_epi16(bytes, 4), bias), upper);
     to[1] = _mm512_and_si512(_mm512_xor_si512(bytes, bias), upper);

@@ -21,7 +21,6 @@ enum {
     SDOT_BYTES = 16,      /* of a vector */
     SDOT_TILE = 8,        /* keys that meet a row, at most */
     SDOT_KEYS = 64,       /* whose weights share what they are times */
-    SDOT_MOST_DIM = 1024, /* for the sums of integers, and for what is kept of a row */
     DIGITS = 3,
     MOST_WEIGHT = 0x7f7f, /* whose digits are 127 */
     INT4_TIMES = 16       /* what nibbles are times where they are the upper ones of bytes */
@@ -57,7 +56,7 @@ typedef struct sdot_row {
     fastattn_dtype kept; /* their type */
 } sdot_row;
 
-static int fit_sdot(int64_t dim) { return dim > 0 && dim <= SDOT_MOST_DIM; }
+static int fit_sdot(int64_t dim) { return dim > 0 && dim <= INTEGERS_MOST_DIM; }
 
 /* The same four bytes in each lane. */
 FA_INLINE int8x16_t sdot_quad(const int8_t *at) {
@@ -88,7 +87,7 @@ static void sdot_pack_row(float *q, const float *numbers, int64_t dim, fastattn_
 }
 
 void fastattn_quantised_pack_sdot(float *q, int ld, const void *const *rows_of, int rows, int64_t head_dim, fastattn_dtype dtype, float sign) {
-    float numbers[SDOT_MOST_DIM];
+    float numbers[INTEGERS_MOST_DIM];
     for (int r = 0; r < rows; r++, q += fa_round_up(head_dim, FA_ROW_STEP)) {
         rows_pack(fit_sdot(head_dim) ? numbers : q, ld, rows_of + r, 1, head_dim, dtype, sign);
         if (fit_sdot(head_dim)) sdot_pack_row(q, numbers, head_dim, dtype == FASTATTN_FLOAT16 ? dtype : FASTATTN_BFLOAT16);
@@ -168,15 +167,6 @@ FA_INLINE void sdot_qk_of(float *s, const float *q, int ld, int rows, fa_matrix 
     }
 }
 
-/* A row that is no digits, in float32. */
-static FA_NOINLINE void scores_of_numbers(float *s, const float *q, int ld, fa_matrix k, int64_t from, int64_t keys, int64_t dim,
-                                          fastattn_dtype kept) {
-    float numbers[SDOT_MOST_DIM];
-    const void *const row = q + SDOT_BYTES / sizeof *q;
-    rows_pack(numbers, ld, &row, 1, dim, kept, 1.0f);
-    quantised_qk(s, numbers, ld, 1, k, from, keys, dim);
-}
-
 void fastattn_quantised_qk_sdot(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     const fa_matrix block = fa_rows_from(k, from);
     if (!fit_sdot(head_dim)) {
@@ -187,7 +177,7 @@ void fastattn_quantised_qk_sdot(float *s, const float *q, int ld, int rows, fa_m
     for (int r = 0; r < rows; r++, q += fa_round_up(head_dim, FA_ROW_STEP), s += ld) {
         sdot_row head;
         memcpy(&head, q, sizeof head);
-        if (head.unit == 0.0f) scores_of_numbers(s, q, ld, k, from, keys, head_dim, head.kept);
+        if (head.unit == 0.0f) scores_of_numbers(s, (const char *)q + SDOT_BYTES, head.kept, ld, k, from, keys, head_dim);
     }
 }
 
@@ -197,7 +187,7 @@ void fastattn_quantised_qk_sdot(float *s, const float *q, int ld, int rows, fa_m
 typedef struct sdot_values {
     const char *row[SDOT_KEYS], *edge[SDOT_KEYS];
     char edges[SDOT_KEYS][SDOT_BYTES];
-    float scales[SDOT_MOST_DIM / FA_GROUP][SDOT_KEYS];
+    float scales[INTEGERS_MOST_DIM / FA_GROUP][SDOT_KEYS];
     int64_t keys;
 } sdot_values;
 

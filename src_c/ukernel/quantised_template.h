@@ -128,6 +128,17 @@ static void quantised_qk(float *s, const float *q, int ld, int rows, fa_matrix k
     FA_BY_QUANTISED(k.dtype, quantised_qk_of, s, q, ld, rows, block, keys, head_dim);
 }
 
+/* Where queries are multiplied as integers: numbers of a head, at most, for their sums and for what is kept of a row; and the scores of one
+ * that is no integers, but kept as it was given. */
+enum { INTEGERS_MOST_DIM = 1024 };
+
+static FA_NOINLINE void scores_of_numbers(float *s, const void *row, fastattn_dtype kept, int ld, fa_matrix k, int64_t from, int64_t keys,
+                                          int64_t dim) {
+    float numbers[INTEGERS_MOST_DIM];
+    rows_pack(numbers, ld, &row, 1, dim, kept, 1.0f);
+    quantised_qk(s, numbers, ld, 1, k, from, keys, dim);
+}
+
 /* A group of values of `rows` rows, a constant: powers take the scales. */
 FA_INLINE void quantised_group(int rows, float *o, int64_t pitch, const float *alpha, const float *p, int ld, fa_matrix v, int64_t keys,
                                int64_t d, int64_t dim, fastattn_dtype dtype) {

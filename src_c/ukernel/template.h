@@ -61,11 +61,14 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = KEYS_OF_ROWS, .values = as_stored, .pv = second,    \
     .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
 
-/* What reads quantised rows as they are stored. */
+/* What reads quantised rows as they are stored: a table of its way of packing and of its two products, and that in float32. */
+#define FA_QUANTISED_ROWS(title, instructions, block_size, packing, first, second)                                       \
+    {.name = title, .pack = packing, .qk = FA_QUANTISED(first), .softmax = rows_softmax,                                 \
+     FA_ROWS(instructions, block_size, FA_QUANTISED(second))}
 #define FA_FEW_QUANTISED(suffix, instructions, block_size)                                                               \
-    static const fa_products suffix##_few_quantised = {                                                                  \
-        .name = "quantised_rows_" #suffix, .pack = rows_pack, .qk = FA_QUANTISED(fastattn_quantised_qk_##suffix),        \
-        .softmax = rows_softmax, FA_ROWS(instructions, block_size, FA_QUANTISED(fastattn_quantised_pv_##suffix))};
+    static const fa_products suffix##_few_quantised =                                                                    \
+        FA_QUANTISED_ROWS("quantised_rows_" #suffix, instructions, block_size, rows_pack,                                \
+                          fastattn_quantised_qk_##suffix, fastattn_quantised_pv_##suffix);
 
 /* few_quantised may be null. */
 #define FA_TABLE(suffix, instructions, block_size, quantised_products)                                                   \
@@ -90,7 +93,7 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     FA_UKERNEL(suffix, suffix, quantised_products, rotate, mix)
 
 /* The table `name`, of these products, and the slots that may differ from those of the template. */
-#define FA_UKERNEL(name, of, quantised_products, rotating, mixing)                                                                           \
+#define FA_UKERNEL(name, of, quantised_products, rotating, mixing)                                                       \
     const fa_ukernel fastattn_ukernel_##name = {.products = &of##_products, .few = &of##_few, .turned = &of##_turned,    \
                                                 .dense = &of##_dense, .few_quantised = (quantised_products),             \
                                                 .quantised = FA_QUANTISED(&fastattn_quantised_##of),                     \

@@ -106,11 +106,42 @@ TEST_EACH_ISA(quantised_rows_are_read_where_they_lie) {
         }
 }
 
-/* Queries of 16 bits, of one size or up to 2**-spread of it, against the same in float32. The lse says how exact scores are. */
+/* The call of queries of 16 bits, and of the same in float32, `wide`, by the sizes, keys and values of args, which are of these queries'
+ * layout: (head, query, number). An lse is off by up to 4e-6, an output by up to `tolerance`, or both are NaN where the queries are `odd`.
+ * Returns the output of the former, which lives as long as what guards it. The lse says how exact scores are. */
+static const uint16_t *check_both(fastattn_attention_args args, fastattn_dtype q_dtype, const uint16_t *q, const float *wide, enum guard_side side,
+                                  double tolerance, int odd) {
+    const int64_t q_len = args.q_len, dim = args.head_dim, v_dim = args.v_head_dim, lses = HEADS * q_len, numbers = lses * v_dim;
+    float *lse[2], *out = guard_output("wide out", (size_t)numbers * sizeof *out, sizeof *out, side);
+    uint16_t *half_out = guard_output("out", (size_t)numbers * sizeof *half_out, sizeof *half_out, side);
+    for (int n = 0; n < 2; n++) lse[n] = guard_output("lse", (size_t)lses * sizeof(float), sizeof(float), side);
+    args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.scale = 0.3f, args.isa = test_isa;
+    args.lse_strides[1] = q_len * 4, args.lse_strides[2] = 4;
+    fastattn_attention_args halves = args;
+    args.q = wide, args.q_strides[1] = q_len * dim * 4, args.q_strides[2] = dim * 4;
+    halves.q = q, halves.q_dtype = q_dtype, halves.q_strides[1] = q_len * dim * 2, halves.q_strides[2] = dim * 2;
+    args.out = out, args.out_strides[1] = q_len * v_dim * 4, args.out_strides[2] = v_dim * 4, args.lse = lse[0];
+    halves.out = half_out, halves.out_strides[1] = q_len * v_dim * 2, halves.out_strides[2] = v_dim * 2, halves.lse = lse[1];
+    guard_seal();
+    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
+    CHECK_STATUS(fastattn_attention(&halves, NULL, 0), FASTATTN_OK);
+    guard_check();
+    for (int64_t i = 0; i < lses; i++)
+        CHECK(fabsf(lse[0][i] - lse[1][i]) <= 4e-6f || (odd && isnan(lse[0][i]) && isnan(lse[1][i])), "lse %lld is %.9g, not %.9g", (long long)i,
+              (double)lse[1][i], (double)lse[0][i]);
+    for (int64_t i = 0; i < numbers; i++) {
+        const double found = load(q_dtype, half_out + i);
+        CHECK(fabs(found - out[i]) <= tolerance || (odd && isnan(found) && isnan(out[i])), "number %lld is %g, not %g", (long long)i, found,
+              (double)out[i]);
+    }
+    return half_out;
+}
+
+/* Queries of one size or up to 2**-spread of it. */
 static void check_halves(struct rng *rng, fastattn_dtype q_dtype, int spread, fastattn_dtype dtype, fastattn_dtype v_dtype, int64_t q_len,
                          int64_t keys, int64_t dim, int64_t v_dim, enum guard_side side) {
     float *wide_k = malloc((size_t)(KV_HEADS * keys * dim) * sizeof *wide_k), *wide_v = malloc((size_t)(KV_HEADS * keys * v_dim) * sizeof *wide_v);
-    float *lse[2], *wide_q = guard_input("wide q", (size_t)(HEADS * q_len * dim) * sizeof *wide_q, sizeof *wide_q, side);
+    float *wide_q = guard_input("wide q", (size_t)(HEADS * q_len * dim) * sizeof *wide_q, sizeof *wide_q, side);
     uint16_t *q = guard_input("q", (size_t)(HEADS * q_len * dim) * sizeof *q, sizeof *q, side);
     context("queries of dtype %d down to 2**-%d, dtypes %d and %d, %lld queries, %lld keys, %lld and %lld numbers", (int)q_dtype, spread, (int)dtype,
             (int)v_dtype, (long long)q_len, (long long)keys, (long long)dim, (long long)v_dim);
@@ -120,28 +151,10 @@ static void check_halves(struct rng *rng, fastattn_dtype q_dtype, int spread, fa
         wide_q[i] = (float)load(q_dtype, q + i);
     }
     fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
-    args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.q_len = q_len, args.kv_len = keys;
-    args.head_dim = dim, args.v_head_dim = v_dim, args.scale = 0.3f, args.isa = test_isa, args.kv_dtype = dtype, args.v_dtype = v_dtype;
+    args.q_len = q_len, args.kv_len = keys, args.head_dim = dim, args.v_head_dim = v_dim, args.kv_dtype = dtype, args.v_dtype = v_dtype;
     args.k = rows_build(rng, keys, keys, dim, dtype, side, args.k_strides, wide_k);
     args.v = rows_build(rng, keys, keys, v_dim, v_dtype, side, args.v_strides, wide_v);
-    args.lse_strides[1] = q_len * 4, args.lse_strides[2] = 4;
-    fastattn_attention_args halves = args;
-    args.q = wide_q, args.q_strides[1] = q_len * dim * 4, args.q_strides[2] = dim * 4;
-    halves.q = q, halves.q_dtype = q_dtype, halves.q_strides[1] = q_len * dim * 2, halves.q_strides[2] = dim * 2;
-    float *out = guard_output("wide out", (size_t)(HEADS * q_len * v_dim) * sizeof *out, sizeof *out, side);
-    uint16_t *half_out = guard_output("out", (size_t)(HEADS * q_len * v_dim) * sizeof *half_out, sizeof *half_out, side);
-    for (int n = 0; n < 2; n++) lse[n] = guard_output("lse", (size_t)(HEADS * q_len) * sizeof(float), sizeof(float), side);
-    args.out = out, args.out_strides[1] = q_len * v_dim * 4, args.out_strides[2] = v_dim * 4, args.lse = lse[0];
-    halves.out = half_out, halves.out_strides[1] = q_len * v_dim * 2, halves.out_strides[2] = v_dim * 2, halves.lse = lse[1];
-    guard_seal();
-    CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
-    CHECK_STATUS(fastattn_attention(&halves, NULL, 0), FASTATTN_OK);
-    guard_check();
-    for (int64_t i = 0; i < HEADS * q_len; i++)
-        CHECK(fabsf(lse[0][i] - lse[1][i]) <= 4e-6f, "lse %lld is %.9g, not %.9g", (long long)i, lse[1][i], lse[0][i]);
-    for (int64_t i = 0; i < HEADS * q_len * v_dim; i++)
-        CHECK(fabs(load(q_dtype, half_out + i) - out[i]) <= (q_dtype == FASTATTN_FLOAT16 ? 2e-3 : 1.2e-2), "number %lld is %g, not %g", (long long)i,
-              load(q_dtype, half_out + i), out[i]);
+    check_both(args, q_dtype, q, wide_q, side, q_dtype == FASTATTN_FLOAT16 ? 2e-3 : 1.2e-2, 0);
     guard_release();
     free(wide_k), free(wide_v);
 }
@@ -184,8 +197,6 @@ TEST_EACH_ISA(queries_of_16_bits_are_multiplied_whatever_their_size) {
     for (size_t n = 0; n < COUNT(cases); n++) {
         float numbers[2][KV_HEADS * KEYS * DIM], wide_q[HEADS * QUERIES * DIM];
         uint16_t q[HEADS * QUERIES * DIM];
-        float out[HEADS * QUERIES * DIM], lse[2][HEADS * QUERIES];
-        uint16_t half_out[HEADS * QUERIES * DIM];
         fastattn_attention_args args = FASTATTN_ATTENTION_ARGS_INIT;
         context("queries times 2**%d, keys 2**%d, values 2**%d, one number %g", cases[n].q, cases[n].k, cases[n].v, (double)cases[n].odd);
         for (int i = 0; i < HEADS * QUERIES * DIM; i++) store(FASTATTN_BFLOAT16, q + i, ldexp(random_signed(&rng), cases[n].q));
@@ -194,26 +205,12 @@ TEST_EACH_ISA(queries_of_16_bits_are_multiplied_whatever_their_size) {
         char *k = rows_build(&rng, KEYS, KEYS, DIM, FASTATTN_INT8, GUARD_BEHIND, args.k_strides, numbers[0]);
         char *v = rows_build(&rng, KEYS, KEYS, DIM, FASTATTN_INT8, GUARD_BEHIND, args.v_strides, numbers[1]);
         scale_rows(k, KEYS, DIM, cases[n].k, numbers[0]), scale_rows(v, KEYS, DIM, cases[n].v, numbers[1]);
-        args.batch = 1, args.num_heads = HEADS, args.num_kv_heads = KV_HEADS, args.q_len = QUERIES, args.kv_len = KEYS;
-        args.head_dim = args.v_head_dim = DIM, args.scale = 0.3f, args.isa = test_isa, args.kv_dtype = FASTATTN_INT8, args.k = k, args.v = v;
-        args.lse_strides[1] = QUERIES * 4, args.lse_strides[2] = 4;
-        fastattn_attention_args halves = args;
-        args.q = wide_q, args.q_strides[1] = QUERIES * DIM * 4, args.q_strides[2] = DIM * 4, args.out = out, args.lse = lse[0];
-        args.out_strides[1] = args.q_strides[1], args.out_strides[2] = args.q_strides[2];
-        halves.q = q, halves.q_dtype = FASTATTN_BFLOAT16, halves.q_strides[1] = QUERIES * DIM * 2, halves.q_strides[2] = DIM * 2;
-        halves.out = half_out, halves.out_strides[1] = QUERIES * DIM * 2, halves.out_strides[2] = DIM * 2, halves.lse = lse[1];
-        guard_seal();
-        CHECK_STATUS(fastattn_attention(&args, NULL, 0), FASTATTN_OK);
-        CHECK_STATUS(fastattn_attention(&halves, NULL, 0), FASTATTN_OK);
-        guard_check();
-        for (int i = 0; i < HEADS * QUERIES; i++)
-            CHECK(fabsf(lse[0][i] - lse[1][i]) <= 4e-6f || (isnan(lse[0][i]) && isnan(lse[1][i])), "lse %d is %.9g, not %.9g", i, (double)lse[1][i],
-                  (double)lse[0][i]);
+        args.q_len = QUERIES, args.kv_len = KEYS, args.head_dim = args.v_head_dim = DIM, args.kv_dtype = FASTATTN_INT8, args.k = k, args.v = v;
+        const int odd = cases[n].odd != 0;
+        const uint16_t *out = check_both(args, FASTATTN_BFLOAT16, q, wide_q, GUARD_BEHIND, ldexp(1.2e-2, cases[n].v), odd);
         for (int i = 0; i < HEADS * QUERIES * DIM; i++) {
-            const double found = load(FASTATTN_BFLOAT16, half_out + i);
-            CHECK(fabs(found - out[i]) <= ldexp(1.2e-2, cases[n].v) || (isnan(found) && isnan(out[i])), "number %d is %g, not %g", i, found,
-                  (double)out[i]);
-            CHECK(cases[n].odd != 0 || (isfinite(found) && found != 0), "number %d is %g", i, found);
+            const double found = load(FASTATTN_BFLOAT16, out + i);
+            CHECK(odd || (isfinite(found) && found != 0), "number %d is %g", i, found);
         }
         guard_release();
     }

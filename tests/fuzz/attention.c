@@ -13,9 +13,7 @@ typedef struct call {
 
 static fuzz_array array(fuzz_input *in, call *x, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int dtype, int64_t *strides) {
     const int64_t shape[3] = {batch, heads, rows};
-    int64_t size;
-    const int64_t packed = fuzz_row(dtype, dim, &size);
-    const fuzz_array made = fuzz_array_make(in, shape, strides, 3, packed, size, size == 4 || size == 1 ? FUZZ_FLOATS : 0);
+    const fuzz_array made = fuzz_rows_make(in, shape, strides, dtype, dim);
     x->exists &= made.exists;
     return made;
 }

@@ -159,6 +159,12 @@ int64_t fuzz_row(int dtype, int64_t dim, int64_t *size) {
     return dtype == FASTATTN_INT8 ? dim + 4 : dtype == FASTATTN_INT4 ? dim / 32 * 18 : dim;
 }
 
+fuzz_array fuzz_rows_make(fuzz_input *in, const int64_t *shape, int64_t *strides, int dtype, int64_t dim) {
+    int64_t size;
+    const int64_t packed = fuzz_row(dtype, dim, &size);
+    return fuzz_array_make(in, shape, strides, 3, packed, size, size == 4 || size == 1 ? FUZZ_FLOATS : 0);
+}
+
 int64_t *fuzz_table(int64_t count) {
     if (count < 0 || count > FUZZ_MOST_BYTES / 8) return NULL;
     int64_t *table = keep(malloc((size_t)count * sizeof *table + (count == 0)));

@@ -49,6 +49,9 @@ fuzz_array fuzz_array_make(fuzz_input *in, const int64_t *shape, int64_t *stride
 /* A row of `dim` numbers: how many elements of `size` bytes; of quantised ones bytes, scales included (of sizes that are refused, whatever). */
 int64_t fuzz_row(int dtype, int64_t dim, int64_t *size);
 
+/* An array of such rows, (shape[0], shape[1], shape[2], dim): of finite numbers as a rule where a bit pattern is likely to be none. */
+fuzz_array fuzz_rows_make(fuzz_input *in, const int64_t *shape, int64_t *strides, int dtype, int64_t dim);
+
 /* A table of count numbers, filled by the caller; null when there are too many. */
 int64_t *fuzz_table(int64_t count);
 

@@ -3,20 +3,19 @@
 
 #include <string.h>
 
-static int64_t size_of(int dtype) { return dtype == FASTATTN_FLOAT32 ? 4 : 2; }
-
 static fuzz_array array(fuzz_input *in, int *exist, int64_t batch, int64_t heads, int64_t rows, int64_t numbers, int dtype,
                         int64_t *strides) {
     const int64_t shape[3] = {batch, heads, rows};
-    const fuzz_array made = fuzz_array_make(in, shape, strides, 3, numbers, size_of(dtype), size_of(dtype) == 4 ? FUZZ_FLOATS : 0);
+    const fuzz_array made = fuzz_rows_make(in, shape, strides, dtype, numbers);
     *exist &= made.exists;
     return made;
 }
 
 /* Makes factors of random numbers, so that a check lets them pass; a few stay as they are. */
 static void squeeze(fuzz_input *in, const fuzz_array *decay, int dtype, int logarithms) {
+    const size_t size = dtype == FASTATTN_FLOAT32 ? 4 : 2;
     if (fuzz_chance(in, 16)) return;
-    for (size_t n = 0; decay->memory && n + (size_t)size_of(dtype) <= decay->bytes; n += (size_t)size_of(dtype)) {
+    for (size_t n = 0; decay->memory && n + size <= decay->bytes; n += size) {
         if (dtype == FASTATTN_FLOAT32) {
             float x;
             memcpy(&x, decay->memory + n, sizeof x);

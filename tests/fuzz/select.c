@@ -3,8 +3,6 @@
 
 #include <string.h>
 
-static int64_t size_of(int dtype) { return dtype == FASTATTN_FLOAT32 ? 4 : 2; }
-
 /* Each list ascends, names keys that are there, and has -1 behind the last. */
 static void look_through(const fastattn_select_args *a) {
     for (int64_t b = 0; b < a->batch; b++)
@@ -61,10 +59,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     const int64_t q_shape[3] = {a.batch, a.num_heads, a.q_len}, k_shape[3] = {pages, a.num_kv_heads, rows};
     const int64_t out_shape[3] = {a.batch, a.num_kv_heads, a.q_len};
-    const fuzz_array q = fuzz_array_make(&in, q_shape, a.q_strides, 3, a.head_dim, size_of((int)a.q_dtype),
-                                         a.q_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
-    const fuzz_array k = fuzz_array_make(&in, k_shape, a.k_strides, 3, a.head_dim, size_of((int)a.k_dtype),
-                                         a.k_dtype == FASTATTN_FLOAT32 ? FUZZ_FLOATS : 0);
+    const fuzz_array q = fuzz_rows_make(&in, q_shape, a.q_strides, (int)a.q_dtype, a.head_dim);
+    const fuzz_array k = fuzz_rows_make(&in, k_shape, a.k_strides, (int)a.k_dtype, a.head_dim);
     const fuzz_array out = fuzz_array_make(&in, out_shape, a.indices_strides, 3, a.num_keys, 4, 0);
     exists &= q.exists && k.exists && out.exists;
     a.q = q.at;

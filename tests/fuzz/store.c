@@ -9,12 +9,6 @@ typedef struct store {
     int exists; /* all of the memory that it speaks of */
 } store;
 
-static fuzz_array array(fuzz_input *in, const int64_t *shape, int64_t *strides, int dtype, int64_t dim) {
-    int64_t size;
-    const int64_t packed = fuzz_row(dtype, dim, &size);
-    return fuzz_array_make(in, shape, strides, 3, packed, size, size == 4 ? FUZZ_FLOATS : 0);
-}
-
 static store make(fuzz_input *in) {
     store x;
     fastattn_store_args *const a = &x.args;
@@ -32,8 +26,8 @@ static store make(fuzz_input *in) {
     a->num_threads = (int)fuzz_size(in, 4);
     a->threading = (fastattn_threading)(fuzz_chance(in, 240) ? 0 : fuzz_enum(in, 3));
     const int64_t from_shape[3] = {a->batch, a->new_len, a->num_heads}, to_shape[3] = {a->num_pages, a->page_size, a->num_heads};
-    const fuzz_array from = array(in, from_shape, a->from_strides, (int)a->from_dtype, a->head_dim);
-    x.to = array(in, to_shape, a->to_strides, (int)a->to_dtype, a->head_dim);
+    const fuzz_array from = fuzz_rows_make(in, from_shape, a->from_strides, (int)a->from_dtype, a->head_dim);
+    x.to = fuzz_rows_make(in, to_shape, a->to_strides, (int)a->to_dtype, a->head_dim);
     a->from = from.at;
     a->to = x.to.at;
     const int small = a->batch < 256 && a->new_len < 256 && a->batch >= 0 && a->new_len >= 0;
