@@ -48,7 +48,7 @@ typedef struct fa_select {
     int64_t wanted, room;   /* candidates in the end, and at a time */
     int64_t run_keys, line; /* keys that are prepared at a time; and the same, rounded up */
     int64_t split_keys, splits, items;
-    size_t q, k, s, turned, sums, weights, pointers, candidates, bytes; /* scratch of a worker, as offsets in it, and all of it */
+    size_t q, k, s, turned, sums, weights, ones, pointers, candidates, bytes; /* scratch of a worker, as offsets in it, and all of it */
     size_t candidates_bytes, partial_bytes;
     char *scratch, *partials;
 } fa_select;
@@ -207,7 +207,8 @@ static float *panel_at(const fa_select *x, char *scratch, int64_t panel) {
 /* The queries of a tile, and the weight of each row. */
 static void pack_tile(const fa_select *x, const fa_chooser *who, char *scratch) {
     const fastattn_select_args *a = &x->args;
-    float *weights = (float *)(void *)(scratch + x->weights);
+    float *weights = (float *)(void *)(scratch + x->weights), *ones = (float *)(void *)(scratch + x->ones);
+    for (int n = 0; n < FA_MOST_BLOCK_KEYS; n++) ones[n] = 1.0f;
     for (int64_t panel = 0; panel < x->panels; panel++) {
         const void *rows[FA_PANEL_ROWS];
         const int64_t count = rows_in_panel(x, who, panel);
@@ -225,24 +226,30 @@ static void pack_tile(const fa_select *x, const fa_chooser *who, char *scratch) 
     }
 }
 
-/* sums[query][key] of some keys of a run. */
+/* sums[query][key] of some keys of a run. Where lanes are rows, and the heads of a query fill vectors, sums go across them; else scores are
+ * turned first. */
 static void sum_scores(const fa_select *x, const fa_chooser *who, char *scratch, fa_matrix k, int64_t from, int64_t keys) {
     static const fa_activation rectifier = {FASTATTN_RELU, 0, 1.0f, 0.0f, 1.0f};
-    const int by_rows = x->products->by_rows;
-    const int64_t whole = fa_round_up(keys, FA_ROW_STEP), ld = by_rows ? x->ld : x->line;
-    const float *weights = (const float *)(const void *)(scratch + x->weights);
-    float *s = (float *)(void *)(scratch + x->s), *turned = (float *)(void *)(scratch + x->turned), *lines = by_rows ? s : turned;
-    float *sums = (float *)(void *)(scratch + x->sums), *line_of[FA_PANEL_ROWS], one[FA_MOST_BLOCK_KEYS];
-    for (int n = 0; n < FA_MOST_BLOCK_KEYS; n++) one[n] = 1.0f;
+    const int across = !x->products->by_rows && x->panels == 1 && x->group % FA_ROW_STEP == 0, turns = !x->products->by_rows && !across;
+    const int64_t whole = fa_round_up(keys, FA_ROW_STEP), ld = turns ? x->line : x->ld;
+    const float *weights = (const float *)(const void *)(scratch + x->weights), *ones = (const float *)(const void *)(scratch + x->ones);
+    float *s = (float *)(void *)(scratch + x->s), *turned = (float *)(void *)(scratch + x->turned), *lines = turns ? turned : s;
+    float *sums = (float *)(void *)(scratch + x->sums), *line_of[FA_PANEL_ROWS];
     for (int64_t panel = 0; panel < x->panels; panel++) {
         const int64_t rows = rows_in_panel(x, who, panel), of_query = fa_min(x->group, rows);
         x->products->qk(s, panel_at(x, scratch, panel), x->ld, padded(x, rows), k, from, keys, x->args.head_dim);
-        for (int64_t r = 0; r < rows && !by_rows; r++) line_of[r] = turned + r * ld;
-        if (!by_rows) x->uk->products->unpack((void *const *)line_of, (int)rows, s, x->ld, one, keys, FASTATTN_FLOAT32);
-        if (x->args.rectified) x->uk->activate(lines, ld, rows, whole, &rectifier);
-        for (int64_t r = 0; r < rows; r += of_query)
-            x->uk->dense->product(sums + r / of_query * x->line, x->line, panel > 0 ? one : NULL, weights + panel * x->panel_rows + r,
-                                  of_query, 1, lines + r * ld, ld, 1, whole, of_query);
+        if (turns) {
+            for (int64_t r = 0; r < rows; r++) line_of[r] = turned + r * ld;
+            x->uk->products->unpack((void *const *)line_of, (int)rows, s, x->ld, ones, keys, FASTATTN_FLOAT32);
+        }
+        if (x->args.rectified) x->uk->activate(lines, ld, across ? keys : rows, across ? rows : whole, &rectifier);
+        for (int64_t r = 0; r < rows; r += of_query) {
+            float *const of = sums + r / of_query * x->line;
+            if (across) x->uk->dense->dots(of, s + r, ld, whole, weights + r, of_query);
+            else
+                x->uk->dense->product(of, x->line, panel > 0 ? ones : NULL, weights + panel * x->panel_rows + r, of_query, 1,
+                                      lines + r * ld, ld, 1, whole, of_query);
+        }
     }
 }
 
@@ -417,7 +424,8 @@ static void plan(fa_select *x, int64_t threads) {
     x->group = a->num_heads / a->num_kv_heads;
     x->products = fastattn_products_select(x->uk, a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
     const int fewest = fa_fewest_rows(x->products, a->head_dim, a->kv_len);
-    if (fa_min(a->q_len, fa_max(1, x->products->panel_rows / x->group)) * x->group < fewest) x->products = x->uk->few;
+    if (fa_min(a->q_len, fa_max(1, x->products->panel_rows / x->group)) * x->group < fewest)
+        x->products = x->products->few ? x->products->few : x->uk->few;
     const int64_t most = x->products->panel_rows;
     x->tile_queries = fa_max(1, fa_min(a->q_len, most / x->group));
     x->tiles = fa_ceil_div(a->q_len, x->tile_queries);
@@ -444,6 +452,7 @@ static void plan(fa_select *x, int64_t threads) {
     x->turned = take(&x->bytes, x->panel_rows * x->line, sizeof(float));
     x->sums = take(&x->bytes, x->tile_queries * x->line, sizeof(float));
     x->weights = take(&x->bytes, x->panels * x->panel_rows, sizeof(float));
+    x->ones = take(&x->bytes, FA_MOST_BLOCK_KEYS, sizeof(float));
     x->pointers = take(&x->bytes, a->block_table ? fastattn_row_pointers(x->run_keys) : 0, sizeof(char *));
     x->candidates_bytes = (size_t)x->room * (sizeof(float) + sizeof(int32_t));
     x->candidates = take(&x->bytes, x->tile_queries, x->candidates_bytes);
