@@ -10,7 +10,7 @@ enum {
     MOST_HELPERS = 1024,
     IDLE_NS = 50000,     /* how long a helper looks out for the next call, which often follows at once, before it sleeps */
     FINISH_NS = 100000,  /* and a caller for helpers with their last items, before it does: to wake it takes some 10 us */
-    CROWDED_NS = 5000000 /* how long nobody is woken after a helper ran where its caller does: there may be one processor for both */
+    CROWDED_NS = 5000000 /* how long nobody is woken after a helper could not leave its caller's processor: there is one for both */
 };
 
 /* The lock guards everything but `quiet`, which is atomic and on a line of a cache that no one else writes: spinning helpers
@@ -18,6 +18,7 @@ enum {
 static struct {
     int64_t quiet; /* neither offers nor a stop: nothing for a helper to do */
     char apart[56];
+    int64_t caller_runs;   /* where the last offer was made */
     int64_t crowded_until; /* on the clock, or 0 */
     fa_mutex lock;
     fa_condition called; /* there is an offer, or helpers are to stop */
@@ -58,15 +59,19 @@ static int in_the_way_of(int64_t processor) { return pool.processors == 1 || (pr
 /* How many of those asleep are to be woken: two, who wake two more each, so that nobody wakes many in turn. Those who spin come
  * unasked. */
 static int wanted_awake(void) {
-    if (pool.crowded_until && fastattn_clock() < pool.crowded_until) return 0;
     int seats = pool.asleep - pool.idle;
     for (const fa_offer *offer = pool.offers; offer; offer = offer->next) seats += offer->seats - offer->seated;
     const int most = pool.asleep < 2 ? pool.asleep : 2;
     return seats < most ? seats : most;
 }
 
-static void wake(int count) {
+/* Lets the lock go and wakes whom offers need. Returns when on the clock that is worth another try, or 0. */
+static int64_t unlock_and_wake(void) {
+    const int64_t crowded = pool.crowded_until && fastattn_clock() < pool.crowded_until ? pool.crowded_until : 0;
+    int count = crowded ? 0 : wanted_awake();
+    fa_unlock(&pool.lock);
     for (; count > 0; count--) fa_wake_one(&pool.called);
+    return crowded;
 }
 
 /* A helper, which holds the lock, takes a seat together with an item, so that nobody waits for one that has none. 0 if there is no
@@ -82,13 +87,10 @@ static int serve(int64_t *caller) {
     const int worker = ++offer->seated;
     fa_atomic_add(&offer->busy, 1);
     fa_atomic_store(&offer->helper_runs, fastattn_processor());
-    pool.crowded_until = in_the_way_of(offer->caller_runs) ? fastattn_clock() + CROWDED_NS : 0;
     if (worker == offer->seats) unlist(offer);
     *caller = offer->caller_runs;
     pool.idle--;
-    const int more = wanted_awake();
-    fa_unlock(&pool.lock);
-    wake(more);
+    unlock_and_wake();
     fastattn_take_part(offer->share, turn, worker, NULL);
     const int last = fa_atomic_add(&offer->busy, -1) == 1; /* from here on the offer may be gone */
     fa_lock(&pool.lock);
@@ -97,18 +99,35 @@ static int serve(int64_t *caller) {
     return 1;
 }
 
+/* A helper, which holds the lock, goes where the last caller does not run, and sleeps there: a system may wake it at its caller's side
+ * although another processor is idle, and again at every call. In a virtual machine Linux takes a processor that was halted for one
+ * that the host has given to others. Returns whom the helper keeps off now. */
+static int64_t make_way(fa_affinity *mine) {
+    const int64_t caller = pool.caller_runs;
+    fa_unlock(&pool.lock);
+    const int gone = fastattn_keep_off((int)caller, mine);
+    fa_lock(&pool.lock);
+    pool.crowded_until = gone ? 0 : fastattn_clock() + CROWDED_NS;
+    return caller;
+}
+
 static void help(void) {
-    int64_t awake_until = 0;
+    enum { NOBODY = -2 };
+    fa_affinity mine = {{0}, {0}};
+    int64_t awake_until = 0, kept_off = NOBODY; /* until it is in the way for once, where it runs is the system's affair */
     fa_lock(&pool.lock);
     for (;;) {
-        int64_t caller = -2;
+        int64_t caller = NOBODY;
+        if (in_the_way_of(pool.caller_runs)) kept_off = make_way(&mine);
         while (serve(&caller)) continue;
         if (pool.stopping) break;
-        if (caller != -2) awake_until = in_the_way_of(caller) ? 0 : fastattn_clock() + IDLE_NS;
+        if (caller != NOBODY) awake_until = in_the_way_of(caller) ? 0 : fastattn_clock() + IDLE_NS;
         if (awake_until && fastattn_clock() < awake_until) {
             fa_unlock(&pool.lock);
             spin(&pool.quiet, awake_until);
             fa_lock(&pool.lock);
+        } else if (kept_off != NOBODY && kept_off != pool.caller_runs) {
+            kept_off = make_way(&mine);
         } else {
             pool.asleep++;
             fa_wait(&pool.called, &pool.lock);
@@ -154,10 +173,14 @@ void fastattn_pool_offer(fa_offer *offer, fa_share *share, int seats) {
     hire(seats);
     offer->next = pool.offers;
     pool.offers = offer;
+    pool.caller_runs = offer->caller_runs;
     note_quiet();
-    const int count = wanted_awake();
-    fa_unlock(&pool.lock);
-    wake(count);
+    share->unheard_until = unlock_and_wake();
+}
+
+void fastattn_pool_offer_again(fa_share *share) {
+    fa_lock(&pool.lock);
+    share->unheard_until = unlock_and_wake();
 }
 
 void fastattn_pool_withdraw(fa_offer *offer) {

@@ -21,6 +21,9 @@ typedef struct fa_offer {
 /* Offers the work of `share` to at most `seats` helpers. The offer lies in the caller's memory until it is withdrawn. */
 void fastattn_pool_offer(fa_offer *offer, fa_share *share, int seats);
 
+/* Wakes helpers for it whom it was too early to wake before share->unheard_until. */
+void fastattn_pool_offer_again(fa_share *share);
+
 /* No helper comes any more, and those that came have left when this returns. */
 void fastattn_pool_withdraw(fa_offer *offer);
 

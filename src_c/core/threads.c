@@ -60,6 +60,7 @@ int fastattn_take_part(fa_share *share, int64_t turn, int worker, const fa_team 
     for (; turn < share->turns; turn = fa_atomic_add(&share->next, 1)) {
         const int64_t first = turn * share->at_once, left = share->items - first;
         for (int64_t n = 0; n < share->at_once && n < left; n++) share->work(share->context, first + n, worker);
+        if (team && share->unheard_until && fastattn_clock() >= share->unheard_until) fastattn_pool_offer_again(share);
         if (!asks) continue;
         fa_fpenv_restore(found);
         interrupted = is_interrupted(&look, team);
@@ -76,7 +77,7 @@ int fastattn_take_part(fa_share *share, int64_t turn, int worker, const fa_team 
 fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn *work, const void *context) {
     if (items <= 0) return FASTATTN_OK;
     const int64_t at_once = team->at_once > 1 ? team->at_once : 1, turns = fa_ceil_div(items, at_once);
-    fa_share share = {work, context, items, at_once, turns, 1}; /* the caller begins with turn 0 */
+    fa_share share = {work, context, items, at_once, turns, 1, 0}; /* the caller begins with turn 0 */
     int done = 1;
     if (team->threads < 2) {
         done = fastattn_take_part(&share, 0, 0, team);
@@ -99,6 +100,6 @@ fastattn_status fastattn_for_each(int64_t items, const fa_team *team, fa_work_fn
 }
 
 void fastattn_for_range(int64_t first, int64_t end, int worker, fa_work_fn *work, const void *context) {
-    fa_share share = {work, context, end, 1, end, first + 1};
+    fa_share share = {work, context, end, 1, end, first + 1, 0};
     fastattn_take_part(&share, first, worker, NULL);
 }

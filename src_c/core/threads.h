@@ -29,7 +29,8 @@ typedef struct fa_share {
     fa_work_fn *work;
     const void *context;
     int64_t items, at_once;
-    int64_t turns, next; /* each of at_once items; next is atomic */
+    int64_t turns, next;   /* each of at_once items; next is atomic */
+    int64_t unheard_until; /* when on the clock helpers may be woken for it, or 0: the calling thread's alone */
 } fa_share;
 
 /* This thread works on the items of a turn that it has taken, and on all that it can take then. `team` is that of the calling thread,

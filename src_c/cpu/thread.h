@@ -57,6 +57,15 @@ int fastattn_processors(void);
 /* The number of the processor that runs this thread at the moment, or -1 where the system does not tell. */
 int fastattn_processor(void);
 
+/* Where this thread may run: as it was found, and as fastattn_keep_off has left it. Zeros at first. */
+typedef struct fa_affinity {
+    uint64_t found[16], left[16]; /* a bit for each processor */
+} fa_affinity;
+
+/* Has this thread run on another processor from now on, among those that it may use; the one given last is free for it again. 0
+ * where there is no other, or the system has no such thing. */
+int fastattn_keep_off(int processor, fa_affinity *mine);
+
 /* Nanoseconds since some moment. */
 int64_t fastattn_clock(void);
 

@@ -1,13 +1,18 @@
 /* The same bits whoever computes: any number of threads, had either way, the caller's own threads, several callers at once, after
  * a fork, a batch entry alone; and an environment left as it was found. */
-#include "core/threads.h"
 #include "problem.h"
+
+#include "core/threads.h"
+#include "cpu/thread.h"
 
 #include <fenv.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <dirent.h>
+#endif
 #ifndef _WIN32
 #include <sys/wait.h>
 #include <unistd.h>
@@ -198,6 +203,111 @@ TEST(threads_do_each_item_once) {
                 CHECK(roll.done[n] == (n < items), "item %lld was done %d times", (long long)n, roll.done[n]);
         }
 }
+
+#ifdef __linux__
+
+/* Where threads run: a helper that is woken on its caller's processor leaves it, if it may. */
+
+/* Two processors that this process may use, and the rest of its set. */
+struct processors {
+    cpu_set_t all, first;
+    int one, other;
+};
+
+static struct processors two_processors(void) {
+    struct processors p = {.one = -1, .other = -1};
+    CHECK(sched_getaffinity(0, sizeof p.all, &p.all) == 0, "sched_getaffinity");
+    for (int n = 0; n < CPU_SETSIZE && p.other < 0; n++)
+        if (CPU_ISSET(n, &p.all))
+            *(p.one < 0 ? &p.one : &p.other) = n;
+    if (p.other < 0 || sched_getcpu() < 0)
+        skip("one processor");
+    CPU_ZERO(&p.first);
+    CPU_SET(p.one, &p.first);
+    return p;
+}
+
+static void confine(const cpu_set_t *helpers, const cpu_set_t *caller) {
+    DIR *tasks = opendir("/proc/self/task");
+    CHECK(tasks, "/proc/self/task");
+    for (struct dirent *task; (task = readdir(tasks));)
+        if (task->d_name[0] != '.')
+            sched_setaffinity(atoi(task->d_name), sizeof *helpers, helpers);
+    closedir(tasks);
+    CHECK(sched_setaffinity(0, sizeof *caller, caller) == 0, "sched_setaffinity");
+}
+
+static void check_affinity(const cpu_set_t *wanted) {
+    cpu_set_t set;
+    CHECK(sched_getaffinity(0, sizeof set, &set) == 0 && CPU_EQUAL(&set, wanted), "other processors than wanted");
+    CHECK(CPU_ISSET(sched_getcpu(), wanted), "on processor %d", sched_getcpu());
+}
+
+TEST(threads_keep_off_a_processor) {
+    const struct processors p = two_processors();
+    fa_affinity mine = {{0}, {0}};
+    cpu_set_t wanted;
+    for (int round = 0; round < 20; round++) {
+        const int processor = round % 2 ? p.one : p.other;
+        CHECK(fastattn_keep_off(processor, &mine), "processor %d is not left", processor);
+        wanted = p.all; /* the one before is free for it again */
+        CPU_CLR(processor, &wanted);
+        check_affinity(&wanted);
+    }
+    confine(&p.first, &p.first); /* by somebody else, who is obeyed */
+    CHECK(!fastattn_keep_off(p.one, &mine), "there is nowhere to go");
+    check_affinity(&p.first);
+    CHECK(fastattn_keep_off(p.other, &mine), "it is far from there");
+    check_affinity(&p.first);
+    CHECK(!fastattn_keep_off(-1, &mine), "left no processor");
+    check_affinity(&p.first);
+}
+
+/* Helpers' items, and those that they did elsewhere than on the caller's processor. */
+struct visits {
+    int caller_runs, of_helpers, elsewhere;
+};
+
+/* The caller gives helpers a hundredth of a second for their first item. */
+static void wait_for_helper(const void *context, int64_t item, int worker) {
+    struct visits *visits = (struct visits *)context;
+    (void)item;
+    if (worker > 0) {
+        if (sched_getcpu() != visits->caller_runs)
+            __atomic_add_fetch(&visits->elsewhere, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&visits->of_helpers, 1, __ATOMIC_SEQ_CST);
+    } else {
+        for (int n = 0; n < 100 && !__atomic_load_n(&visits->of_helpers, __ATOMIC_SEQ_CST); n++) usleep(100);
+    }
+}
+
+static struct visits share_waiting(int64_t items, int caller_runs) {
+    struct visits visits = {caller_runs, 0, 0};
+    const fa_team team = team_of(2, FASTATTN_THREADING_POOL);
+    CHECK_STATUS(fastattn_for_each(items, &team, wait_for_helper, &visits), FASTATTN_OK);
+    return visits;
+}
+
+/* All on one processor: helpers that came are in the way, and none is woken for a while. A long call, which begins meanwhile, wakes
+ * them when that is over; and when they may go elsewhere, they do. */
+TEST(threads_come_again_after_a_crowd) {
+    enum { MOST = 500 }; /* calls, of which each gives up after a hundredth of a second */
+    const struct processors p = two_processors();
+    int came = 0;
+    share_waiting(2, p.one);
+    confine(&p.first, &p.first);
+    for (int call = 0; call < MOST && !came; call++) came = share_waiting(2, p.one).of_helpers;
+    CHECK(came, "nobody came while all had one processor");
+    usleep(1000); /* they sleep */
+    CHECK(share_waiting(MOST, p.one).of_helpers, "nobody came to a long call");
+    confine(&p.all, &p.first);
+    for (int call = 0; call < MOST; call++)
+        if (share_waiting(2, p.one).elsewhere)
+            return;
+    CHECK(0, "helpers stay on the caller's processor");
+}
+
+#endif
 
 struct gate {
     int waiting, open;
