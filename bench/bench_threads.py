@@ -2,8 +2,9 @@
 
     python bench/bench_threads.py [--rounds N] [--only PART]
 
-Four parts: two threads on one processor against one thread; two threads beside two busy programs against the same alone; the
-pool against OpenMP, alone; and how busy a call each millisecond keeps the helpers. Each measures in a fresh process, whose
+Five parts: two threads on one processor against one thread; two threads against one where calls are a millisecond apart; two threads
+beside two busy programs against the same alone; the pool against OpenMP, alone; and how busy a call each millisecond keeps the helpers.
+Each measures in a fresh process, whose
 threads have all been started before anything is made scarce. The exit status is 1 when the default way misses a target.
 """
 
@@ -63,6 +64,19 @@ def one_processor(way, rounds):
                     with fastattn.threads(count):
                         taken[count] += times(call, 20)
             yield name, statistics.fmean(taken[2]) / statistics.fmean(taken[1]), 1.3
+
+
+def pauses(way, rounds):
+    """Calls a millisecond apart, for which helpers are woken: the time of two threads, as a multiple of that of one in turn."""
+    with runtime.use_threading(way):
+        for name in ("decoding over 4096 keys", "512 x 512"):
+            call, taken = call_of(SHAPES[name]), {1: [], 2: []}
+            for _ in range(10 * rounds):
+                for count, of_count in taken.items():
+                    with fastattn.threads(count):
+                        time.sleep(0.001)
+                        of_count += times(call, 1)
+            yield name, statistics.median(taken[2]) / statistics.median(taken[1]), 0.75
 
 
 def busy_programs(way, rounds):
@@ -139,7 +153,7 @@ def millisecond(way, rounds):
         yield "helpers", (used - own) / wall, 0.15
 
 
-PARTS = {part.__name__: part for part in (one_processor, busy_programs, alone, millisecond)}
+PARTS = {part.__name__: part for part in (one_processor, pauses, busy_programs, alone, millisecond)}
 
 
 def main():
