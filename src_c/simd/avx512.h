@@ -189,18 +189,39 @@ static inline __attribute__((always_inline)) void simd_transpose(simd_f v[16]) {
         v[i + 12] = _mm512_shuffle_f32x4(low1, high1, 0xdd);
     }
 }
-#define SIMD_QUADS
-/* Quads are the quarters of a vector. Four numbers in each of them. */
-static inline simd_f simd_quads(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
-/* The numbers of quads change places with vectors; and the quads themselves do. */
-static inline void simd_transpose_quads(simd_f v[4]) {
-    const __m512 low01 = _mm512_unpacklo_ps(v[0], v[1]), high01 = _mm512_unpackhi_ps(v[0], v[1]);
-    const __m512 low23 = _mm512_unpacklo_ps(v[2], v[3]), high23 = _mm512_unpackhi_ps(v[2], v[3]);
-    v[0] = _mm512_shuffle_ps(low01, low23, 0x44);
-    v[1] = _mm512_shuffle_ps(low01, low23, 0xee);
-    v[2] = _mm512_shuffle_ps(high01, high23, 0x44);
-    v[3] = _mm512_shuffle_ps(high01, high23, 0xee);
+#define SIMD_SQUARES
+/* Bits of 64 bytes at most, and 0. */
+static inline simd_f simd_load_bytes(const void *p, int64_t n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi8(n < 64 ? (1ull << n) - 1u : ~0ull, p));
 }
+/* The same of 32 halves of 16 vectors: vector i of the first 8 has halves i and 8 + i of them all, and of the others 16 + i and 24 + i. */
+static inline __attribute__((always_inline)) void simd_transpose_halves(simd_f v[16]) {
+    const __m512i firsts = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), lasts = _mm512_add_epi64(firsts, _mm512_set1_epi64(4));
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        const __m512i even = _mm512_castps_si512(v[i]), odd = _mm512_castps_si512(v[i + 1]);
+        a[i] = _mm512_unpacklo_epi16(even, odd);
+        a[i + 1] = _mm512_unpackhi_epi16(even, odd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi32(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi32(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        const __m512i even0 = _mm512_unpacklo_epi64(b[i], b[i + 4]), even1 = _mm512_unpacklo_epi64(b[i + 8], b[i + 12]);
+        const __m512i odd0 = _mm512_unpackhi_epi64(b[i], b[i + 4]), odd1 = _mm512_unpackhi_epi64(b[i + 8], b[i + 12]);
+        v[2 * i] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(even0, firsts, even1));
+        v[2 * i + 1] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(odd0, firsts, odd1));
+        v[2 * i + 8] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(even0, lasts, even1));
+        v[2 * i + 9] = _mm512_castsi512_ps(_mm512_permutex2var_epi64(odd0, lasts, odd1));
+    }
+}
+/* Quads are the quarters of a vector: they change places with vectors. */
 static inline void simd_exchange_quads(simd_f v[4]) {
     const __m512 low01 = _mm512_shuffle_f32x4(v[0], v[1], 0x44), high01 = _mm512_shuffle_f32x4(v[0], v[1], 0xee);
     const __m512 low23 = _mm512_shuffle_f32x4(v[2], v[3], 0x44), high23 = _mm512_shuffle_f32x4(v[2], v[3], 0xee);

@@ -323,89 +323,10 @@ static void dot_by_rows_qk(float *s, const float *q, int ld, int rows, fa_matrix
 /* As few rows, each of which gets the bits that it has among many. Panels lie by rows, and lanes are keys: their pairs turn in registers,
  * where rows meet them, and powers stay lanes. */
 
-/* Pairs of keys that are not all there, or not at one stride, where they are. */
-static FA_NOINLINE void dot_copy_pairs(float *to, const tile_rows *rows, int64_t j, int64_t keys, int64_t number, int64_t head_dim) {
-    for (int i = 0; i < SIMD_LANES; i++) {
-        const int64_t key = j + i < keys ? j + i : keys - 1;
-        __m512i halves[2];
-        simd_fetch((const char *)(tile_later(rows, key) + (uintptr_t)(number * 2)));
-        halves_of(1, halves, tile_row(rows, key) + number * 2, head_dim - number, FASTATTN_BFLOAT16, 1.0f);
-        _mm512_storeu_si512(to + i * SIMD_LANES, halves[0]);
-    }
-}
+FA_ASSERT_CONSTANT((int)MOST_TURNED <= (int)SQUARES_ROWS, rows_that_turn_have_sums);
 
-/* square[pair][key] of SIMD_LANES pairs from a number on, and so many keys from j on, the last of which stands for those beyond. */
-FA_INLINE void dot_turn(simd_f square[SIMD_LANES], const tile_rows *rows, int64_t j, int64_t keys, int64_t number, int64_t head_dim) {
-    const int64_t last = j + SIMD_LANES - 1;
-    if (last < keys && j >> rows->shift == last >> rows->shift && head_dim - number >= HALVES) {
-        const char *const first = tile_row(rows, j) + number * 2;
-        const uintptr_t later = tile_later(rows, j) + (uintptr_t)(number * 2);
-        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
-            simd_fetch((const char *)(later + (uintptr_t)(i * rows->stride)));
-            square[i] = _mm512_castsi512_ps(_mm512_loadu_si512(first + i * rows->stride));
-        }
-    } else {
-        float copy[SIMD_LANES * SIMD_LANES];
-        dot_copy_pairs(copy, rows, j, keys, number, head_dim);
-        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) square[i] = simd_load(copy + i * SIMD_LANES);
-    }
-    simd_transpose(square);
-}
-
-/* sum[row] of all pairs of a square, for `width` rows, a constant. */
-FA_INLINE void dot_turned_step(int width, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES]) {
-    const float *of[ROWS_WIDTH];
-    simd_f sum_of[ROWS_WIDTH];
-    FA_UNROLL for (int r = 0; r < width; r++) of[r] = q + r * pitch, sum_of[r] = sum[r];
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++)
-        FA_UNROLL for (int r = 0; r < width; r++) sum_of[r] = simd_dot_bf16_of(of[r] + i, square[i], sum_of[r]);
-    FA_UNROLL for (int r = 0; r < width; r++) sum[r] = sum_of[r];
-}
-
-FA_INLINE void dot_turned_steps(int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES]) {
-    for (; rows >= ROWS_WIDTH; rows -= ROWS_WIDTH, sum += ROWS_WIDTH, q += ROWS_WIDTH * pitch)
-        dot_turned_step(ROWS_WIDTH, sum, q, pitch, square);
-    switch (rows) {
-    case 3: dot_turned_step(3, sum, q, pitch, square); break;
-    case 2: dot_turned_step(2, sum, q, pitch, square); break;
-    case 1: dot_turned_step(1, sum, q, pitch, square); break;
-    }
-}
-
-/* The same of the first pairs. */
-FA_INLINE void dot_turned_part(int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES], int64_t pairs) {
-    simd_f copy[SIMD_LANES];
-    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) copy[i] = square[i];
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < pairs; i++) sum[r] = simd_dot_bf16_of(q + r * pitch + i, copy[i], sum[r]);
-}
-
-/* Sums of a run are formed for all keys side by side, for each of them is a chain. */
 static void dot_turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), pairs = (head_dim + 1) / 2, run = (tile_run(head_dim) + 1) / 2;
-    const char *first_row;
-    const tile_rows places = tile_rows_of(fa_rows_from(k, from), &first_row);
-    simd_f sum[DOT_KEYS / SIMD_LANES][MOST_TURNED];
-    for (int64_t j = 0; j < keys; j++) simd_fetch((const char *)(tile_later(&places, j) + (uintptr_t)(head_dim * 2 - 1)));
-    int64_t d = 0;
-    do { /* once if there are no numbers, too */
-        const int64_t end = d + run < pairs ? d + run : pairs;
-        memset(sum, 0, sizeof sum);
-        for (int64_t n = d; n < end; n += SIMD_LANES)
-            for (int64_t j = 0; j < keys; j += SIMD_LANES) {
-                simd_f square[SIMD_LANES];
-                dot_turn(square, &places, j, keys, 2 * n, head_dim);
-                if (end - n < SIMD_LANES) dot_turned_part(rows, sum[j / SIMD_LANES], q + n, pitch, square, end - n);
-                else dot_turned_steps(rows, sum[j / SIMD_LANES], q + n, pitch, square);
-            }
-        for (int r = 0; r < rows; r++)
-            for (int64_t j = 0; j < keys; j += SIMD_LANES) {
-                float *const to = s + r * ld + j;
-                const simd_f of_run = sum[j / SIMD_LANES][r];
-                simd_store(to, d > 0 ? simd_add(simd_load(to), of_run) : of_run);
-            }
-        d += run;
-    } while (d < pairs);
+    squares_qk(TILE_BFLOAT16, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim, FASTATTN_BFLOAT16);
 }
 
 /* What pairs_softmax_strip() does for a lane. */

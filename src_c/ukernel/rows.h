@@ -4,7 +4,7 @@
  *
  * Sums are formed in the order of the tables whose lanes are rows: scores number by number in the same runs, powers key by key in
  * runs of FA_SUM_RUN, values key by key. A row gets the same bits from either, unless there are only SHORT_ROWS rows or fewer
- * and a row may have other bits in company: the slots that begin with `turned` turn keys, or spread their numbers, for any of them.
+ * and a row may have other bits in company: the slots that begin with `turned` turn keys for any of them.
  *
  * Reads and writes per key, in floats: K and V once from memory, the keys turned once to L1 and back; q and p once from L1 for
  * every strip of keys or values, of which there are a few. Memory is asked a block ahead, at the pace of the arithmetic, so that
@@ -233,62 +233,162 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
     }
 }
 
-#ifdef SIMD_QUADS
-enum { FEWEST_OF_QUADS = 2, QUAD_ROWS = 4, QUAD_NUMBERS = 256, QUAD_KEYS = 16, QUAD_STEP = 16 };
+#ifdef SIMD_SQUARES
+/* Up to SQUARES_ROWS rows, for which turned keys need not go through memory: squares, SQUARE_BYTES of SIMD_LANES keys each, turn in registers,
+ * where a few rows at a time meet them. Elements are numbers or, where pairs are multiplied, pairs. The sums are those of keys that turn in
+ * memory. */
+enum {
+    SQUARE_BYTES = SIMD_LANES * (int)sizeof(float),
+    SQUARES = 4, /* of keys side by side, for the sums of each are chains */
+    SQUARES_KEYS = SQUARES * SIMD_LANES,
+    SQUARE_WIDTH = 4, /* rows that meet a square together */
+    SQUARES_ROWS = SHORT_POWERS
+};
 
-/* panel[number][row], where the last row is repeated. */
-FA_INLINE void pack_quads(float *panel, const float *q, int rows, int64_t head_dim) {
-    for (int64_t d = 0; d < head_dim; d += QUAD_STEP) {
-        simd_f v[QUAD_ROWS];
-        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++) v[r] = simd_load(q + (r < rows ? r : rows - 1) * head_dim + d);
-        simd_transpose_quads(v);
-        simd_exchange_quads(v);
-        FA_UNROLL for (int i = 0; i < 4; i++) simd_store(panel + QUAD_ROWS * d + i * SIMD_LANES, v[i]);
+/* Bytes from one on, of which there are `left`, of keys that are not all there, or not at one stride; the last stands for those beyond. */
+static FA_NOINLINE void copy_square(float *to, const tile_rows *rows, int64_t j, int64_t keys, int64_t at, int64_t left) {
+    for (int i = 0; i < SIMD_LANES; i++) {
+        const int64_t key = j + i < keys ? j + i : keys - 1;
+        simd_fetch((const char *)(tile_later(rows, key) + (uintptr_t)at));
+        simd_store(to + i * SIMD_LANES, simd_load_bytes(tile_row(rows, key) + at, left < SQUARE_BYTES ? left : SQUARE_BYTES));
     }
 }
 
-/* Up to four rows, for which keys need not turn: each quad of lanes is a key and each of its lanes a row, and a number of a key is spread
- * over its quad while others are multiplied. The sums are those of turned keys. */
-FA_INLINE void quads_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
-    const int64_t run = tile_run(head_dim), size = fa_size_of(dtype);
-    float panel[QUAD_ROWS * QUAD_NUMBERS];
+/* Where the first key of each square lies, and what will be read in its place later; null where keys are not all there, or not at one stride.
+ * Found before the products: compilers keep places in vectors else, which wait for these. */
+typedef struct key_squares {
+    const char *first[SQUARES];
+    uintptr_t later[SQUARES];
+} key_squares;
+
+FA_INLINE void find_squares(key_squares *x, const tile_rows *rows, int64_t j, int64_t keys) {
+    for (int n = 0; n < SQUARES; n++, j += SIMD_LANES) {
+        const int64_t last = j + SIMD_LANES - 1;
+        const int together = last < keys && j >> rows->shift == last >> rows->shift;
+        x->first[n] = together ? tile_row(rows, j) : NULL;
+        x->later[n] = together ? tile_later(rows, j) : 0;
+    }
+}
+
+/* square[n][key], where n are 4 bytes or, of float16, two numbers. */
+FA_INLINE void turn_in_registers(simd_f square[SIMD_LANES], const char *key, uintptr_t later, int64_t stride, fastattn_dtype dtype) {
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++, key += stride, later += (uintptr_t)stride) {
+        simd_fetch((const char *)later);
+        square[i] = load_full(key, FASTATTN_FLOAT32);
+    }
+    if (dtype == FASTATTN_FLOAT16) simd_transpose_halves(square);
+    else simd_transpose(square);
+}
+
+/* How often a vector has room for the elements. */
+FA_INLINE int square_halves(fastattn_dtype dtype) { return dtype == FASTATTN_FLOAT32 ? 1 : 2; }
+
+/* Element i of those that a vector has room for, with `second` of the next so many: numbers of two bytes are twice as many. */
+FA_INLINE simd_f square_element(const simd_f square[SIMD_LANES], int second, int i, fastattn_dtype dtype) {
+    const simd_f *const half = square + (second ? SIMD_LANES / 2 : 0);
+    switch (dtype) {
+    case FASTATTN_FLOAT16: return simd_from_f16(i < SIMD_LANES / 2 ? simd_first_halves(half[i]) : simd_last_halves(half[i - SIMD_LANES / 2]));
+    case FASTATTN_BFLOAT16: return i % 2 ? simd_second_bf16(half[i / 2]) : simd_first_bf16(half[i / 2]);
+    default: return square[i];
+    }
+}
+
+FA_INLINE simd_f square_multiply(int multiply, const float *a, simd_f b, simd_f c) {
+#ifdef SIMD_PAIRS
+    if (multiply == TILE_BFLOAT16) return simd_dot_bf16_of(a, b, c);
+#endif
+    return (void)multiply, simd_fma(simd_set1(*a), b, c);
+}
+
+/* sum[row] of all elements of a square, for `width` rows, a constant. */
+FA_INLINE void square_step(int multiply, int width, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES],
+                           fastattn_dtype dtype) {
+    const int halves = square_halves(dtype);
+    const float *of[SQUARE_WIDTH]; /* pointers, or compilers keep the place of each element */
+    simd_f sum_of[SQUARE_WIDTH];
+    FA_UNROLL for (int r = 0; r < width; r++) of[r] = q + r * pitch, sum_of[r] = sum[r];
+    FA_UNROLL for (int second = 0; second < halves; second++)
+        FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) {
+            const simd_f element = square_element(square, second, i, dtype);
+            FA_UNROLL for (int r = 0; r < width; r++)
+                sum_of[r] = square_multiply(multiply, of[r] + second * SIMD_LANES + i, element, sum_of[r]);
+        }
+    FA_UNROLL for (int r = 0; r < width; r++) sum[r] = sum_of[r];
+}
+
+FA_INLINE void square_steps(int multiply, int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES],
+                            fastattn_dtype dtype) {
+    for (; rows >= SQUARE_WIDTH; rows -= SQUARE_WIDTH, sum += SQUARE_WIDTH, q += SQUARE_WIDTH * pitch)
+        square_step(multiply, SQUARE_WIDTH, sum, q, pitch, square, dtype);
+    switch (rows) {
+    case 3: square_step(multiply, 3, sum, q, pitch, square, dtype); break;
+    case 2: square_step(multiply, 2, sum, q, pitch, square, dtype); break;
+    case 1: square_step(multiply, 1, sum, q, pitch, square, dtype); break;
+    }
+}
+
+/* The same of the first elements. */
+FA_INLINE void square_part(int multiply, int rows, simd_f *sum, const float *q, int64_t pitch, const simd_f square[SIMD_LANES], int64_t count) {
+    simd_f elements[SIMD_LANES];
+    FA_UNROLL for (int i = 0; i < SIMD_LANES; i++) elements[i] = square[i];
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < count; i++) sum[r] = square_multiply(multiply, q + r * pitch + i, elements[i], sum[r]);
+}
+
+/* Elements of `size` bytes, a pair being one of float32, of which those of a run are summed apart. Of pairs alone there may be any number. */
+FA_INLINE void squares_qk(int multiply, fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim,
+                          fastattn_dtype dtype) {
+    const int of_element = multiply == TILE_BFLOAT16 ? 2 : 1;
+    const fastattn_dtype element = multiply == TILE_BFLOAT16 ? FASTATTN_FLOAT32 : dtype;
+    const int64_t size = fa_size_of(element), bytes = head_dim * fa_size_of(dtype), at_once = SQUARE_BYTES / size;
+    const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), elements = (head_dim + of_element - 1) / of_element;
+    const int64_t run = (tile_run(head_dim) + of_element - 1) / of_element;
     const char *first_row;
     const tile_rows places = tile_rows_of(k, &first_row);
-    pack_quads(panel, q, rows, head_dim);
-    for (int64_t j = 0; j < keys; j += QUAD_KEYS) {
-        key_places x;
-        simd_f sum[4], part[4], numbers[4][4]; /* of keys 4 apart, so that scores turn within quads */
-        tile_places(&places, j, keys, QUAD_KEYS, x.key, x.later);
-        for (int i = 0; i < QUAD_KEYS; i++) simd_fetch((const char *)(x.later[i] + (uintptr_t)(head_dim * size - 1)));
-        FA_UNROLL for (int g = 0; g < 4; g++) sum[g] = simd_set1(0.0f); /* for compilers, which do not know of head_dim > 0 */
-        for (int64_t d = 0; d < head_dim; d += run) {
-            FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_set1(0.0f);
-            for (int64_t n = d; n < d + run; n += QUAD_STEP) {
-                FA_UNROLL for (int g = 0; g < 4; g++) {
-                    FA_UNROLL for (int i = 0; i < 4; i++) {
-                        fetch_later(x.later[4 * i + g], n * size);
-                        numbers[g][i] = load_full(x.key[4 * i + g] + n * size, dtype);
+    for (int64_t first = 0; first < keys; first += SQUARES_KEYS, s += SQUARES_KEYS) {
+        const int64_t last = first + SQUARES_KEYS < keys ? first + SQUARES_KEYS : keys;
+        const int squares = (int)((last - first + SIMD_LANES - 1) / SIMD_LANES);
+        simd_f sum[SQUARES][SQUARES_ROWS];
+        key_squares x;
+        find_squares(&x, &places, first, last);
+        for (int64_t j = first; j < last; j++) simd_fetch((const char *)(tile_later(&places, j) + (uintptr_t)(bytes - 1)));
+        int64_t d = 0;
+        do { /* once if there are no numbers, too */
+            const int64_t end = d + run < elements ? d + run : elements;
+            for (int i = 0; i < squares; i++)
+                for (int r = 0; r < rows; r++) sum[i][r] = simd_set1(0.0f);
+            for (int64_t n = d; n < end; n += at_once)
+                for (int i = 0; i < squares; i++) {
+                    simd_f square[SIMD_LANES];
+                    float copy[SIMD_LANES * SIMD_LANES];
+                    const int64_t at = n * size;
+                    const char *key = x.first[i];
+                    uintptr_t later = x.later[i] + (uintptr_t)at;
+                    int64_t stride = places.stride;
+                    if (key && bytes - at >= SQUARE_BYTES)
+                        key += at;
+                    else {
+                        copy_square(copy, &places, first + i * SIMD_LANES, last, at, bytes - at);
+                        key = (const char *)copy, later = (uintptr_t)copy, stride = SQUARE_BYTES;
                     }
-                    simd_exchange_quads(numbers[g]);
+                    turn_in_registers(square, key, later, stride, element);
+                    if (multiply != TILE_FLOAT32 && end - n < at_once) square_part(multiply, rows, sum[i], q + n, pitch, square, end - n);
+                    else square_steps(multiply, rows, sum[i], q + n, pitch, square, element);
                 }
-                FA_UNROLL for (int i = 0; i < QUAD_STEP; i++) {
-                    const simd_f q_of = simd_quads(panel + QUAD_ROWS * (n + i));
-                    FA_UNROLL for (int g = 0; g < 4; g++) part[g] = simd_fma(simd_spread(numbers[g][i / 4], i % 4), q_of, part[g]);
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < squares; i++) {
+                    float *const to = s + r * ld + i * SIMD_LANES;
+                    simd_store(to, d > 0 ? simd_add(simd_load(to), sum[i][r]) : sum[i][r]);
                 }
-            }
-            FA_UNROLL for (int g = 0; g < 4; g++) sum[g] = d > 0 ? simd_add(sum[g], part[g]) : part[g];
-        }
-        simd_transpose_quads(sum);
-        FA_UNROLL for (int r = 0; r < QUAD_ROWS; r++)
-            if (r < rows) simd_store(s + r * ld + j, sum[r]);
+            d += run;
+        } while (d < elements);
     }
 }
 
-/* Whole steps make up a run, and whole runs the keys. */
-static int fit_quads(int rows, int64_t head_dim) {
+/* Whether whole squares make up a run, and whole runs the numbers: most of what a square has would else be in vain. */
+static int fill_squares(int64_t head_dim, fastattn_dtype dtype) {
     const int64_t run = tile_run(head_dim);
-    return rows >= FEWEST_OF_QUADS && rows <= QUAD_ROWS && head_dim > 0 && head_dim <= QUAD_NUMBERS && run % QUAD_STEP == 0 &&
-           head_dim % run == 0;
+    return head_dim % run == 0 && run * fa_size_of(dtype) % SQUARE_BYTES == 0;
 }
 #endif
 
@@ -298,14 +398,18 @@ static fa_matrix as_stored(float *room, fa_matrix stored, int64_t keys, int64_t 
     return stored;
 }
 
+static FA_NOINLINE void turned_in_memory(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t keys, int64_t head_dim) {
+    FA_BY_STORAGE_OF_KEYS(k.dtype, turned_qk_of, k, s, q, ld, rows, keys, head_dim)
+}
+
 static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-#ifdef SIMD_QUADS
-    if (fit_quads(rows, head_dim)) {
-        FA_BY_STORAGE_OF_KEYS(k.dtype, quads_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+#ifdef SIMD_SQUARES
+    if (rows <= SQUARES_ROWS && fill_squares(head_dim, k.dtype)) {
+        FA_BY_STORAGE_OF_KEYS(k.dtype, squares_qk, TILE_FLOAT32, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
         return;
     }
 #endif
-    FA_BY_STORAGE_OF_KEYS(k.dtype, turned_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    turned_in_memory(s, q, ld, rows, fa_rows_from(k, from), keys, head_dim);
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {

@@ -15,25 +15,6 @@ static void check_masks(void) {
         for (int i = 0; i < 16; i++) CHECK((simd_first(n) >> i & 1) == (i < n), "lane %d of the first %d", i, n);
 }
 
-static void check_quads(enum guard_side side, struct rng *rng) {
-    float x[4][SIMD_LANES], *four = guard_input("four numbers", 4 * sizeof *four, sizeof *four, side);
-    simd_f v[4], w[4];
-    for (int n = 0; n < TRIPLES / 16; n++) {
-        for (int i = 0; i < 4; i++) four[i] = any_number(rng);
-        EXPECT_FLOATS(simd_quads(four), four[i % 4]);
-        for (int j = 0; j < 4; j++) v[j] = w[j] = any_vector(x[j], rng);
-        simd_transpose_quads(v);
-        simd_exchange_quads(w);
-        for (int j = 0; j < 4; j++) {
-            EXPECT_FLOATS(v[j], x[i % 4][i / 4 * 4 + j]);
-            EXPECT_FLOATS(w[j], x[i / 4][j * 4 + i % 4]);
-        }
-    }
-    guard_check();
-    guard_release();
-}
-
-#ifdef SIMD_PAIRS
 /* Halves of 32 numbers, as they lie in a vector. */
 static simd_f any_halves(uint16_t h[32], struct rng *rng) {
     simd_f v;
@@ -42,6 +23,34 @@ static simd_f any_halves(uint16_t h[32], struct rng *rng) {
     return v;
 }
 
+static void check_squares(enum guard_side side, struct rng *rng) {
+    uint16_t h[16][32], found[32];
+    float x[4][SIMD_LANES];
+    simd_f v[16], quads[4];
+    for (int64_t bytes = 0; bytes <= 64; bytes++) {
+        const unsigned char *some = guard_input("bytes", (size_t)bytes, 1, side);
+        unsigned char of_vector[64];
+        const simd_f loaded = simd_load_bytes(some, bytes);
+        memcpy(of_vector, &loaded, sizeof of_vector);
+        for (int i = 0; i < 64; i++) CHECK(of_vector[i] == (i < bytes ? some[i] : 0), "byte %d of %d of simd_load_bytes", i, (int)bytes);
+        guard_check();
+        guard_release();
+    }
+    for (int n = 0; n < TRIPLES / 16; n++) {
+        for (int j = 0; j < 4; j++) quads[j] = any_vector(x[j], rng);
+        simd_exchange_quads(quads);
+        for (int j = 0; j < 4; j++) EXPECT_FLOATS(quads[j], x[i / 4][j * 4 + i % 4]);
+        for (int j = 0; j < 16; j++) v[j] = any_halves(h[j], rng);
+        simd_transpose_halves(v);
+        for (int j = 0; j < 16; j++) {
+            memcpy(found, &v[j], sizeof found);
+            for (int i = 0; i < 32; i++)
+                CHECK(found[i] == h[i % 16][j / 8 * 16 + i / 16 * 8 + j % 8], "half %d of vector %d of simd_transpose_halves", i, j);
+        }
+    }
+}
+
+#ifdef SIMD_PAIRS
 static void check_pairs(struct rng *rng) {
     uint16_t x[32], y[32], found[32];
     float integers[16];
@@ -167,7 +176,7 @@ TEST(operations_of_avx512) {
     check_operations();
     check_masks();
     struct rng rng = {32};
-    for (int side = 0; side < 2; side++) check_quads(side ? GUARD_BEFORE : GUARD_BEHIND, &rng);
+    for (int side = 0; side < 2; side++) check_squares(side ? GUARD_BEFORE : GUARD_BEHIND, &rng);
 #ifdef SIMD_PAIRS
     check_pairs(&rng);
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) check_dot_bf16(&rng), check_halves_bf16(&rng);
