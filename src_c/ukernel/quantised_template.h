@@ -186,8 +186,9 @@ static void quantised_pv(float *o, const float *alpha, const float *p, int ld, i
 static int within(const float *row, int64_t n, float most) {
     const simd_f bound = simd_set1(most);
     simd_m beyond = simd_lt(bound, bound); /* none */
-    for (int64_t d = 0; d < n; d += SIMD_LANES)
-        beyond = simd_or(beyond, simd_not(simd_lt(simd_abs(load_as(row + d, n - d, FASTATTN_FLOAT32)), bound)));
+    int64_t d = 0;
+    for (; d + SIMD_LANES <= n; d += SIMD_LANES) beyond = simd_or(beyond, simd_not(simd_lt(simd_abs(simd_load(row + d)), bound)));
+    if (d < n) beyond = simd_or(beyond, simd_not(simd_lt(simd_abs(load_as(row + d, n - d, FASTATTN_FLOAT32)), bound)));
     return !simd_any(beyond);
 }
 
@@ -195,25 +196,27 @@ static int within(const float *row, int64_t n, float most) {
 FA_INLINE float magnitude_of(const float *x, int64_t n) {
     enum { CHAINS = 4 };
     simd_f largest[CHAINS];
+    int64_t d = 0;
     FA_UNROLL for (int v = 0; v < CHAINS; v++) largest[v] = simd_set1(0.0f);
-    for (int64_t d = 0; d < n; d += CHAINS * SIMD_LANES)
-        FA_UNROLL for (int v = 0; v < CHAINS; v++) {
-            const int64_t at = d + v * SIMD_LANES;
-            if (at < n) largest[v] = simd_max(simd_abs(load_as(x + at, n - at, FASTATTN_FLOAT32)), largest[v]);
-        }
+    for (; d + CHAINS * SIMD_LANES <= n; d += CHAINS * SIMD_LANES)
+        FA_UNROLL for (int v = 0; v < CHAINS; v++) largest[v] = simd_max(simd_abs(simd_load(x + d + v * SIMD_LANES)), largest[v]);
+    for (; d < n; d += SIMD_LANES) largest[0] = simd_max(simd_abs(load_as(x + d, n - d, FASTATTN_FLOAT32)), largest[0]);
     return simd_largest(simd_max(simd_max(largest[0], largest[1]), simd_max(largest[2], largest[3])));
 }
 
+/* Whole vectors are asked nothing: several rows then fit what the processor looks at, and wait for their divisions together. */
 static void quantise_int8(char *to, const float *row, int64_t dim) {
     const float quotient = magnitude_of(row, dim) / 127.0f, scale = quotient >= FLT_MIN ? quotient : 0.0f;
-    const float factor = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int64_t d = 0; d < dim; d += SIMD_LANES) { /* the largest is 127 but for rounding */
-        const simd_f numbers = simd_mul(load_as(row + d, dim - d, FASTATTN_FLOAT32), simd_set1(factor));
-        char part[SIMD_LANES];
-        if (dim - d >= SIMD_LANES) simd_store_i8(to + d, numbers);
-        else simd_store_i8(part, numbers), memcpy(to + d, part, (size_t)(dim - d));
-    }
+    const simd_f factor = simd_set1(scale > 0.0f ? 1.0f / scale : 0.0f);
+    int64_t d = 0;
     memcpy(to + dim, &scale, sizeof scale);
+    for (; d + SIMD_LANES <= dim; d += SIMD_LANES) /* the largest is 127 but for rounding */
+        simd_store_i8(to + d, simd_mul(simd_load(row + d), factor));
+    if (d < dim) {
+        char part[SIMD_LANES];
+        simd_store_i8(part, simd_mul(load_as(row + d, dim - d, FASTATTN_FLOAT32), factor));
+        memcpy(to + d, part, (size_t)(dim - d));
+    }
 }
 
 /* Numbers times a factor; `bounded` ones, a constant, up to 7. */
