@@ -178,6 +178,25 @@ cdef bint has_shape(array, np.npy_intp *shape) noexcept:
     return True
 
 
+cdef np.ndarray take_lists(fastattn_attention_args *args, indices, int axes, np.npy_intp heads, np.npy_intp rows):
+    """A copy of lists ``(B, heads or 1, rows, n)``, or of three axes ``(rows, heads or 1, n)``, which nobody else can change between their
+    check and their use, or None."""
+    cdef np.ndarray lists
+    cdef int of_head = 1, of_row = 2 if axes == 4 else 0
+    if not lies_well(indices) or np.PyArray_NDIM(<np.ndarray>indices) != axes:
+        return None
+    if np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT32 and np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT64:
+        return None
+    lists = np.PyArray_NewCopy(<np.ndarray>indices, np.NPY_CORDER)
+    if lists.shape[of_row] != rows or (lists.shape[of_head] != 1 and lists.shape[of_head] != heads):
+        return None
+    args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(lists), np.PyArray_ITEMSIZE(lists), lists.shape[axes - 1]
+    args.indices_strides[0] = lists.strides[0] if axes == 4 else 0
+    args.indices_strides[1] = lists.strides[of_head] if lists.shape[of_head] > 1 else 0
+    args.indices_strides[2] = lists.strides[of_row]
+    return lists
+
+
 def attention_plain(
     q, k, v, indices=None, /, mask=None, causal=False, window=None, query_offset=None, kv_lengths=None, kv_starts=None, q_lengths=None, scale=None,
     softcap=None, alibi_slopes=None, sinks=None, precision="highest", activation=SOFTMAX, activation_bias=None, power=3, score_function=None,
@@ -272,17 +291,9 @@ def attention_plain(
             return None
         args.precision = <fastattn_precision><int>PRECISIONS[precision]
     if indices is not None:
-        if not lies_well(indices) or np.PyArray_NDIM(<np.ndarray>indices) != 4:
+        lists = take_lists(&args, indices, 4, k_array.shape[1], shape[2])
+        if lists is None or lists.shape[0] != shape[0]:
             return None
-        if np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT32 and np.PyArray_TYPE(<np.ndarray>indices) != np.NPY_INT64:
-            return None
-        lists = np.PyArray_NewCopy(<np.ndarray>indices, np.NPY_CORDER)  # nobody else can change it between its check and its use
-        if lists.shape[0] != shape[0] or lists.shape[2] != shape[2] or (lists.shape[1] != 1 and lists.shape[1] != k_array.shape[1]):
-            return None
-        args.indices, args.indices_size, args.num_indices = np.PyArray_DATA(lists), np.PyArray_ITEMSIZE(lists), lists.shape[3]
-        copy_strides(args.indices_strides, lists, 3)
-        if lists.shape[1] == 1:
-            args.indices_strides[1] = 0
 
     if out is None:
         out_array = np.PyArray_EMPTY(4, shape, type_num, 0)
@@ -337,12 +348,13 @@ cdef np.ndarray own_pages(block_table):
     return own
 
 
-def paged_plain(q, k_pages, v_pages, block_table, kv_lengths, causal):
-    """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence of a table, or None."""
+def paged_plain(q, k_pages, v_pages, block_table, kv_lengths, causal, indices=None):
+    """What pages ``(n, H, rows, D)`` give for an equal share of ordinary queries ``(L, H, D)`` to each sequence of a table, or with
+    `indices` for the lists of each, or None."""
     cdef fastattn_attention_args args
     cdef fastattn_status status
     cdef engine_settings found
-    cdef np.ndarray queries, k, v, out, table = own_pages(block_table)
+    cdef np.ndarray queries, k, v, out, lists, table = own_pages(block_table)
     cdef np.npy_intp shape[3]
     cdef int64_t starts[MOST_ENTRIES + 1]
     cdef int64_t lengths[MOST_ENTRIES]
@@ -386,6 +398,10 @@ def paged_plain(q, k_pages, v_pages, block_table, kv_lengths, causal):
     args.block_table, args.block_table_stride = <const int32_t *>np.PyArray_DATA(table), table.strides[0]
     args.num_pages, args.page_size = k.shape[0], k.shape[2]
     args.kv_len = k.shape[2] * table.shape[1]
+    if indices is not None:
+        lists = take_lists(&args, indices, 3, k.shape[1], shape[0])
+        if lists is None:
+            return None
     args.isa, args.num_threads, args.threading = found.isa, found.num_threads, found.threading
     if PyThread_get_thread_ident() == main_thread:
         args.interrupted = interrupted

@@ -56,20 +56,22 @@ def select_pages(q, bounds, table, position, lengths, count, page_size, causal, 
     newest = np.minimum(position, lengths - 1)
     recent = newest // page_size - np.maximum(newest - keep_recent + 1, 0) // page_size + 1 if keep_recent else np.zeros_like(newest)
     recent = np.where(newest < 0, 0, recent)
-    found = np.empty((rows, heads, 1, count), np.int32)
-    for kept in np.unique(recent):
-        own = np.flatnonzero(recent == kept)
-        part = np.empty((own.size, heads, 1, count), np.int32)
+    found, kinds = np.empty((rows, heads, 1, count), np.int32), set(recent.tolist())
+    for kept in kinds:
+        own = slice(None) if len(kinds) == 1 else np.flatnonzero(recent == kept)
+        part = found if len(kinds) == 1 else found[own]
         select = Selection(
             signed[own], of_pages, None, False, False, pages[own] - 1, pages[own], np.ascontiguousarray(table[own]), 0,
-            -(-keep_first // page_size), int(kept), part,
+            -(-keep_first // page_size), kept, part,
         )  # fmt: skip
         runtime.backend().select_keys(select)
-        found[own] = part
+        if part is not found:
+            found[own] = part
     return found[:, :, 0]
 
 
 def keys_of(pages, page_size):
     """The keys of pages ``(..., n)``, -1 for those of none: ``(..., n * page_size)``."""
     keys = pages[..., None] * np.int32(page_size) + np.arange(page_size, dtype=np.int32)
-    return np.where(pages[..., None] < 0, np.int32(-1), keys).reshape(*pages.shape[:-1], pages.shape[-1] * page_size)
+    keys[pages < 0] = -1
+    return keys.reshape(*pages.shape[:-1], pages.shape[-1] * page_size)

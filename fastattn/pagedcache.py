@@ -427,7 +427,7 @@ class PagedKVCache:
                 return out
         starts = shares("cu_seqlens_q", cu_seqlens_q, len(sequences), q.shape[0], "q")
         if choice is not None:
-            return self._attend_top(choice, q, starts, table, lengths, flag("causal", causal), keywords)
+            return self._attend_top(choice, q, cu_seqlens_q is None, starts, table, lengths, flag("causal", causal), keywords)
         plain = all(keywords.get(name) is None for name in _NOT_IN_LEVELS) and keywords.get("activation", "softmax") == "softmax"
         if flag("cascade", cascade) and plain and not flag("invariant", keywords.get("invariant", False)):
             # The pages that every query of a sequence sees may be shared.
@@ -454,7 +454,7 @@ class PagedKVCache:
             raise ValueError(f"keep_first and keep_recent must fit into top_pages, {room}; got {keep_first} and {keep_recent}")
         return count, first, recent
 
-    def _attend_top(self, choice, q, starts, table, lengths, causal, keywords):
+    def _attend_top(self, choice, q, in_equal_shares, starts, table, lengths, causal, keywords):
         """Attention to the best pages of each row: some rows at a time, so that lists of keys stay small."""
         count, keep_first, keep_recent, return_mass = choice
         counts, rows, heads = np.diff(starts), q.shape[0], self._k.shape[1]
@@ -470,14 +470,19 @@ class PagedKVCache:
             inputs = ("q", q), ("the pool", self._k), ("the pool", self._v)
             target = check_out(given_out, (rows, q.shape[1], dim_of(self._v)), q.dtype, inputs)
         step, parts = max(1, _INDICES // max(heads * count * self.page_size, 1)), []
+        plain = in_equal_shares and rows <= step and not (keywords or return_lse or return_mass)
         for r0 in range(0, max(rows, 1), step):
             here, own = slice(r0, min(r0 + step, rows)), owner[r0 : r0 + step]
             pages = pagebounds.select_pages(
                 signed[here], bounds, columns[own], position[here], lengths[own], count, self.page_size, causal, keep_first, keep_recent
             )
+            listed = pagebounds.keys_of(pages, self.page_size)
+            out = paged_plain(q, self._k, self._v, table, lengths, causal, listed) if plain else None
+            if out is not None:
+                parts.append((out, None, None))
+                continue
             cut = np.clip(starts, here.start, here.stop)
             part = {"cu_seqlens_q": cut - here.start, "query_offset": lengths - counts + cut[:-1] - starts[:-1], "causal": causal}
-            listed = pagebounds.keys_of(pages, self.page_size)
             out, lse = self._paged(q[here], table, lengths, indices=listed, return_lse=True, **part, **keywords)
             mass = None
             if return_mass:

@@ -142,10 +142,10 @@ def attention_varlen(
     return call.result()
 
 
-def paged_plain(q, k, v, block_table, kv_lengths, causal):
+def paged_plain(q, k, v, block_table, kv_lengths, causal, indices=None):
     """The backend's short way for an equal share of ordinary queries to sequences of a pool, whose heads come before rows; None where it
     has none, or they are not ordinary."""
-    return runtime._state.paged_plain(q, k, v, block_table, kv_lengths, causal)
+    return runtime._state.paged_plain(q, k, v, block_table, kv_lengths, causal, indices)
 
 
 def _directly(function: Callable[..., Any]) -> Callable[..., Any]:

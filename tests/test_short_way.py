@@ -500,6 +500,38 @@ def test_pages_take_what_is_ordinary(monkeypatch, dtypes, share, causal):
     np.testing.assert_array_equal(turned, pool.attend(sequences, packed[:, ::-1], causal=causal))
 
 
+@pytest.mark.parametrize("ints", [np.int32, np.int64])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_pages_take_ordinary_lists(ints, heads):
+    pool, sequences = in_pool("float32")
+    packed = rng.standard_normal((8, 4, 8)).astype(np.float32)
+    table, lengths = pool.block_table(sequences), pool.lengths(sequences)
+    lists = np.full((8, heads, 3), -1, ints)
+    for row, head in np.ndindex(8, heads):
+        own = rng.permutation(lengths[row // 2])[:2]
+        lists[row, head, : own.size] = own
+    short = native.paged_plain(packed, pool._k, pool._v, table, lengths, True, lists)
+    pages = pool._k.swapaxes(1, 2), pool._v.swapaxes(1, 2)
+    long = fastattn.paged_attention(packed, *pages, np.maximum(table, 0), lengths, causal=True, indices=lists)
+    np.testing.assert_array_equal(short, long)
+    for unusual in (lists.tolist(), lists[:-1], lists[:, :, :, None], lists.astype(np.int16), np.repeat(lists, 3, axis=1), lists + 1000):
+        assert native.paged_plain(packed, pool._k, pool._v, table, lengths, True, unusual) is None
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_the_best_pages_take_the_short_way(monkeypatch, share):
+    pool = fastattn.PagedKVCache(24, 4, 2, 8, dtype="float32", bounds=True)
+    sequences = [pool.new_sequence() for _ in range(2)]
+    pool.append(sequences, *rng.standard_normal((2, 50, 2, 8)).astype(np.float32), [0, 19, 50])
+    packed, taken = rng.standard_normal((2 * share, 4, 8)).astype(np.float32), []
+    monkeypatch.setattr(runtime._state, "paged_plain", lambda *call: taken.append(native.paged_plain(*call)) or taken[-1])
+    short = pool.attend(sequences, packed, top_pages=2)
+    assert taken[-1] is short
+    long, _ = pool.attend(sequences, packed, top_pages=2, return_lse=True)
+    np.testing.assert_array_equal(short, long)
+    assert len(taken) == 1
+
+
 packed = np.zeros((4, 4, 8), np.float32)
 UNUSUAL_PACKED = {
     "list": packed.tolist(),
