@@ -105,9 +105,9 @@ static int serve(int64_t *caller) {
 static int64_t make_way(fa_affinity *mine) {
     const int64_t caller = pool.caller_runs;
     fa_unlock(&pool.lock);
-    const int gone = fastattn_keep_off((int)caller, mine);
+    fastattn_keep_off((int)caller, mine);
     fa_lock(&pool.lock);
-    pool.crowded_until = gone ? 0 : fastattn_clock() + CROWDED_NS;
+    pool.crowded_until = in_the_way_of(caller) ? fastattn_clock() + CROWDED_NS : 0;
     return caller;
 }
 

@@ -43,10 +43,7 @@ int fastattn_processors(void) {
 
 int fastattn_processor(void) { return (int)GetCurrentProcessorNumber(); }
 
-int fastattn_keep_off(int processor, fa_affinity *mine) {
-    (void)processor, (void)mine;
-    return 0;
-}
+void fastattn_keep_off(int processor, fa_affinity *mine) { (void)processor, (void)mine; }
 
 int64_t fastattn_clock(void) {
     LARGE_INTEGER ticks, a_second;
@@ -94,24 +91,21 @@ int fastattn_processors(void) {
 
 int fastattn_processor(void) { return sched_getcpu(); }
 
-int fastattn_keep_off(int processor, fa_affinity *mine) {
+void fastattn_keep_off(int processor, fa_affinity *mine) {
     cpu_set_t set;
-    if (processor < 0 || sizeof set != sizeof mine->found || sched_getaffinity(0, sizeof set, &set) != 0) return 0;
+    if (processor < 0 || sizeof set != sizeof mine->found || sched_getaffinity(0, sizeof set, &set) != 0) return;
     if (memcmp(&set, mine->left, sizeof set) != 0) memcpy(mine->found, &set, sizeof set); /* at first, or since others have set it */
     memcpy(&set, mine->found, sizeof set);
     CPU_CLR((unsigned)processor, &set);
     memcpy(mine->left, &set, sizeof set);
-    return CPU_COUNT(&set) > 0 && sched_setaffinity(0, sizeof set, &set) == 0;
+    if (CPU_COUNT(&set) > 0) sched_setaffinity(0, sizeof set, &set);
 }
 
 #else
 
 int fastattn_processor(void) { return -1; }
 
-int fastattn_keep_off(int processor, fa_affinity *mine) {
-    (void)processor, (void)mine;
-    return 0;
-}
+void fastattn_keep_off(int processor, fa_affinity *mine) { (void)processor, (void)mine; }
 
 #endif
 

@@ -62,9 +62,9 @@ typedef struct fa_affinity {
     uint64_t found[16], left[16]; /* a bit for each processor */
 } fa_affinity;
 
-/* Has this thread run on another processor from now on, among those that it may use; the one given last is free for it again. 0
- * where there is no other, or the system has no such thing. */
-int fastattn_keep_off(int processor, fa_affinity *mine);
+/* Has this thread run on another processor from now on, among those that it may use, if there is one and the system is Linux; the
+ * processor given last is free for it again. */
+void fastattn_keep_off(int processor, fa_affinity *mine);
 
 /* Nanoseconds since some moment. */
 int64_t fastattn_clock(void);

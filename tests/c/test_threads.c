@@ -249,18 +249,16 @@ TEST(threads_keep_off_a_processor) {
     cpu_set_t wanted;
     for (int round = 0; round < 20; round++) {
         const int processor = round % 2 ? p.one : p.other;
-        CHECK(fastattn_keep_off(processor, &mine), "processor %d is not left", processor);
+        fastattn_keep_off(processor, &mine);
         wanted = p.all; /* the one before is free for it again */
         CPU_CLR(processor, &wanted);
         check_affinity(&wanted);
     }
     confine(&p.first, &p.first); /* by somebody else, who is obeyed */
-    CHECK(!fastattn_keep_off(p.one, &mine), "there is nowhere to go");
-    check_affinity(&p.first);
-    CHECK(fastattn_keep_off(p.other, &mine), "it is far from there");
-    check_affinity(&p.first);
-    CHECK(!fastattn_keep_off(-1, &mine), "left no processor");
-    check_affinity(&p.first);
+    for (int processor = -1; processor <= p.other; processor++) {
+        fastattn_keep_off(processor, &mine);
+        check_affinity(&p.first);
+    }
 }
 
 /* Helpers' items, and those that they did elsewhere than on the caller's processor. */
