@@ -12,7 +12,22 @@
  * apart, as those of one head in a (length, heads, head_dim) cache, not at all. */
 
 /* Vectors of turned keys: many, while one tile holds all rows, and else as few as let many rows share what is read. */
-FA_INLINE int rows_vectors(int rows) { return rows <= SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) ? SIMD_TILE_VECTORS : 2; }
+FA_INLINE int rows_vectors(int rows) {
+    const int most = SIMD_TILE_VECTORS;
+    return rows <= SIMD_TILE_WIDTH(most) || SIMD_TILE_WIDTH(2) == SIMD_TILE_WIDTH(most) ? most : 2;
+}
+
+/* Whether rows that have keys and values of their own, beside each other, share tiles. With four lanes there is so much to do for a row
+ * that each is as well taken by itself. */
+enum { BESIDE_TILES = SIMD_LANES > 4 };
+
+/* What row r of these reads. */
+FA_INLINE fa_matrix beside_of(fa_matrix m, int r) {
+    if (m.rows) m.column += r * m.beside;
+    else m.at += r * m.beside;
+    m.beside = 0;
+    return m;
+}
 
 enum {
     TURNED_NUMBERS = 64, /* of head_dim, at a time: no run of tile_run() is longer */
@@ -54,8 +69,8 @@ static FA_NOINLINE void turn_edge(float *turned, int ld, const key_places *x, in
     for (int i = 0; i < n; i++) simd_store(turned + i * ld, square[i]);
 }
 
-/* turned[d - first][key] for the numbers of head_dim from `first` up to `end`, and `count` keys from key j on of a block, the last of
- * which fills up the vectors. */
+/* turned[d - first][key] for the numbers of head_dim from `first` up to `end`, and `count` keys from key j on of a block, whole vectors,
+ * which its last one fills up. */
 FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t keys, int64_t j, int64_t count, int64_t first, int64_t end,
                          fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype);
@@ -104,7 +119,8 @@ static FA_NOINLINE void few_scores(float *s, const float *q, const tile_rows *k,
  * and in short_softmax, a row's bits depend on how many there are. */
 enum {
     SHORT_SUMS = SIMD_TILE_VECTORS * SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) >= 16 ? 16 : 8,
-    SHORT_TILE = 4 /* rows of a tile, at most */
+    SHORT_TILE = 4, /* rows of a tile, at most */
+    SHORT_VECTORS = SIMD_LANES == 4 /* a key takes so many steps that tiles may ask how it is stored, and memory for a line at a time */
 };
 
 /* The products of a row with a key of its own, whole keys one after the other: they are read in the order of memory. */
@@ -141,17 +157,44 @@ FA_INLINE void short_step(int rows, simd_f *sum, const short_operands *x, int as
 }
 
 FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int asks, int64_t head_dim, fastattn_dtype dtype) {
+    const int64_t size = fa_size_of(dtype), line = 64 / size, whole = head_dim - head_dim % SIMD_LANES;
     int64_t d = 0;
     FA_UNROLL for (int i = 0; i < SHORT_SUMS; i++) sum[i] = simd_set1(0.0f);
+    while (SHORT_VECTORS && d < whole) {
+        const int64_t end = asks && d + line <= whole ? d + line : whole;
+        if (asks)
+            FA_UNROLL for (int i = 0; i < SHORT_SUMS / rows; i++) simd_fetch((const char *)(x->later[i] + (uintptr_t)(d * size)));
+        for (; d < end; d += SIMD_LANES) short_step(rows, sum, x, 0, d, SIMD_LANES, dtype);
+    }
+    if (SHORT_VECTORS) return; /* short_rest has what is left */
     for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) short_step(rows, sum, x, asks, d, SIMD_LANES, dtype);
     if (d < head_dim) short_step(rows, sum, x, asks, d, head_dim - d, dtype);
 }
 
+/* As many numbers, fewer than lanes, of these keys from byte `at` on, each in a vector. */
+static FA_NOINLINE void short_edges(float *to, const char *const *key, int keys, int64_t at, int64_t n, fastattn_dtype dtype) {
+    for (int i = 0; i < keys; i++) simd_store(to + i * SIMD_LANES, load_as(key[i] + at, n, dtype));
+}
+
+/* What is left of a tile's numbers, of short vectors seldom anything: with loads of less than one in the tile they would be most of the code. */
+FA_INLINE void short_rest(int rows, simd_f *sum, const short_operands *x, int64_t head_dim, fastattn_dtype dtype) {
+    const int keys = SHORT_SUMS / rows;
+    const int64_t d = head_dim / SIMD_LANES * SIMD_LANES;
+    float edges[SHORT_SUMS * SIMD_LANES];
+    short_operands rest;
+    if (d == head_dim || !SHORT_VECTORS) return;
+    short_edges(edges, x->key, keys, d * fa_size_of(dtype), head_dim - d, dtype);
+    FA_UNROLL for (int r = 0; r < rows; r++) rest.q[r] = x->q[r] + d;
+    FA_UNROLL for (int i = 0; i < keys; i++) rest.key[i] = (const char *)(edges + i * SIMD_LANES);
+    short_step(rows, sum, &rest, 0, 0, SIMD_LANES, FASTATTN_FLOAT32);
+}
+
 /* Tiles are of `width` rows, a constant; the last row stands for those that a tile has too many. All rows meet a few keys before the next
- * ones come, and memory is asked with the first of them. Sums lie tile by tile, and those of a row come together when all are in memory. */
+ * ones come, and memory is asked with the first of them. Sums that are whole vectors of a row go where they belong; others lie tile by tile,
+ * and those of a row come together when all are in memory. */
 FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int rows, const tile_rows *k, int64_t keys, int asks,
                             int64_t head_dim, fastattn_dtype dtype) {
-    const int tile_keys = SHORT_SUMS / width;
+    const int tile_keys = SHORT_SUMS / width, vectors = SHORT_VECTORS && tile_keys % SIMD_LANES == 0;
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), tiles = fa_round_up(keys, tile_keys) / tile_keys;
     float sums[FA_PANEL_ROWS * SHORT_SUMS];
     for (int64_t t = 0; t < tiles; t++) {
@@ -163,11 +206,17 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
             simd_f sum[SHORT_SUMS];
             float *const to = sums + (row * tiles + t * width) * tile_keys;
             FA_UNROLL for (int r = 0; r < width; r++) x.q[r] = q + (row + r < rows ? row + r : rows - 1) * pitch;
-            short_tile(width, sum, &x, asks && row == 0, head_dim, dtype);
-            FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) simd_store(to + i, simd_sum_lanes(sum + i));
+            FA_BY_STORAGE_OF_KEYS(dtype, short_tile, width, sum, &x, asks && row == 0, head_dim)
+            short_rest(width, sum, &x, head_dim, dtype);
+            FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) {
+                const int r = row + i / tile_keys;
+                const simd_f dots = simd_sum_lanes(sum + i);
+                if (!vectors) simd_store(to + i, dots);
+                else if (r < rows) simd_store(s + r * ld + t * tile_keys + i % tile_keys, dots);
+            }
         }
     }
-    for (int row = 0; row < rows; row++)
+    for (int row = 0; row < rows && !vectors; row++)
         for (int64_t t = 0; t < tiles; t++)
             memcpy(s + row * ld + t * tile_keys, sums + (row / width * tiles + t) * SHORT_SUMS + row % width * tile_keys,
                    (size_t)tile_keys * sizeof(float));
@@ -218,8 +267,8 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
     const tile_rows places = tile_rows_of(k, &first_row);
     for (int64_t j = 0, n; j < keys; j += n) {
         int vectors = rows_vectors(rows);
-        while (fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;
-        n = keys - j < vectors * SIMD_LANES ? keys - j : vectors * SIMD_LANES;
+        while (vectors > TILE_FEWEST && fa_round_up(keys - j, SIMD_LANES) < vectors * SIMD_LANES) vectors /= 2;
+        n = vectors * SIMD_LANES;
         int64_t d = 0;
         do { /* once if there are no numbers, too: scores are 0 then */
             float turned[TURNED_NUMBERS * SIMD_TILE_VECTORS * SIMD_LANES];
@@ -415,8 +464,13 @@ static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, i
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     if (rows > SHORT_ROWS)
         turned_qk(s, q, ld, rows, k, from, keys, head_dim);
-    else if (k.beside) {
+    else if (k.beside && !BESIDE_TILES) {
+        for (int r = 0; r < rows; r++)
+            rows_qk(s + r * ld, q + r * fa_round_up(head_dim, FA_ROW_STEP), ld, 1, beside_of(k, r), from, keys, head_dim);
+    } else if (k.beside) {
         FA_BY_STORAGE_OF_KEYS(k.dtype, beside_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+    } else if (SHORT_VECTORS) {
+        short_qk_of(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim, k.dtype);
     } else {
         FA_BY_STORAGE_OF_KEYS(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
     }
@@ -449,12 +503,17 @@ FA_INLINE void rows_pv_by(int beside, fa_matrix v, float *o, const float *alpha,
 
 FA_INLINE void rows_pv_of(fa_matrix v, float *o, const float *alpha, const float *p, int ld, int rows, int64_t keys,
                           int64_t v_head_dim, fastattn_dtype dtype) {
-    if (v.beside) rows_pv_by(1, v, o, alpha, p, ld, rows, keys, v_head_dim, dtype);
+    if (v.beside && BESIDE_TILES) rows_pv_by(1, v, o, alpha, p, ld, rows, keys, v_head_dim, dtype);
     else rows_pv_by(0, v, o, alpha, p, ld, rows, keys, v_head_dim, dtype);
 }
 
 static void rows_pv(float *o, const float *alpha, const float *p, int ld, int rows, fa_matrix v, int64_t from, int64_t keys,
                     int64_t v_head_dim) {
+    if (v.beside && !BESIDE_TILES) {
+        for (int r = 0; r < rows; r++, o += fa_round_up(v_head_dim, FA_ROW_STEP))
+            rows_pv(o, alpha + r, p + r * ld, ld, 1, beside_of(v, r), from, keys, v_head_dim);
+        return;
+    }
 #ifdef SIMD_PLAIN /* a tile for each storage type: compilers keep the sums of one that serves all of them in memory */
     FA_BY_STORAGE(v.dtype, rows_pv_of, fa_rows_from(v, from), o, alpha, p, ld, rows, keys, v_head_dim)
 #else

@@ -9,10 +9,13 @@
 
 enum { TILE_MOST_BESIDE = 4 }; /* elements across that have panels of their own */
 
+/* Vectors of a strip, at least, but for the last numbers of a row: rows come in FA_ROW_STEP, which is whole strips of the widest, or a vector. */
+enum { TILE_FEWEST = SIMD_LANES == FA_ROW_STEP ? 1 : SIMD_TILE_VECTORS };
+
 FA_ASSERT_CONSTANT(SIMD_TILE_VECTORS == 2 || SIMD_TILE_VECTORS == 4, strips_are_of_two_vectors_or_four);
 FA_ASSERT_CONSTANT(SIMD_TILE_WIDTH(1) <= FA_TILE_MAX_WIDTH && SIMD_TILE_WIDTH(2) <= FA_TILE_MAX_WIDTH &&
                        SIMD_TILE_WIDTH(SIMD_TILE_VECTORS) <= FA_TILE_MAX_WIDTH, tile_of_knows_widths_up_to_this);
-FA_ASSERT_CONSTANT(FA_ROW_STEP % SIMD_LANES == 0, rows_come_in_whole_vectors);
+FA_ASSERT_CONSTANT(FA_ROW_STEP % (TILE_FEWEST * SIMD_LANES) == 0, rows_come_in_whole_strips);
 
 /* What is multiplied: numbers or, where the instruction set has a product for them, pairs of halves. Integers come with a unit
  * for every element across and one for every lane. */
@@ -309,10 +312,10 @@ FA_INLINE void tile_strip(tile_kind kind, int vectors, int64_t count, tile_opera
 /* Whether strips of three vectors pay for their code: those of pairs of 48 rows, where a vector is as many as rows come in. */
 FA_INLINE int tile_takes_three(int multiply) { return SIMD_TILE_VECTORS == 4 && SIMD_LANES == FA_ROW_STEP && multiply == TILE_BFLOAT16; }
 
-/* Vectors of the next strip of so many rows. */
+/* Vectors of the next strip of so many rows, which are whole strips. */
 FA_INLINE int tile_strip_vectors(int multiply, int rows) {
     const int most = rows / SIMD_LANES;
-    if (most >= SIMD_TILE_VECTORS) return SIMD_TILE_VECTORS;
+    if (TILE_FEWEST == SIMD_TILE_VECTORS || most >= SIMD_TILE_VECTORS) return SIMD_TILE_VECTORS;
     return most == 3 && !tile_takes_three(multiply) ? 2 : most;
 }
 
@@ -345,8 +348,8 @@ FA_INLINE void tile_product_of(int multiply, int either, int rows, int64_t count
         case 4: tile_strip_lying(kind, either, 4, count, strip); break;
         case 3: if (tile_takes_three(multiply)) tile_strip_lying(kind, either, 3, count, strip); break;
 #endif
-        case 2: tile_strip_lying(kind, either, 2, count, strip); break;
-        case 1: tile_strip_lying(kind, either, 1, count, strip); break;
+        case 2: if (TILE_FEWEST <= 2) tile_strip_lying(kind, either, 2, count, strip); break;
+        case 1: if (TILE_FEWEST == 1) tile_strip_lying(kind, either, 1, count, strip); break;
         }
         row += vectors * SIMD_LANES;
     }
