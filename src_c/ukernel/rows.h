@@ -288,8 +288,8 @@ FA_INLINE void turned_qk_of(fa_matrix k, float *s, const float *q, int ld, int r
  * memory. */
 enum {
     SQUARE_BYTES = SIMD_LANES * (int)sizeof(float),
-    SQUARES = 4, /* of keys side by side, for the sums of each are chains */
-    SQUARES_KEYS = SQUARES * SIMD_LANES,
+    SQUARES = 4, /* of keys side by side, for the sums of each are chains; */
+    SQUARES_BYTES = 256, /* but one where keys have more: memory is slow to bring a line of each of many */
     SQUARE_WIDTH = 4, /* rows that meet a square together */
     SQUARES_ROWS = SHORT_POWERS
 };
@@ -394,8 +394,9 @@ FA_INLINE void squares_qk(int multiply, fa_matrix k, float *s, const float *q, i
     const int64_t run = (tile_run(head_dim) + of_element - 1) / of_element;
     const char *first_row;
     const tile_rows places = tile_rows_of(k, &first_row);
-    for (int64_t first = 0; first < keys; first += SQUARES_KEYS, s += SQUARES_KEYS) {
-        const int64_t last = first + SQUARES_KEYS < keys ? first + SQUARES_KEYS : keys;
+    const int64_t beside = (bytes <= SQUARES_BYTES ? SQUARES : 1) * SIMD_LANES;
+    for (int64_t first = 0; first < keys; first += beside, s += beside) {
+        const int64_t last = first + beside < keys ? first + beside : keys;
         const int squares = (int)((last - first + SIMD_LANES - 1) / SIMD_LANES);
         simd_f sum[SQUARES][SQUARES_ROWS];
         key_squares x;
