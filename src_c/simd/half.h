@@ -27,10 +27,10 @@ static inline uint32_t fa_to_bits(float x) {
 
 static inline float fa_from_bf16(uint16_t h) { return fa_from_bits((uint32_t)h << 16); }
 
+/* Without branches, here and below: compilers make vectors of loops over these. */
 static inline uint16_t fa_to_bf16(float x) {
-    uint32_t bits = fa_to_bits(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40u); /* stay a NaN */
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    const uint32_t bits = fa_to_bits(x), quiet = bits | 0x400000u, rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return (uint16_t)(((int32_t)(bits & 0x7fffffffu) > 0x7f800000 ? quiet : rounded) >> 16); /* a NaN stays one */
 }
 
 static inline float fa_from_f16(uint16_t h) {
@@ -42,15 +42,13 @@ static inline float fa_from_f16(uint16_t h) {
 }
 
 static inline uint16_t fa_to_f16(float x) {
-    uint32_t bits = fa_to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
-    if (rest > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
-    if (rest >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
-    if (rest < 0x38800000u) { /* below 2**-14: let the addition of 0.5 round to units of 2**-24 */
-        float y = fa_from_bits(rest) + 0.5f;
-        return (uint16_t)(sign | (fa_to_bits(y) - 0x3f000000u));
-    }
-    rest += 0xfffu + (rest >> 13 & 1u);
-    return (uint16_t)(sign | (rest - 0x38000000u) >> 13);
+    const uint32_t bits = fa_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    const int32_t normal = (int32_t)((magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
+    const int32_t small = (int32_t)fa_to_bits(fa_from_bits(magnitude) + 0.5f) - 0x3f000000; /* an addition rounds to units of 2**-24 */
+    const int32_t below = -((int32_t)magnitude < 0x38800000); /* 2**-14 */
+    const int32_t rounded = (small & below) | (normal & ~below), infinity = 0x7c00;
+    const int32_t nan = ((int32_t)magnitude > 0x7f800000) << 9;
+    return (uint16_t)(sign | (uint32_t)((rounded < infinity ? rounded : infinity) | nan));
 }
 
 static inline uint64_t fa_load_four(const uint16_t *p, int64_t n) {

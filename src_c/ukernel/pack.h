@@ -172,14 +172,16 @@ FA_INLINE void unpack_of(void *const *rows_of, int count, const float *o, int ld
     }
 }
 
+/* In plain C numbers of 16 bits are converted so many at a time: compilers make vectors of such a loop as wide as these allow. */
+enum { PLAIN_STEP = 4 * SIMD_LANES };
+
 FA_INLINE void widen_of(float *to, fa_matrix from, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
     for (int64_t j = 0; j < keys; j++, to += head_dim) {
         const char *row = fa_row_at(from, j);
         int64_t d = 0;
-#ifdef SIMD_PLAIN /* compilers make vectors of such a loop as wide as numbers of 16 bits allow */
-        enum { STEP = 4 * SIMD_LANES };
-        for (; dtype != FASTATTN_FLOAT32 && d + STEP <= head_dim; d += STEP)
-            for (int i = 0; i < STEP; i++) to[d + i] = fa_get(row + (d + i) * fa_size_of(dtype), dtype);
+#ifdef SIMD_PLAIN
+        for (; dtype != FASTATTN_FLOAT32 && d + PLAIN_STEP <= head_dim; d += PLAIN_STEP)
+            for (int i = 0; i < PLAIN_STEP; i++) to[d + i] = fa_get(row + (d + i) * fa_size_of(dtype), dtype);
 #endif
         for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES)
             simd_store(to + d, load_full(row + d * fa_size_of(dtype), dtype));
@@ -207,7 +209,19 @@ static void widen(float *to, fa_matrix from, int64_t keys, int64_t head_dim) {
 }
 
 FA_INLINE void narrow_of(void *to, const float *from, float factor, int64_t v_head_dim, simd_f *sum, fastattn_dtype dtype) {
-    for (int64_t d = 0; d < v_head_dim; d += SIMD_LANES) {
+    int64_t d = 0;
+#ifdef SIMD_PLAIN
+    for (; dtype != FASTATTN_FLOAT32 && d + PLAIN_STEP <= v_head_dim; d += PLAIN_STEP) {
+        float x[PLAIN_STEP];
+        for (int i = 0; i < PLAIN_STEP; i += SIMD_LANES) {
+            const simd_f scaled = simd_mul(simd_load(from + d + i), simd_set1(factor));
+            *sum = simd_fma(scaled, simd_set1(0.0f), *sum);
+            simd_store(x + i, scaled);
+        }
+        for (int i = 0; i < PLAIN_STEP; i++) ((uint16_t *)to)[d + i] = dtype == FASTATTN_FLOAT16 ? fa_to_f16(x[i]) : fa_to_bf16(x[i]);
+    }
+#endif
+    for (; d < v_head_dim; d += SIMD_LANES) {
         const simd_f x = simd_mul(load_as(from + d, v_head_dim - d, FASTATTN_FLOAT32), simd_set1(factor));
         *sum = simd_fma(x, simd_set1(0.0f), *sum);
         store_as((char *)to + d * fa_size_of(dtype), x, v_head_dim - d, dtype);

@@ -87,4 +87,35 @@ FA_INLINE void rotate_of(const fa_rotation *r, int native, fastattn_dtype dtype)
     }
 }
 
+#ifdef SIMD_PLAIN
+/* Numbers of 16 bits become float32 some pairs at a time, and back: what converts them takes most of the time either way. */
+static void rotate_wide(const fa_rotation *r, const char *x, char *out, const char *cos, const char *sin) {
+    enum { PAIRS = 128 };
+    float wide[2 * PAIRS];
+    const int64_t size = fa_size_of(r->dtype), apart = r->pairs * size;
+    for (int64_t n = 0, pairs; n < r->pairs; n += pairs, cos += 4 * pairs, sin += 4 * pairs) {
+        pairs = r->pairs - n < PAIRS ? r->pairs - n : PAIRS;
+        const fa_rotation some = {.x = (const char *)wide, .out = (char *)wide, .cos = cos, .sin = sin, .heads = 1, .rows = 1,
+                                  .head_dim = 2 * pairs, .pairs = pairs, .interleaved = r->interleaved};
+        const int64_t first = n * (r->interleaved ? 2 * size : size), second = r->interleaved ? first + pairs * size : first + apart;
+        widen(wide, fa_matrix_at(x + first, second - first, r->dtype), 2, pairs);
+        rotate_of(&some, 0, FASTATTN_FLOAT32);
+        narrow(out + first, wide, 1.0f, pairs, r->dtype);
+        narrow(out + second, wide + pairs, 1.0f, pairs, r->dtype);
+    }
+    if (out != x) memcpy(out + 2 * apart, x + 2 * apart, (size_t)(r->head_dim * size - 2 * apart));
+}
+
+static void rotate(const fa_rotation *r) {
+    if (r->dtype == FASTATTN_FLOAT32) {
+        rotate_of(r, 0, FASTATTN_FLOAT32);
+        return;
+    }
+    for (int64_t row = 0; row < r->rows; row++)
+        for (int64_t head = 0; head < r->heads; head++)
+            rotate_wide(r, r->x + row * r->x_row + head * r->x_head, r->out + row * r->out_row + head * r->out_head, r->cos + row * r->cos_row,
+                        r->sin + row * r->sin_row);
+}
+#else
 static void rotate(const fa_rotation *rotation) { FA_BY_STORAGE(rotation->dtype, rotate_of, rotation, 0) }
+#endif
