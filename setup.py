@@ -144,6 +144,7 @@ setup(
                 ("FASTATTN_VERSION", f'"{version()}"'),
                 ("FASTATTN_API", ""),  # nothing but the module's init function leaves the extension
                 ("FASTATTN_PORTABLE", None),  # on every processor FASTATTN_ISA=portable tells whether vectors have to do with a result
+                ("FASTATTN_LAYERS", None),  # what is around attention in a transformer, which is no part of the C library
                 ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
             ],
             libraries=[] if sys.platform == "win32" else ["m"],

@@ -52,7 +52,7 @@ static int finish(const fa_call *call, fa_panel *p, const fa_state *state, float
                         ? state->seen[r]
                         : fastattn_state_finish(state, r, call->scoring.unit, FA_UNLIKELY(a->sinks) ? a->sinks + head : NULL, lse);
     }
-    if (FA_UNLIKELY(a->segments)) {
+    if (FA_HOLDS_SEGMENTS && FA_UNLIKELY(a->segments)) {
         fastattn_mass_finish(call, p, state, factor);
         return 0;
     }
@@ -136,7 +136,7 @@ static void start(fa_work *w, const fa_call *call, const fa_entry *entry, int64_
         state_at(&w->total, call, &w->panel, own + at->panel.total);
         fastattn_state_clear(&w->total);
     }
-    if (FA_UNLIKELY(call->args->segments)) fastattn_mass_begin(&w->panel, &w->state);
+    if (FA_HOLDS_SEGMENTS && FA_UNLIKELY(call->args->segments)) fastattn_mass_begin(&w->panel, &w->state);
     w->q_finite = !w->panel.products->in_parts || finite_queries(w);
     fastattn_key_blocks(&w->blocks, call, &w->panel);
     w->pending = fastattn_next_key_block(&w->blocks, &w->block);

@@ -10,13 +10,13 @@
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
-    if (FA_UNLIKELY(a->indices)) return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
-    if (FA_UNLIKELY(a->mask)) {
+    if (FA_HOLDS_SPARSE && FA_UNLIKELY(a->indices)) return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
+    if (FA_HOLDS_MASK && FA_UNLIKELY(a->mask)) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
         found = w->panel.products->mask(w->bias, w->panel.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys,
                                         a->mask_dtype);
     }
-    if (FA_UNLIKELY(fa_hides(block)) && found & FA_MASK_SHOWS) {
+    if (FA_HOLDS_SPARSE && FA_UNLIKELY(fa_hides(block)) && found & FA_MASK_SHOWS) {
         const unsigned of_bits = fastattn_hide_by_bits(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias, w->keys_of);
         found = (found | of_bits) & (of_bits & FA_MASK_SHOWS ? ~0u : ~(unsigned)FA_MASK_SHOWS);
     }
@@ -163,7 +163,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
         finish_scores(w, x, s, row, rows, j, n);
         if (FA_UNLIKELY(w->activation.kind != FASTATTN_SOFTMAX)) {
             activate(w, x, s, rows, n);
-            if (FA_UNLIKELY(call->args->segments)) fastattn_mass_add(w, x, alpha, s, row, rows, j, n);
+            if (FA_HOLDS_SEGMENTS && FA_UNLIKELY(call->args->segments)) fastattn_mass_add(w, x, alpha, s, row, rows, j, n);
             continue;
         }
         there = products->softmax_beside && after > 0;
@@ -172,7 +172,7 @@ static void attend_rectangle(fa_work *w, const fa_operands *x, int row, int rows
                 scores_at(w, x, row, j + n - from), queries_at(w, x, row), ld, rows, *x->k, x->skip + j + n, after, dim};
             products->softmax_beside(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha, &next);
         } else products->softmax(s, p, ld, rows, n, call->scoring.exponent, t->m + row, l, alpha);
-        if (FA_UNLIKELY(call->args->segments)) {
+        if (FA_HOLDS_SEGMENTS && FA_UNLIKELY(call->args->segments)) {
             fastattn_mass_add(w, x, alpha, p, row, rows, j, n);
             continue;
         }

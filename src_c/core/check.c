@@ -162,7 +162,7 @@ static fastattn_status check_block_table(const fastattn_attention_args *a) {
 
 /* Every key's segment is there, or none. */
 static fastattn_status check_segments(const fastattn_attention_args *a) {
-    if (FA_LIKELY(!a->segments)) return FASTATTN_OK;
+    if (!FA_HOLDS_SEGMENTS || FA_LIKELY(!a->segments)) return FASTATTN_OK;
     const int64_t tables = a->cu_seqlens_k || a->segments_stride == 0 ? fa_min(a->batch, 1) : a->batch;
     for (int64_t b = 0; b < tables; b++) {
         const int32_t *of_key = (const int32_t *)(const void *)((const char *)a->segments + b * a->segments_stride);
@@ -176,7 +176,7 @@ static fastattn_status check_segments(const fastattn_attention_args *a) {
 /* Every index that the engine will follow lies in its table. */
 static fastattn_status check_block_mask(const fastattn_attention_args *a) {
     const fastattn_block_mask *m = a->block_mask;
-    if (FA_LIKELY(!m)) return FASTATTN_OK;
+    if (!FA_HOLDS_SPARSE || FA_LIKELY(!m)) return FASTATTN_OK;
     if (fa_misaligned(m->indptr, 8) || fa_misaligned(m->indices, 4) || fa_misaligned(m->partial, 4)) return FASTATTN_ERROR_ARGUMENT;
     if (m->block_size < 1 || m->block_size > INT32_MAX || m->num_rows < 0 || m->batch_stride < 0 || m->head_stride < 0 || !m->indptr ||
         m->num_element_masks < 0 || m->num_element_masks > INT32_MAX)
@@ -230,11 +230,18 @@ fastattn_status fastattn_attention_args_init(fastattn_attention_args *args, size
     return FASTATTN_OK;
 }
 
+/* What this library was built without, but for dtypes, which are checked with what goes together. */
+static int was_left_out(const fastattn_attention_args *a) {
+    return (!FA_HOLDS_ADDITIVE && a->additive) || (!FA_HOLDS_ACTIVATION && a->activation != FASTATTN_SOFTMAX) ||
+           (!FA_HOLDS_SEGMENTS && a->segments) || (!FA_HOLDS_MASK && a->mask) || (!FA_HOLDS_SPARSE && (a->block_mask || a->indices));
+}
+
 fastattn_status fastattn_check_args(fa_args *args, const fastattn_attention_args *given) {
     fastattn_attention_args *a = &args->attention;
     if (!given) return FASTATTN_ERROR_ARGUMENT;
     fastattn_status status = fastattn_take_struct(a, given, FIRST_ARGS, &absent, sizeof absent);
     if (status != FASTATTN_OK) return status;
+    if (was_left_out(a)) return FASTATTN_ERROR_LEFT_OUT;
     if (FA_UNLIKELY(a->block_mask)) {
         status = fastattn_take_struct(&args->block_mask, a->block_mask, FIRST_BLOCK_MASK, &absent_from_mask, sizeof absent_from_mask);
         if (status != FASTATTN_OK) return status;

@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#ifndef FASTATTN_NO_SPARSE
+
 /* The bits of one key, spread over the rows of the panel: bit r tells whether row r sees it. */
 static uint64_t lanes_of_bits(const fa_panel *p, const uint8_t *bits, int64_t first, int64_t group) {
     const int64_t from = p->query[0] - first, count = p->query[p->rows - 1] - p->query[0] + 1;
@@ -80,3 +82,5 @@ unsigned fastattn_hide_by_bits(const fa_call *call, const fa_panel *p, const fa_
         }
     return found;
 }
+
+#endif

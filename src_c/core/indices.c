@@ -65,6 +65,7 @@ LISTS_EACH_ONCE(int64_t)
 #undef LISTS_EACH_ONCE
 
 fastattn_status fastattn_check_indices(const fastattn_attention_args *a) {
+    if (!FA_HOLDS_SPARSE) return FASTATTN_OK;
     if (!a->indices || a->num_heads == 0) return FASTATTN_OK;
     const int64_t heads = a->indices_strides[1] == 0 ? 1 : a->num_kv_heads;
     for (int64_t b = 0; b < a->batch; b++) {

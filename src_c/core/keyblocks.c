@@ -13,7 +13,7 @@ void fastattn_key_blocks(fa_key_blocks *it, const fa_call *call, const fa_panel 
     it->full_to = panel->end[0];
     it->step = panel->entry->shape.block_keys;
     it->run_end = it->end;
-    it->mask = call->args->block_mask;
+    it->mask = FA_HOLDS_SPARSE ? call->args->block_mask : NULL;
     it->bits = NULL;
     if (FA_UNLIKELY(it->mask)) {
         it->start = panel->entry->start;
@@ -83,18 +83,19 @@ static int next_step(fa_key_blocks *it, fa_key_block *block) {
 int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     block->bits = NULL;
     block->listed = NULL;
+    const fastattn_block_mask *mask = FA_HOLDS_SPARSE ? it->mask : NULL;
     if (it->next >= it->end) return 0;
-    if (FA_UNLIKELY(it->mask) && it->whole_steps) {
+    if (FA_UNLIKELY(mask) && it->whole_steps) {
         if (!next_step(it, block)) return 0;
         block->partial = block->first < it->full_from || it->next > it->full_to;
         return 1;
     }
-    if (it->next >= it->run_end && !(it->mask && next_run(it))) return 0;
+    if (it->next >= it->run_end && !(mask && next_run(it))) return 0;
     block->first = it->next;
     block->run_first = it->next;
     block->keys = fa_min(it->step, it->run_end - it->next);
     block->run_keys = block->keys;
-    if (!it->mask) {
+    if (!mask) {
         const int64_t before = (it->next - it->first_key) % it->step;
         block->run_first -= before;
         block->run_keys = fa_min(it->step, it->end_key - block->run_first);
@@ -102,10 +103,10 @@ int fastattn_next_key_block(fa_key_blocks *it, fa_key_block *block) {
     }
     it->next += block->keys;
     block->partial = block->first < it->full_from || it->next > it->full_to;
-    if (FA_UNLIKELY(it->bits)) {
-        block->bits_stride = (it->mask->block_size + 7) / 8;
+    if (FA_UNLIKELY(mask && it->bits)) {
+        block->bits_stride = (mask->block_size + 7) / 8;
         block->bits = it->bits + (block->first - it->bits_first) * block->bits_stride;
-        block->bits_query = it->block_row * it->mask->block_size;
+        block->bits_query = it->block_row * mask->block_size;
     }
     return 1;
 }

@@ -4,6 +4,8 @@
 #include "ints.h"
 #include "threads.h"
 
+#ifdef FASTATTN_LAYERS
+
 enum { ITEM_BYTES = 32 << 10 };
 
 /* The table that goes with that of attention under the same limit; null where there is none. */
@@ -139,3 +141,5 @@ fastattn_status fastattn_pointwise(const fastattn_pointwise_args *given) {
     const fa_team team = team_of(items, a.num_threads, a.threading);
     return fastattn_for_each(items, &team, pointwise_item, &call);
 }
+
+#endif

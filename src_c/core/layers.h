@@ -1,4 +1,5 @@
-/* What the layers of a transformer do to rows one by one, for the Python package: it is no part of the library's public interface. */
+/* What the layers of a transformer do to rows one by one, for the Python package, whose build asks for it
+ * (-DFASTATTN_LAYERS): it is no part of the library's public interface. */
 #ifndef FA_CORE_LAYERS_H
 #define FA_CORE_LAYERS_H
 

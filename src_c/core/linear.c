@@ -472,6 +472,7 @@ static fastattn_status prepare(fa_linear_call *call, const fastattn_linear_args 
 }
 
 fastattn_status fastattn_linear_attention(const fastattn_linear_args *args, void *workspace, size_t workspace_size) {
+    if (!FA_HOLDS_LINEAR) return FASTATTN_ERROR_LEFT_OUT;
     fa_linear_job job;
     fastattn_status status = prepare(&job.call, args);
     if (status != FASTATTN_OK || job.call.items == 0) return status;

@@ -163,6 +163,7 @@ static fastattn_status plan_memory(fa_linear_call *call) {
 }
 
 fastattn_status fastattn_linear_prepare(fa_linear_call *call, const fastattn_linear_args *given) {
+    if (!FA_HOLDS_LINEAR) return FASTATTN_ERROR_LEFT_OUT;
     const fastattn_linear_args *args = &call->own;
     const fastattn_status status = check(&call->own, given);
     if (status != FASTATTN_OK) return status;

@@ -5,6 +5,8 @@
 
 #include <math.h>
 
+#ifndef FASTATTN_NO_SPARSE
+
 static float bias_of_key(const fa_call *call, const fa_panel *p, int row, int64_t key) {
     const fastattn_attention_args *a = call->args;
     float bias = 0.0f;
@@ -34,3 +36,5 @@ unsigned fastattn_bias_of_list(const fa_call *call, const fa_panel *p, const fa_
     }
     return found;
 }
+
+#endif

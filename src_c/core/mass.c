@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#ifndef FASTATTN_NO_SEGMENTS
+
 /* The sums of a row are relative to a maximum of its own, `base`. It is not moved with every other one, for that would take all of the
  * row each time: weights are multiplied by `rise`, 2**(exponent * (m - base)), as long as this leaves float32 room for any sum of
  * them. */
@@ -87,3 +89,5 @@ void fastattn_mass_finish(const fa_call *call, fa_panel *p, const fa_state *stat
         call->uk->narrow(p->outputs[r], p->outputs[r], by, isfinite(by) ? added : segments, FASTATTN_FLOAT32);
     }
 }
+
+#endif

@@ -111,6 +111,7 @@ static fastattn_status check_merge(const fastattn_merge_args *a) {
 }
 
 fastattn_status fastattn_merge(const fastattn_merge_args *given) {
+    if (!FA_HOLDS_MERGE) return FASTATTN_ERROR_LEFT_OUT;
     if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
     const fastattn_merge_args args = *given;
     fastattn_status status = check_merge(&args);

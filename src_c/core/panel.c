@@ -74,7 +74,7 @@ void fastattn_panel_of(fa_panel *p, const fa_call *call, const fa_entry *entry, 
         if (++h == p->head + call->heads.group) h = p->head, i++;
     }
     p->list = (fa_key_list){.at = NULL};
-    if (FA_UNLIKELY(a->indices)) {
+    if (FA_HOLDS_SPARSE && FA_UNLIKELY(a->indices)) {
         const char *list = fa_list_at(a, entry->batch, p->kv_head, entry->query + p->query[0]);
         p->list = (fa_key_list){list, a->indices_size, entry->start, p->begin[0], p->end[0]};
         for (int r = 0; r < p->rows; r++) p->begin[r] = 0, p->end[r] = shape->kv_len;
@@ -199,7 +199,7 @@ static void point_at_rows(fa_matrix *rows, const fa_call *call, const fa_panel *
 void fastattn_panel_keys_and_values(fa_matrix *k, fa_matrix *v, const fa_call *call, const fa_panel *p, int64_t key, int follows,
                                     const char **k_rows, const char **v_rows) {
     const fastattn_attention_args *a = call->args;
-    if (FA_UNLIKELY(p->list.at)) {
+    if (FA_HOLDS_SPARSE && FA_UNLIKELY(p->list.at)) {
         find_listed_rows(call, p, key, follows ? p->entry->shape.block_keys : 0, k_rows, v_rows);
         *k = fa_matrix_at(NULL, 0, a->kv_dtype), *v = fa_matrix_at(NULL, 0, a->v_dtype);
         k->rows = k_rows, v->rows = v_rows;

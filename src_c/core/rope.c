@@ -79,13 +79,13 @@ static fastattn_status check_rope(fastattn_rope_args *a) {
 }
 
 fastattn_status fastattn_rope(const fastattn_rope_args *given) {
+    if (!FA_HOLDS_ROPE) return FASTATTN_ERROR_LEFT_OUT;
     if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
     fastattn_rope_args args = *given;
     const fastattn_status status = check_rope(&args);
     if (status != FASTATTN_OK) return status;
     fa_rope x = {.args = &args, .uk = fastattn_ukernel_select(args.isa)};
     if (!x.uk) return FASTATTN_ERROR_ISA;
-    if (!x.uk->rotate) return FASTATTN_ERROR_LEFT_OUT;
     if (args.batch == 0 || args.num_heads == 0 || args.length == 0 || args.head_dim == 0) return FASTATTN_OK;
     const int64_t row_bytes = args.head_dim * fa_size_of(args.dtype), table_bytes = args.rotary_dim * 4;
     const int64_t bytes = args.batch * args.num_heads * args.length * row_bytes;

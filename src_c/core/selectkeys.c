@@ -460,6 +460,7 @@ static void plan(fa_select *x, int64_t threads) {
 }
 
 fastattn_status fastattn_select_keys(const fastattn_select_args *given) {
+    if (!FA_HOLDS_SELECT) return FASTATTN_ERROR_LEFT_OUT;
     if (!given || given->size != sizeof *given) return FASTATTN_ERROR_ARGUMENT;
     fa_select x = {.args = *given};
     fastattn_select_args *a = &x.args;

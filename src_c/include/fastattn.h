@@ -81,7 +81,7 @@ typedef enum fastattn_status {
     FASTATTN_ERROR_NOT_FINITE = 18,  /* a number that is to be quantised is NaN or infinite, or too large for the scale it needs */
     FASTATTN_ERROR_INDICES = 19,     /* a list of keys with one below -1 or beyond kv_len, or with one twice */
     FASTATTN_ERROR_SEGMENTS = 20,    /* a segment below -1 or beyond num_segments, that out of range, or values or indices beside them */
-    FASTATTN_ERROR_LEFT_OUT = 21     /* this library was built without what the call asks for: rope, or rotated rows of a cache */
+    FASTATTN_ERROR_LEFT_OUT = 21     /* this library was built without what the call asks for, which is no dtype */
 } fastattn_status;
 
 /* One English sentence for a status; never null. */

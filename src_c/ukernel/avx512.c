@@ -18,7 +18,7 @@ FA_TABLE(avx512, FASTATTN_ISA_AVX512, 64, &avx512_few_quantised)
 #include "fixed.h"
 #include "amx.h"
 
-#ifdef SIMD_INT16
+#ifdef FA_HOLDS_AVX512_VNNI
 const fa_products fastattn_products_bytes_avx512 =
     FA_QUANTISED_ROWS("bytes_rows_avx512", FASTATTN_ISA_AVX512, 64, FA_QUANTISED(fastattn_quantised_pack_vnni),
                       fastattn_quantised_qk_vnni, fastattn_quantised_pv_vnni);

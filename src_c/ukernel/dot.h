@@ -1,6 +1,6 @@
 /* The products of attention by AVX512-BF16, which multiplies pairs: the register tile of tile.h, an element being a pair of
  * head_dim or of keys. Included by avx512.c. */
-#ifdef SIMD_PAIRS
+#ifdef FA_HOLDS_AVX512_BF16
 
 enum {
     DOT_KEYS = 64,    /* of a block */
@@ -398,7 +398,7 @@ static void dot_turned_pv(float *o, const float *alpha, const float *p, int ld, 
     dot_add_values(o, alpha, p, ld, 1, rows, fa_rows_from(v, from), keys, v_head_dim);
 }
 
-#define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = mask, .scores = scores
+#define DOT_SLOTS .softmax = pairs_softmax_1, .power = pairs_power_1, .mask = FA_HELD(FA_HOLDS_MASK, mask), .scores = scores
 #define DOT_LANES .pack = pairs_pack_1, DOT_SLOTS
 #define DOT_ALONE                                                                                                                  \
     .isa = FASTATTN_ISA_AVX512, .o_by_rows = 1, .fewest_rows = FEWEST_ALONE, .fewest_rows_wide = FEWEST_ALONE,                \
@@ -406,7 +406,7 @@ static void dot_turned_pv(float *o, const float *alpha, const float *p, int ld, 
 
 const fa_products fastattn_products_bfloat16_turned_avx512 = {
     .name = "bfloat16_turned_avx512", .by_rows = 1, .panel_rows = MOST_TURNED, .pack = dot_few_pack, .keys = as_stored,
-    .qk = dot_turned_qk, .softmax = dot_turned_softmax, .pv = dot_turned_pv, .power = dot_turned_power, .mask = rows_mask,
+    .qk = dot_turned_qk, .softmax = dot_turned_softmax, .pv = dot_turned_pv, .power = dot_turned_power, .mask = FA_HELD(FA_HOLDS_MASK, rows_mask),
     .scores = rows_scores, DOT_ALONE};
 
 const fa_products fastattn_products_bfloat16_few_avx512 = {

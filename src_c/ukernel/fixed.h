@@ -13,7 +13,7 @@
  *
  * The powers of two, the units, come first: in the first row of the panels and of the values, and as the first number of every
  * key. After the last key stands the largest of theirs. */
-#ifdef SIMD_PAIRS
+#ifdef FA_HOLDS_AVX512_VNNI
 
 enum { MOST_LENGTH = 32767, POWER_BITS = 13, MOST_VALUE = 4095, FIXED_KEYS = 64 };
 

@@ -1,7 +1,7 @@
 /* The kernels of layers for x86-64 with AVX2, FMA and F16C. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_AVX2
+#if defined(FA_HOLDS_AVX2) && defined(FASTATTN_LAYERS)
 
 #include "target_avx2.h"
 

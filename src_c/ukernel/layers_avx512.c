@@ -1,7 +1,7 @@
 /* The kernels of layers for x86-64 with AVX-512. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_AVX512
+#if defined(FA_HOLDS_AVX512) && defined(FASTATTN_LAYERS)
 
 #include "target_avx512.h"
 

@@ -1,7 +1,7 @@
 /* The kernels of layers for AArch64. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_NEON
+#if defined(FA_HOLDS_NEON) && defined(FASTATTN_LAYERS)
 
 #include "../simd/neon.h"
 #include "layers_template.h"

@@ -1,7 +1,7 @@
 /* The kernels of layers in plain C. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_PORTABLE
+#if defined(FA_HOLDS_PORTABLE) && defined(FASTATTN_LAYERS)
 
 #include "../simd/portable.h"
 #include "layers_template.h"

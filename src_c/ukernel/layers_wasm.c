@@ -1,7 +1,7 @@
 /* The kernels of layers for WebAssembly with SIMD128. */
 #include "ukernel.h"
 
-#ifdef FA_HOLDS_WASM
+#if defined(FA_HOLDS_WASM) && defined(FASTATTN_LAYERS)
 
 #include "../simd/wasm.h"
 #include "layers_template.h"

@@ -301,7 +301,9 @@ FA_INLINE float pairs_power(int planes, const float *p, int ld, int row, int64_t
         return pairs_power(planes, p, ld, row, key);                                                                \
     }
 
+#if defined(FA_HOLDS_AVX512_BF16) || defined(FA_HOLDS_AMX)
 PAIRS_SLOTS(1)
+#endif
 #ifdef FA_HOLDS_AMX
 PAIRS_SLOTS(2)
 #endif

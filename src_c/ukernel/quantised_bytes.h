@@ -12,7 +12,7 @@
  *
  * In qk lanes are keys: quads of 64 keys are turned once for all rows. In pv they are numbers: quads of four keys that follow each other are made
  * in registers. One side has to be unsigned: weights are, and keys become so by what is taken away from the sums again (KEY_BIAS). */
-#ifdef SIMD_INT16
+#ifdef FA_HOLDS_AVX512_VNNI
 
 enum {
     BYTES_KEYS = 64,      /* of a panel, four vectors */

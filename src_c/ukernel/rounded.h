@@ -1,5 +1,5 @@
 /* The slots that read and write bfloat16 and do little between, with the rounding of AVX512-BF16. Included by avx512.c. */
-#ifdef SIMD_NATIVE_BF16
+#ifdef FA_HOLDS_AVX512_BF16
 
 static void rounded_rotate(const fa_rotation *rotation) {
     if (rotation->dtype == FASTATTN_BFLOAT16) rotate_of(rotation, 1, FASTATTN_BFLOAT16);

@@ -4,7 +4,7 @@
 
 #ifdef FA_HOLDS_AVX512
 static const fa_ukernel *avx512(void) {
-#ifdef __GNUC__
+#ifdef FA_HOLDS_AVX512_BF16
     if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) return &fastattn_ukernel_avx512_bf16;
 #endif
     return &fastattn_ukernel_avx512;
@@ -53,11 +53,16 @@ const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa l
         if (q_dtype == FASTATTN_FLOAT16) return &fastattn_products_float16_amx;
     }
 #endif
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512
     if (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) {
         const int exact = q_dtype == FASTATTN_BFLOAT16, medium = precision == FASTATTN_PRECISION_MEDIUM && !invariant;
+        (void)exact, (void)medium;
+#ifdef FA_HOLDS_AVX512_BF16
         if ((exact || medium) && fastattn_cpu_has(FA_CPU_FAST_BF16)) return &fastattn_products_bfloat16_avx512;
+#endif
+#ifdef FA_HOLDS_AVX512_VNNI
         if (!exact && medium && fastattn_cpu_has(FA_CPU_AVX512_VNNI)) return &fastattn_products_int16_avx512;
+#endif
     }
 #elif defined(FA_HOLDS_NEON) && defined(__GNUC__)
     if (!invariant && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_NEON) && fastattn_cpu_has(FA_CPU_BFDOT) &&
@@ -70,7 +75,7 @@ const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa l
 }
 
 const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision) {
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_VNNI
     const int halves = q_dtype != FASTATTN_FLOAT32 || precision == FASTATTN_PRECISION_MEDIUM;
     if (halves && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_AVX512 || limit == FASTATTN_ISA_AMX) &&
         fastattn_cpu_has(FA_CPU_AVX512_VNNI))

@@ -43,7 +43,7 @@
 #include "dense.h"
 
 /* What is around the products of panels whose lanes are rows, whatever they multiply. */
-#define FA_LANES_SLOTS .mask = mask, .scores = scores, .unpack = unpack
+#define FA_LANES_SLOTS .mask = FA_HELD(FA_HOLDS_MASK, mask), .scores = scores, .unpack = unpack
 
 /* Where lanes of rows pay off: later where heads are wide, for by rows neither queries nor outputs are turned, and keys that come from
  * memory are read front to back. */
@@ -59,7 +59,7 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
 #define FA_ROWS(instructions, block_size, second)                                                                        \
     .isa = instructions, .by_rows = 1, .fewest_rows = 1, .panel_rows = MOST_ROWS, .block_keys = block_size,              \
     .score_keys = block_size, .pair_rows = 2, .in_place = 1, .keys = KEYS_OF_ROWS, .values = as_stored, .pv = second,    \
-    .power = rows_power, .mask = rows_mask, .scores = rows_scores, .unpack = rows_unpack
+    .power = rows_power, .mask = FA_HELD(FA_HOLDS_MASK, rows_mask), .scores = rows_scores, .unpack = rows_unpack
 
 /* What reads quantised rows as they are stored: a table of its way of packing and of its two products, and that in float32. */
 #define FA_QUANTISED_ROWS(title, instructions, block_size, packing, first, second)                                       \
@@ -87,17 +87,23 @@ FA_ASSERT_CONSTANT(FEWEST_LANES <= MOST_ROWS + 1 && FEWEST_LANES_WIDE <= MOST_RO
     static const fa_products suffix##_additive_few = {                                                                   \
         .name = "float32_additive_rows_" #suffix, .qk = additive_rows_qk, .softmax = rows_softmax,                       \
         FA_FLOAT32_ROWS(instructions, block_size)};                                                                      \
-    static const fa_dense suffix##_dense = {.product = dense_product, .dots = dense_dots, .scale = dense_scale,          \
-                                            .running = dense_running, .rank_one = dense_rank_one, .exps = dense_exps,    \
-                                            .features = dense_features, .outside = dense_outside};                         \
+    static const fa_dense suffix##_dense = {.product = FA_HELD(FA_HOLDS_LINEAR || FA_HOLDS_SELECT, dense_product),       \
+                                            FA_DENSE(dots), FA_DENSE(scale), FA_DENSE(running), FA_DENSE(rank_one),      \
+                                            FA_DENSE(exps), FA_DENSE(features), FA_DENSE(outside)};                      \
     FA_UKERNEL(suffix, suffix, quantised_products, rotate, mix)
+
+/* A slot that the linear family alone asks for. */
+#define FA_DENSE(slot) .slot = FA_HELD(FA_HOLDS_LINEAR, dense_##slot)
 
 /* The table `name`, of these products, and the slots that may differ from those of the template. */
 #define FA_UKERNEL(name, of, quantised_products, rotating, mixing)                                                       \
     const fa_ukernel fastattn_ukernel_##name = {.products = &of##_products, .few = &of##_few, .turned = &of##_turned,    \
                                                 .dense = &of##_dense, .few_quantised = (quantised_products),             \
                                                 .quantised = FA_QUANTISED(&fastattn_quantised_##of),                     \
-                                                .additive = &of##_additive, .additive_few = &of##_additive_few,          \
-                                                .activate = activate, .gather = gather,                                  \
+                                                .additive = FA_HELD(FA_HOLDS_ADDITIVE, &of##_additive),                  \
+                                                .additive_few = FA_HELD(FA_HOLDS_ADDITIVE, &of##_additive_few),          \
+                                                .activate = FA_HELD(FA_HOLDS_ACTIVATION || FA_HOLDS_SELECT, activate),   \
+                                                .gather = FA_HELD(FA_HOLDS_SEGMENTS, gather),                            \
                                                 .widen = widen, .fetch = fetch, .narrow = narrow, .finite = all_finite,  \
-                                                .rotate = FA_HELD(FA_HOLDS_ROPE, rotating), .weigh = weigh, .mix = mixing};
+                                                .rotate = FA_HELD(FA_HOLDS_ROPE, rotating),                             \
+                                                .weigh = FA_HELD(FA_HOLDS_MERGE, weigh), .mix = FA_HELD(FA_HOLDS_MERGE, mixing)};

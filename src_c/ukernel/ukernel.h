@@ -355,8 +355,15 @@ const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa 
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(FASTATTN_NO_AVX512)
 #define FA_HOLDS_AVX512
 #endif
+/* Besides AVX-512's, which do for all that is asked: what multiplies pairs of bfloat16, integers, and AMX's tiles, by inline assembly. */
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__) && !defined(FASTATTN_NO_AVX512_BF16)
+#define FA_HOLDS_AVX512_BF16
+#endif
+#if defined(FA_HOLDS_AVX512) && defined(__GNUC__) && !defined(FASTATTN_NO_AVX512_VNNI)
+#define FA_HOLDS_AVX512_VNNI
+#endif
 #if defined(FA_HOLDS_AVX512) && defined(__GNUC__) && !defined(FASTATTN_NO_AMX)
-#define FA_HOLDS_AMX /* whose instructions are inline assembly */
+#define FA_HOLDS_AMX
 #endif
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(FASTATTN_NO_NEON)
 #define FA_HOLDS_NEON
@@ -381,6 +388,46 @@ enum {
 #else
     FA_HOLDS_QUANTISED = 1,
 #endif
+#ifdef FASTATTN_NO_MASK
+    FA_HOLDS_MASK = 0,
+#else
+    FA_HOLDS_MASK = 1,
+#endif
+#ifdef FASTATTN_NO_SPARSE
+    FA_HOLDS_SPARSE = 0, /* block masks, and lists of keys */
+#else
+    FA_HOLDS_SPARSE = 1,
+#endif
+#ifdef FASTATTN_NO_ADDITIVE
+    FA_HOLDS_ADDITIVE = 0,
+#else
+    FA_HOLDS_ADDITIVE = 1,
+#endif
+#ifdef FASTATTN_NO_ACTIVATION
+    FA_HOLDS_ACTIVATION = 0, /* weights that are not a softmax */
+#else
+    FA_HOLDS_ACTIVATION = 1,
+#endif
+#ifdef FASTATTN_NO_SEGMENTS
+    FA_HOLDS_SEGMENTS = 0,
+#else
+    FA_HOLDS_SEGMENTS = 1,
+#endif
+#ifdef FASTATTN_NO_LINEAR
+    FA_HOLDS_LINEAR = 0,
+#else
+    FA_HOLDS_LINEAR = 1,
+#endif
+#ifdef FASTATTN_NO_SELECT
+    FA_HOLDS_SELECT = 0,
+#else
+    FA_HOLDS_SELECT = 1,
+#endif
+#ifdef FASTATTN_NO_MERGE
+    FA_HOLDS_MERGE = 0,
+#else
+    FA_HOLDS_MERGE = 1,
+#endif
 #ifdef FASTATTN_NO_ROPE
     FA_HOLDS_ROPE = 0
 #else
@@ -392,7 +439,7 @@ enum {
 extern const fa_ukernel fastattn_ukernel_portable;
 extern const fa_ukernel fastattn_ukernel_avx2;
 extern const fa_ukernel fastattn_ukernel_avx512;
-#ifdef __GNUC__
+#ifdef FA_HOLDS_AVX512_BF16
 extern const fa_ukernel fastattn_ukernel_avx512_bf16; /* the same, but that AVX512-BF16 rounds what `rotate` and `mix` write */
 #endif
 extern const fa_ukernel fastattn_ukernel_neon;

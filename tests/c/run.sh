@@ -83,7 +83,7 @@ fi
 : "${effort:=$([ -n "$run$sanitize" ] && echo 10 || echo 100)}"
 
 # ---------------------------------------------------------------------------------------------------- build and run
-flags="-std=c11 -O2 ${CPPFLAGS-} $extra -Wall -Wextra -Werror $openmp $sanitize ${isa:+-DFASTATTN_ASSUME_AMX}"
+flags="-std=c11 -O2 -DFASTATTN_LAYERS ${CPPFLAGS-} $extra -Wall -Wextra -Werror $openmp $sanitize ${isa:+-DFASTATTN_ASSUME_AMX}"
 library=$(sed 's/#.*//' "$source/sources.txt")
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../../fastattn/__init__.py")
 tests="$isa_tests $(cd "$here/.." && ls c/*.c)"

@@ -72,55 +72,91 @@ TEST_EACH_ISA(info_describes_the_call) {
     }
 }
 
-/* What a build may leave out (-DFASTATTN_NO_16BIT and the like, of which the tests are told, too) is refused by name and leaves the output as it
- * was; what it holds works. */
-TEST(info_what_was_left_out_is_refused) {
-    enum { DIM = 32 };
-#ifdef FASTATTN_NO_16BIT
-    const fastattn_status halves = FASTATTN_ERROR_DTYPE;
-#else
-    const fastattn_status halves = FASTATTN_OK;
-#endif
-#ifdef FASTATTN_NO_QUANTISED
-    const fastattn_status quantised = FASTATTN_ERROR_DTYPE, rotated = FASTATTN_ERROR_LEFT_OUT;
-#else
-    const fastattn_status quantised = FASTATTN_OK, rotated = FASTATTN_OK;
-#endif
-#ifdef FASTATTN_NO_ROPE
-    const fastattn_status turned = FASTATTN_ERROR_LEFT_OUT;
-#else
-    const fastattn_status turned = FASTATTN_OK;
-#endif
-    const struct { fastattn_dtype q, kv, mask; fastattn_status status; } calls[] = {
-        {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_OK}, {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BOOL, FASTATTN_OK},
-        {FASTATTN_FLOAT16, FASTATTN_FLOAT16, FASTATTN_FLOAT32, halves},      {FASTATTN_FLOAT32, FASTATTN_BFLOAT16, FASTATTN_FLOAT32, halves},
-        {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT16, halves},      {FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BFLOAT16, halves},
-        {FASTATTN_FLOAT32, FASTATTN_INT8, FASTATTN_FLOAT32, quantised},      {FASTATTN_FLOAT32, FASTATTN_INT4, FASTATTN_FLOAT32, quantised}};
-    const float ones[DIM] = {1, 1, 1, 1}, zero = 0, sine[DIM / 2] = {0};
-    float keys[DIM + 1] = {0}, out[DIM + 1];
+/* Whether the build has left a part out (-DFASTATTN_NO_16BIT and the like, which are 1, and of which the tests are told, too). */
+#define WORDS(macro) #macro
+#define WORDS_OF(macro) WORDS(macro)
+#define LEFT_OUT(part) (WORDS_OF(FASTATTN_NO_##part)[0] == '1')
+#define UNLESS_LEFT_OUT(part) (LEFT_OUT(part) ? FASTATTN_ERROR_LEFT_OUT : FASTATTN_OK)
+
+/* What was left out is refused by name and leaves the output as it was; what the library holds works. */
+static void check_parts_of_attention(void) {
+    enum { DIM = 32, PLAIN, MASK, BLOCKS, LIST, ADDITIVE, ACTIVATION, SEGMENTS };
+    const fastattn_status halves = LEFT_OUT(16BIT) ? FASTATTN_ERROR_DTYPE : FASTATTN_OK;
+    const fastattn_status quantised = LEFT_OUT(QUANTISED) ? FASTATTN_ERROR_DTYPE : FASTATTN_OK;
+    const fastattn_status masked = UNLESS_LEFT_OUT(MASK), sparse = UNLESS_LEFT_OUT(SPARSE);
+    const struct { int part; fastattn_dtype q, kv, mask; fastattn_status status; } calls[] = {
+        {PLAIN, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_OK},
+        {PLAIN, FASTATTN_FLOAT16, FASTATTN_FLOAT16, FASTATTN_FLOAT32, halves},
+        {PLAIN, FASTATTN_FLOAT32, FASTATTN_BFLOAT16, FASTATTN_FLOAT32, halves},
+        {PLAIN, FASTATTN_FLOAT32, FASTATTN_INT8, FASTATTN_FLOAT32, quantised},
+        {PLAIN, FASTATTN_FLOAT32, FASTATTN_INT4, FASTATTN_FLOAT32, quantised},
+        {MASK, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, masked},
+        {MASK, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BOOL, masked},
+        {MASK, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT16, LEFT_OUT(MASK) ? masked : halves},
+        {MASK, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_BFLOAT16, LEFT_OUT(MASK) ? masked : halves},
+        {BLOCKS, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, sparse},
+        {LIST, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, sparse},
+        {ADDITIVE, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, UNLESS_LEFT_OUT(ADDITIVE)},
+        {ACTIVATION, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, UNLESS_LEFT_OUT(ACTIVATION)},
+        {SEGMENTS, FASTATTN_FLOAT32, FASTATTN_FLOAT32, FASTATTN_FLOAT32, UNLESS_LEFT_OUT(SEGMENTS)}};
+    const float ones[DIM] = {1, 1, 1, 1}, zero = 0;
+    const int64_t blocks_of_rows[] = {0, 1};
+    const int32_t first = 0;
+    const fastattn_block_mask blocks = {.size = sizeof blocks, .block_size = 1, .num_rows = 1, .indptr = blocks_of_rows, .indices = &first};
+    float keys[DIM + 1] = {0}, out[DIM];
     for (size_t n = 0; n < COUNT(calls); n++) {
         fastattn_attention_args args;
         CHECK_STATUS(fastattn_attention_args_init(&args, sizeof args), FASTATTN_OK);
         args.batch = args.num_heads = args.num_kv_heads = args.q_len = args.kv_len = 1;
         args.head_dim = args.v_head_dim = DIM;
-        args.q = ones, args.k = args.v = keys, args.out = out, args.mask = &zero;
+        args.q = ones, args.k = args.v = keys, args.out = out;
         args.q_dtype = calls[n].q, args.kv_dtype = calls[n].kv, args.mask_dtype = calls[n].mask;
         args.scale = 1.0f;
+        if (calls[n].part == MASK) args.mask = &zero;
+        if (calls[n].part == BLOCKS) args.block_mask = &blocks;
+        if (calls[n].part == LIST) args.indices = &first, args.num_indices = 1, args.indices_size = sizeof first;
+        if (calls[n].part == ADDITIVE) args.additive = ones;
+        if (calls[n].part == ACTIVATION) args.activation = FASTATTN_RELU;
+        if (calls[n].part == SEGMENTS) args.segments = &first, args.num_segments = 1, args.v_head_dim = 0;
         for (int d = 0; d < DIM; d++) out[d] = 42.0f;
         CHECK_STATUS(fastattn_attention(&args, NULL, 0), calls[n].status);
         CHECK((out[0] == 42.0f) == (calls[n].status != FASTATTN_OK), "call %zu: an output of %g", n, (double)out[0]);
     }
+}
+
+static void check_part(const char *name, fastattn_status status, int left_out, float *out) {
+    CHECK(status == (left_out ? FASTATTN_ERROR_LEFT_OUT : FASTATTN_OK), "%s: status %d", name, (int)status);
+    CHECK((*out == 42.0f) == left_out, "%s: an output of %g", name, (double)*out);
+    *out = 42.0f;
+}
+
+TEST(info_what_was_left_out_is_refused) {
+    enum { DIM = 32 };
+    check_parts_of_attention();
+
     const int64_t slot = 0;
+    const float ones[DIM] = {1, 1, 1, 1}, sine[DIM / 2] = {0}, lse = 0, *const lses = &lse;
+    const void *const row = ones;
+    float out[DIM] = {42.0f}, merged;
+    union { int32_t index; float seen; } chosen = {.seen = 42.0f};
     const fastattn_store_args store = {.size = sizeof store, .batch = 1, .new_len = 1, .num_heads = 1, .head_dim = DIM, .from = ones, .to = out,
                                        .num_pages = 1, .page_size = 1, .slots = &slot, .num_threads = 1, .rotate = 1};
     const fastattn_rope_args rope = {.size = sizeof rope, .batch = 1, .num_heads = 1, .length = 1, .head_dim = DIM, .rotary_dim = DIM, .x = ones,
                                      .out = out, .cos = ones, .sin = sine, .num_threads = 1};
-    for (int d = 0; d < DIM; d++) out[d] = 42.0f;
-    CHECK_STATUS(fastattn_store(&store), rotated);
-    CHECK((out[0] == 42.0f) == (rotated != FASTATTN_OK), "rotated: %g", (double)out[0]);
-    out[0] = 42.0f;
-    CHECK_STATUS(fastattn_rope(&rope), turned);
-    CHECK((out[0] == 42.0f) == (turned != FASTATTN_OK), "turned: %g", (double)out[0]);
+    const fastattn_merge_args merge = {.size = sizeof merge, .num_parts = 1, .rows = 1, .v_head_dim = DIM, .outs = &row, .lses = &lses,
+                                       .out = out, .lse = &merged, .num_threads = 1};
+    const fastattn_select_args select = {.size = sizeof select, .batch = 1, .num_heads = 1, .num_kv_heads = 1, .q_len = 1, .kv_len = 1,
+                                         .head_dim = DIM, .q = ones, .k = ones, .num_keys = 1, .indices = &chosen.index, .num_threads = 1};
+    fastattn_linear_args linear = FASTATTN_LINEAR_ARGS_INIT;
+    linear.batch = linear.num_q_heads = linear.num_k_heads = linear.num_v_heads = linear.q_len = linear.kv_len = 1;
+    linear.head_dim = linear.v_head_dim = DIM;
+    linear.q = linear.k = linear.v = ones, linear.out = out, linear.scale = 1.0f;
+    check_part("store", fastattn_store(&store), LEFT_OUT(QUANTISED), out);
+    check_part("rope", fastattn_rope(&rope), LEFT_OUT(ROPE), out);
+    check_part("merge", fastattn_merge(&merge), LEFT_OUT(MERGE), out);
+    check_part("linear", fastattn_linear_attention(&linear, NULL, 0), LEFT_OUT(LINEAR), out);
+    CHECK((fastattn_linear_workspace_size(&linear) == 0) == LEFT_OUT(LINEAR), "a workspace for what was left out, or none");
+    check_part("select", fastattn_select_keys(&select), LEFT_OUT(SELECT), &chosen.seen);
 }
 
 #if defined(__aarch64__) && defined(__linux__)

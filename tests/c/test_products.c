@@ -235,15 +235,16 @@ TEST_EACH_ISA(products_as_a_chain) {
         const int rounded = strncmp(by->name, "float32_", 8) != 0 && !integers(by);
         check_table(by, kinds[n].dtype, rounded ? kinds[n].rounding : 0);
     }
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
-    if (test_isa != FASTATTN_ISA_AVX512) return;
+#ifdef FA_HOLDS_AVX512_BF16
     /* Chosen or not. */
-    if (fastattn_cpu_has(FA_CPU_AVX512_BF16)) {
+    if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16)) {
         check_table(&fastattn_products_bfloat16_avx512, FASTATTN_BFLOAT16, 0);
         check_table(&fastattn_products_bfloat16_rows_avx512, FASTATTN_BFLOAT16, 0);
         check_table(&fastattn_products_bfloat16_few_avx512, FASTATTN_BFLOAT16, 0);
     }
-    for (size_t n = 0; n < COUNT(dtypes) && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
+#endif
+#ifdef FA_HOLDS_AVX512_VNNI
+    for (size_t n = 0; n < COUNT(dtypes) && test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_VNNI); n++)
         check_table(&fastattn_products_int16_avx512, dtypes[n], 0);
 #endif
 }
@@ -304,7 +305,7 @@ static fa_matrix rows_by_pointers(fa_matrix m, const char **rows, int64_t keys, 
     return m;
 }
 
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
 /* Of pairs, too: a few rows by themselves, over keys side by side or wherever pointers say, have the bits that they have in a panel. The
  * maximum is far below the scores, above them, or not there yet, and l may be unwanted. */
 static void check_turned_pairs(const fa_products *lanes, const fa_products *by_rows) {
@@ -359,7 +360,7 @@ static void check_turned_pairs(const fa_products *lanes, const fa_products *by_r
 
 TEST_EACH_ISA(products_of_pairs_by_rows_have_the_same_bits) {
     table();
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
     if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
         check_turned_pairs(&fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_rows_avx512.turned);
 #endif
@@ -407,7 +408,7 @@ static void check_beside(const fa_products *by, const fastattn_dtype *kinds, siz
 
 TEST_EACH_ISA(products_of_rows_beside_each_other) {
     check_beside(table()->few, dtypes, table()->few_quantised ? COUNT(dtypes) : 1); /* else float32 alone, which is the first */
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
     static const fastattn_dtype pairs[] = {FASTATTN_BFLOAT16};
     if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
         check_beside(fastattn_products_bfloat16_avx512.few, pairs, COUNT(pairs));
@@ -416,7 +417,7 @@ TEST_EACH_ISA(products_of_rows_beside_each_other) {
 
 /* Blocks of integers fit as long as what they share leaves enough to each. */
 TEST_EACH_ISA(products_fit) {
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_VNNI
     enum { ROWS = 64, KEYS = 40, DIM = 72, CHANGED = 17 };
     static const struct { const char *what; float factor, offset; int fits[3]; } changes[] = {
         /* of one row of q, k and v */

@@ -170,7 +170,7 @@ static void check_rotate(const fa_ukernel *uk) {
 }
 
 /* Where the processor rounds, the table without that is there, too. */
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
 #define EACH_ROUNDING(check)                                                      \
     check(table());                                                               \
     if (test_isa == FASTATTN_ISA_AVX512) check(&fastattn_ukernel_avx512)

@@ -195,7 +195,7 @@ static void check_rows_qk(const fa_products *by, fastattn_dtype q_dtype, const c
 
 TEST_EACH_ISA(slot_rows_qk) {
     check_rows_qk(table()->few, FASTATTN_FLOAT32, "qk by rows", table()->few_quantised != NULL);
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
     if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
         check_rows_qk(fastattn_products_bfloat16_avx512.few, FASTATTN_BFLOAT16, "bfloat16 qk by rows", 0);
 #endif
@@ -447,7 +447,7 @@ TEST_EACH_ISA(slot_unpack) {
     const fa_ukernel *uk = table();
     check_unpack(uk->products);
     check_unpack(uk->few);
-#if defined(FA_HOLDS_AVX512) && defined(__GNUC__)
+#ifdef FA_HOLDS_AVX512_BF16
     if (test_isa == FASTATTN_ISA_AVX512) check_unpack(&fastattn_products_bfloat16_rows_avx512);
 #endif
 }
