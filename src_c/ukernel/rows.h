@@ -158,12 +158,13 @@ FA_INLINE void short_step(int rows, simd_f *sum, const short_operands *x, int as
 
 FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int asks, int64_t head_dim, fastattn_dtype dtype) {
     const int64_t size = fa_size_of(dtype), line = 64 / size, whole = head_dim - head_dim % SIMD_LANES;
+    const int keys = SHORT_SUMS / rows;
     int64_t d = 0;
     FA_UNROLL for (int i = 0; i < SHORT_SUMS; i++) sum[i] = simd_set1(0.0f);
     while (SHORT_VECTORS && d < whole) {
         const int64_t end = asks && d + line <= whole ? d + line : whole;
         if (asks)
-            FA_UNROLL for (int i = 0; i < SHORT_SUMS / rows; i++) simd_fetch((const char *)(x->later[i] + (uintptr_t)(d * size)));
+            FA_UNROLL for (int i = 0; i < keys; i++) simd_fetch((const char *)(x->later[i] + (uintptr_t)(d * size)));
         for (; d < end; d += SIMD_LANES) short_step(rows, sum, x, 0, d, SIMD_LANES, dtype);
     }
     if (SHORT_VECTORS) return; /* short_rest has what is left */
