@@ -31,7 +31,8 @@ FA_INLINE fa_matrix beside_of(fa_matrix m, int r) {
 
 enum {
     TURNED_NUMBERS = 64, /* of head_dim, at a time: no run of tile_run() is longer */
-    SHORT_ROWS = 24,     /* and fewer are not worth turning keys for */
+    SHORT_ROWS = 40,     /* and fewer are not worth turning keys for, */
+    SHORT_WIDENED = 24,  /* if each tile has to widen these; */
     SHORT_POWERS = 12    /* nor for the softmax, which turns scores */
 };
 
@@ -464,7 +465,7 @@ static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, i
 }
 
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
-    if (rows > SHORT_ROWS)
+    if (rows > (k.dtype == FASTATTN_FLOAT32 ? SHORT_ROWS : SHORT_WIDENED))
         turned_qk(s, q, ld, rows, k, from, keys, head_dim);
     else if (k.beside && !BESIDE_TILES) {
         for (int r = 0; r < rows; r++)
