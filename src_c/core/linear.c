@@ -381,10 +381,11 @@ static void run_whole(fa_linear_work *w, fa_sequence keys, fa_sequence queries) 
         }
 }
 
-/* Rows that are no tokens. */
+/* Rows that are no tokens. Where values have no numbers there may be no output. */
 static void clear(const fa_linear_work *w, int64_t row, int64_t rows) {
     const fastattn_linear_args *a = w->args;
     const int64_t size = fa_size_of(a->q_dtype);
+    if (w->real == 0) return;
     for (int64_t g = 0; g < w->call->group; g++) {
         const fa_matrix out = rows_at(a->out, a->out_strides, entry(w), w->state * w->call->group + g, row, a->q_dtype);
         for (int64_t i = 0; i < rows; i++)
