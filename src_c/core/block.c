@@ -10,7 +10,8 @@
 static unsigned block_bias(fa_work *w, const fa_key_block *block) {
     const fastattn_attention_args *a = w->call->args;
     unsigned found = FA_MASK_SHOWS;
-    if (FA_HOLDS_SPARSE && FA_UNLIKELY(a->indices)) return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
+    if (FA_HOLDS_SPARSE && FA_UNLIKELY(a->indices))
+        return fastattn_bias_of_list(w->call, &w->panel, block, w->panel.products, w->panel.ld, w->bias);
     if (FA_HOLDS_MASK && FA_UNLIKELY(a->mask)) {
         fastattn_panel_mask(w->call, &w->panel, block->first);
         found = w->panel.products->mask(w->bias, w->panel.ld, w->panel.rows_of, w->panel.padded, a->mask_strides[3], block->keys,
