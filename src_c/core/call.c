@@ -311,7 +311,9 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     /* Other products round the powers, and sum them as a softmax does. */
     const int rounds = !FA_UNLIKELY(args->additive || args->activation != FASTATTN_SOFTMAX || args->segments);
     call->products = rounds ? fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant) : call->exact;
-    call->few = FA_UNLIKELY(args->additive) ? call->uk->additive_few : args->invariant ? call->uk->turned : call->uk->few;
+    if (FA_UNLIKELY(args->additive)) call->few = call->uk->additive_few;
+    else if (args->invariant) call->few = call->uk->turned;
+    else call->few = fastattn_few_select(call->uk, args->isa, args->q_dtype, args->kv_dtype);
     const int pairs = args->q_dtype == FASTATTN_BFLOAT16 && args->kv_dtype == FASTATTN_BFLOAT16;
     if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
     call->stored.widened = args->kv_dtype != FASTATTN_FLOAT32 && !call->uk->few_quantised;

@@ -75,8 +75,9 @@ static unsigned detect(void) {
 
 #include <sys/auxv.h>
 static unsigned detect(void) {
-    const unsigned long dotprod = 1ul << 20, bf16 = 1ul << 14; /* HWCAP_ASIMDDP and HWCAP2_BF16, which older headers do not name */
-    return (getauxval(AT_HWCAP) & dotprod ? FA_CPU_DOTPROD : 0) | (getauxval(AT_HWCAP2) & bf16 ? FA_CPU_BFDOT : 0);
+    /* HWCAP_ASIMDDP, HWCAP_ASIMDFHM and HWCAP2_BF16, which older headers do not name. */
+    const unsigned long dotprod = 1ul << 20, fp16fml = 1ul << 23, bf16 = 1ul << 14, found = getauxval(AT_HWCAP);
+    return (found & dotprod ? FA_CPU_DOTPROD : 0) | (found & fp16fml ? FA_CPU_FMLAL : 0) | (getauxval(AT_HWCAP2) & bf16 ? FA_CPU_BFDOT : 0);
 }
 
 #elif defined(__aarch64__)
@@ -85,6 +86,9 @@ static unsigned detect(void) {
     unsigned features = 0;
 #ifdef __ARM_FEATURE_DOTPROD
     features |= FA_CPU_DOTPROD;
+#endif
+#ifdef __ARM_FEATURE_FP16_FML
+    features |= FA_CPU_FMLAL;
 #endif
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
     features |= FA_CPU_BFDOT;

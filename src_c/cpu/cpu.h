@@ -8,8 +8,11 @@ enum {
     FA_CPU_AMX = 4,    /* AMX tiles of bfloat16, and the system lets this process use them */
     FA_CPU_AVX512_BF16 = 8,
     FA_CPU_AVX512_VNNI = 32,
-    FA_CPU_BFDOT = 64, /* the extensions bf16 and dotprod of AArch64, which Linux tells of; elsewhere the compiler, if all that it makes */
-    FA_CPU_DOTPROD = 128, /* programs for have them */
+    /* The extensions bf16, dotprod and fp16fml of AArch64, which Linux tells of; elsewhere the compiler, if all that it makes programs
+     * for have them. */
+    FA_CPU_BFDOT = 64,
+    FA_CPU_DOTPROD = 128,
+    FA_CPU_FMLAL = 256,
     FA_CPU_FAST_BF16 = 16 /* AVX512-BF16 that outruns float32: AMD's. On Sapphire and Emerald Rapids an instruction for two
                              multiplications takes the time of four float32 ones */
 };

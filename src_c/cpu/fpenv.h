@@ -20,6 +20,25 @@ static inline fa_fpenv fa_fpenv_default(void) {
 
 static inline void fa_fpenv_restore(fa_fpenv found) { _mm_setcsr(found); }
 
+#elif defined(__aarch64__) && defined(__GNUC__)
+
+#include <stdint.h>
+
+/* <fenv.h> may leave FZ16 as it is, by which FMLAL takes subnormal numbers of float16 for 0. */
+typedef struct fa_fpenv {
+    uint64_t control, status;
+} fa_fpenv;
+
+static inline fa_fpenv fa_fpenv_default(void) {
+    fa_fpenv found;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr\n\tmsr fpcr, xzr" : "=r"(found.control), "=r"(found.status) : : "memory");
+    return found;
+}
+
+static inline void fa_fpenv_restore(fa_fpenv found) {
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1" : : "r"(found.control), "r"(found.status) : "memory");
+}
+
 #else
 
 #include <fenv.h>

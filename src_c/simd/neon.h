@@ -123,12 +123,22 @@ static inline void simd_zip_halves(simd_f *a, simd_f *b) {
 /* The same within each quarter of a vector, of which there is one here; and lanes that lie so, in order. */
 static inline void simd_zip_near_halves(simd_f *a, simd_f *b) { simd_zip_halves(a, b); }
 static inline void simd_zip_quarters(simd_f *a, simd_f *b) { (void)a, (void)b; }
+/* An instruction by its encoding, of c and of a and b, for assemblers know it of architectures alone that the rest need not be of. */
+#define SIMD_ENCODED(code, c, a, b)                                                                                      \
+    __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t"           \
+            ".equ .Lv\\n, \\n\n\t.endr\n\t.inst " code " | .L%2 << 16 | .L%1 << 5 | .L%0" : "+w"(c) : "w"(a), "w"(b))
 #define SIMD_BYTES
-/* c plus the dot products of four signed bytes: SDOT, of the extension dotprod. By its encoding, for assemblers know it of architectures
- * alone that the rest need not be of. */
+/* c plus the dot products of four signed bytes: SDOT, of the extension dotprod. */
 static inline int32x4_t simd_dot_bytes(int8x16_t a, int8x16_t b, int32x4_t c) {
-    __asm__(".irp n,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n\t.equ .Lv\\n, \\n\n\t.endr\n\t"
-            ".inst 0x4e809400 | .L%2 << 16 | .L%1 << 5 | .L%0" : "+w"(c) : "w"(a), "w"(b));
+    SIMD_ENCODED("0x4e809400", c, a, b);
+    return c;
+}
+#define SIMD_HALVES
+/* c plus the products of the first four float16 numbers, and then of the last: FMLAL and FMLAL2, of the extension fp16fml. As exact as if
+ * float32 numbers were made of them first. */
+static inline simd_f simd_fma_f16(simd_f a, simd_f b, simd_f c) {
+    SIMD_ENCODED("0x4e20ec00", c, a, b);
+    SIMD_ENCODED("0x6e20cc00", c, a, b);
     return c;
 }
 #endif

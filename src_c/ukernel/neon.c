@@ -1,5 +1,5 @@
 /* The micro-kernels for AArch64, whose baseline has Advanced SIMD with fused multiply-add, and beside them the products of the
- * extensions bf16 and dotprod. */
+ * extensions bf16, dotprod and fp16fml. */
 #include "ukernel.h"
 
 #ifdef FA_HOLDS_NEON
@@ -13,6 +13,8 @@ FA_TABLE(neon, FASTATTN_ISA_NEON, 64, &neon_few_quantised)
 #include "target_bf16.h"
 #include "bfdot.h"
 #include "target_end.h"
+
+#include "fmlal.h"
 
 #ifdef SIMD_BYTES
 const fa_products fastattn_products_bytes_neon =

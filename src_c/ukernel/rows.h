@@ -102,15 +102,28 @@ FA_INLINE void turn_keys(float *turned, int ld, const tile_rows *block, int64_t 
 /* The numbers of the lanes. */
 static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+/* The numbers of a row of q from d on. Queries are packed as float32; or as float16, for keys of that, where halves multiply as they
+ * are: then they are whole vectors of SHORT_HALVES. */
+#ifdef SIMD_HALVES
+enum { SHORT_HALVES = 2 * SIMD_LANES, HALVES_MULTIPLY = FA_HOLDS_16BIT };
+#else
+enum { SHORT_HALVES = 2 * SIMD_LANES, HALVES_MULTIPLY = 0 };
+#endif
+
+FA_INLINE const float *packed_at(const float *q, int64_t d, fastattn_dtype packed) {
+    return (const float *)(const void *)((const char *)q + d * fa_size_of(packed));
+}
+
 /* One row and a few keys, at most SIMD_LANES: one by one, or most sums across lanes would be of nothing. */
-static FA_NOINLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+static FA_NOINLINE void few_scores(float *s, const float *q, const tile_rows *k, int64_t keys, int64_t head_dim, fastattn_dtype packed,
+                                   fastattn_dtype dtype) {
     const simd_f lane = simd_load(lane_numbers);
     simd_f dots = simd_set1(0.0f);
     for (int64_t j = keys - 1; j >= 0; j--) {
         const char *key = tile_row(k, j);
         simd_f sum = simd_set1(0.0f);
         for (int64_t d = 0; d < head_dim; d += SIMD_LANES)
-            sum = simd_fma(load_as(key + d * fa_size_of(dtype), head_dim - d, dtype), simd_load(q + d), sum);
+            sum = simd_fma(load_as(key + d * fa_size_of(dtype), head_dim - d, dtype), load_full(packed_at(q, d, packed), packed), sum);
         dots = simd_select(simd_lt(lane, simd_set1((float)(j + 1))), simd_set1(simd_sum(sum)), dots);
     }
     simd_store(s, dots);
@@ -144,33 +157,42 @@ typedef struct short_operands {
     uintptr_t later[SHORT_SUMS];
 } short_operands;
 
+/* The products of a vector; of halves with the sums of two vectors of float32. (A macro: plain C spills sums that go through a function.) */
+#ifdef SIMD_HALVES
+#define SHORT_MULTIPLY(a, b, c, packed) ((packed) == FASTATTN_FLOAT16 ? simd_fma_f16(a, b, c) : simd_fma(a, b, c))
+#else
+#define SHORT_MULTIPLY(a, b, c, packed) simd_fma(a, b, c)
+#endif
+
 /* sum[row][key] of n numbers from d on: each that is loaded of a row is for all keys, and the reverse. */
-FA_INLINE void short_step(int rows, simd_f *sum, const short_operands *x, int asks, int64_t d, int64_t n, fastattn_dtype dtype) {
+FA_INLINE void short_step(int rows, simd_f *sum, const short_operands *x, int asks, int64_t d, int64_t n, fastattn_dtype packed,
+                          fastattn_dtype dtype) {
     const int keys = SHORT_SUMS / rows;
     const int64_t at = d * fa_size_of(dtype);
     simd_f q[SHORT_TILE];
-    FA_UNROLL for (int r = 0; r < rows; r++) q[r] = simd_load(x->q[r] + d);
+    FA_UNROLL for (int r = 0; r < rows; r++) q[r] = simd_load(packed_at(x->q[r], d, packed));
     FA_UNROLL for (int i = 0; i < keys; i++) {
         if (asks) fetch_later(x->later[i], at);
-        const simd_f key = load_as(x->key[i] + at, n, dtype);
-        FA_UNROLL for (int r = 0; r < rows; r++) sum[r * keys + i] = simd_fma(key, q[r], sum[r * keys + i]);
+        const simd_f key = packed == FASTATTN_FLOAT16 ? load_full(x->key[i] + at, FASTATTN_FLOAT32) : load_as(x->key[i] + at, n, dtype);
+        FA_UNROLL for (int r = 0; r < rows; r++) sum[r * keys + i] = SHORT_MULTIPLY(key, q[r], sum[r * keys + i], packed);
     }
 }
 
-FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int asks, int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void short_tile(int rows, simd_f *sum, const short_operands *x, int asks, int64_t head_dim, fastattn_dtype packed,
+                          fastattn_dtype dtype) {
+    const int step = packed == FASTATTN_FLOAT16 ? SHORT_HALVES : SIMD_LANES, keys = SHORT_SUMS / rows;
     const int64_t size = fa_size_of(dtype), line = 64 / size, whole = head_dim - head_dim % SIMD_LANES;
-    const int keys = SHORT_SUMS / rows;
     int64_t d = 0;
     FA_UNROLL for (int i = 0; i < SHORT_SUMS; i++) sum[i] = simd_set1(0.0f);
     while (SHORT_VECTORS && d < whole) {
         const int64_t end = asks && d + line <= whole ? d + line : whole;
         if (asks)
             FA_UNROLL for (int i = 0; i < keys; i++) simd_fetch((const char *)(x->later[i] + (uintptr_t)(d * size)));
-        for (; d < end; d += SIMD_LANES) short_step(rows, sum, x, 0, d, SIMD_LANES, dtype);
+        for (; d < end; d += step) short_step(rows, sum, x, 0, d, step, packed, dtype);
     }
     if (SHORT_VECTORS) return; /* short_rest has what is left */
-    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) short_step(rows, sum, x, asks, d, SIMD_LANES, dtype);
-    if (d < head_dim) short_step(rows, sum, x, asks, d, head_dim - d, dtype);
+    for (; d + SIMD_LANES <= head_dim; d += SIMD_LANES) short_step(rows, sum, x, asks, d, SIMD_LANES, packed, dtype);
+    if (d < head_dim) short_step(rows, sum, x, asks, d, head_dim - d, packed, dtype);
 }
 
 /* As many numbers, fewer than lanes, of these keys from byte `at` on, each in a vector. */
@@ -188,14 +210,14 @@ FA_INLINE void short_rest(int rows, simd_f *sum, const short_operands *x, int64_
     short_edges(edges, x->key, keys, d * fa_size_of(dtype), head_dim - d, dtype);
     FA_UNROLL for (int r = 0; r < rows; r++) rest.q[r] = x->q[r] + d;
     FA_UNROLL for (int i = 0; i < keys; i++) rest.key[i] = (const char *)(edges + i * SIMD_LANES);
-    short_step(rows, sum, &rest, 0, 0, SIMD_LANES, FASTATTN_FLOAT32);
+    short_step(rows, sum, &rest, 0, 0, SIMD_LANES, FASTATTN_FLOAT32, FASTATTN_FLOAT32);
 }
 
 /* Tiles are of `width` rows, a constant; the last row stands for those that a tile has too many. All rows meet a few keys before the next
  * ones come, and memory is asked with the first of them. Sums that are whole vectors of a row go where they belong; others lie tile by tile,
  * and those of a row come together when all are in memory. */
 FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int rows, const tile_rows *k, int64_t keys, int asks,
-                            int64_t head_dim, fastattn_dtype dtype) {
+                            int64_t head_dim, fastattn_dtype packed, fastattn_dtype dtype) {
     const int tile_keys = SHORT_SUMS / width, vectors = SHORT_VECTORS && tile_keys % SIMD_LANES == 0;
     const int64_t pitch = fa_round_up(head_dim, FA_ROW_STEP), tiles = fa_round_up(keys, tile_keys) / tile_keys;
     float sums[FA_PANEL_ROWS * SHORT_SUMS];
@@ -208,7 +230,8 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
             simd_f sum[SHORT_SUMS];
             float *const to = sums + (row * tiles + t * width) * tile_keys;
             FA_UNROLL for (int r = 0; r < width; r++) x.q[r] = q + (row + r < rows ? row + r : rows - 1) * pitch;
-            FA_BY_STORAGE_OF_KEYS(dtype, short_tile, width, sum, &x, asks && row == 0, head_dim)
+            if (packed == FASTATTN_FLOAT16) short_tile(width, sum, &x, asks && row == 0, head_dim, FASTATTN_FLOAT16, FASTATTN_FLOAT16);
+            else FA_BY_STORAGE_OF_KEYS(dtype, short_tile, width, sum, &x, asks && row == 0, head_dim, FASTATTN_FLOAT32)
             short_rest(width, sum, &x, head_dim, dtype);
             FA_UNROLL for (int i = 0; i < SHORT_SUMS; i += SIMD_LANES) {
                 const int r = row + i / tile_keys;
@@ -224,7 +247,8 @@ FA_INLINE void short_scores(int width, float *s, int ld, const float *q, int row
                    (size_t)tile_keys * sizeof(float));
 }
 
-FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype dtype) {
+FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int rows, int64_t keys, int64_t head_dim, fastattn_dtype packed,
+                           fastattn_dtype dtype) {
     const int others = rows % SHORT_TILE == 1 ? rows - 1 : rows; /* than a last one that would be alone in its tile */
     float *const last_s = s + others * ld;
     const float *const last_q = q + others * fa_round_up(head_dim, FA_ROW_STEP);
@@ -232,11 +256,21 @@ FA_INLINE void short_qk_of(fa_matrix k, float *s, const float *q, int ld, int ro
         const char *first_row;
         const tile_rows places = tile_rows_of(fa_rows_from(k, j), &first_row);
         const int64_t n = keys - j < SHORT_SUMS ? keys - j : SHORT_SUMS;
-        if (others == 2) short_scores(2, s + j, ld, q, 2, &places, n, 1, head_dim, dtype);
-        else if (others > 0) short_scores(SHORT_TILE, s + j, ld, q, others, &places, n, 1, head_dim, dtype);
+        if (others == 2) short_scores(2, s + j, ld, q, 2, &places, n, 1, head_dim, packed, dtype);
+        else if (others > 0) short_scores(SHORT_TILE, s + j, ld, q, others, &places, n, 1, head_dim, packed, dtype);
         if (others == rows) continue;
-        if (n <= SHORT_SUMS / 4) few_scores(last_s + j, last_q, &places, n, head_dim, dtype);
-        else short_scores(1, last_s + j, ld, last_q, 1, &places, n, others == 0 && tile_looks_ahead(&places), head_dim, dtype);
+        if (n <= SHORT_SUMS / 4) few_scores(last_s + j, last_q, &places, n, head_dim, packed, dtype);
+        else short_scores(1, last_s + j, ld, last_q, 1, &places, n, others == 0 && tile_looks_ahead(&places), head_dim, packed, dtype);
+    }
+}
+
+/* With short vectors, once for all that may be multiplied; rows that have keys of their own are taken one by one. */
+static FA_NOINLINE void short_qk(const fa_matrix *k, float *s, const float *q, int ld, int rows, int64_t from, int64_t keys,
+                                 int64_t head_dim, fastattn_dtype packed) {
+    if (!k->beside) short_qk_of(fa_rows_from(*k, from), s, q, ld, rows, keys, head_dim, HALVES_MULTIPLY ? packed : FASTATTN_FLOAT32, k->dtype);
+    for (int r = 0; k->beside && r < rows; r++, s += ld, q += fa_round_up(head_dim, FA_ROW_STEP)) {
+        const fa_matrix own = beside_of(*k, r);
+        short_qk(&own, s, q, ld, 1, from, keys, head_dim, packed);
     }
 }
 
@@ -467,15 +501,12 @@ static void turned_qk(float *s, const float *q, int ld, int rows, fa_matrix k, i
 static void rows_qk(float *s, const float *q, int ld, int rows, fa_matrix k, int64_t from, int64_t keys, int64_t head_dim) {
     if (rows > (k.dtype == FASTATTN_FLOAT32 ? SHORT_ROWS : SHORT_WIDENED))
         turned_qk(s, q, ld, rows, k, from, keys, head_dim);
-    else if (k.beside && !BESIDE_TILES) {
-        for (int r = 0; r < rows; r++)
-            rows_qk(s + r * ld, q + r * fa_round_up(head_dim, FA_ROW_STEP), ld, 1, beside_of(k, r), from, keys, head_dim);
-    } else if (k.beside) {
+    else if (SHORT_VECTORS)
+        short_qk(&k, s, q, ld, rows, from, keys, head_dim, FASTATTN_FLOAT32);
+    else if (k.beside) {
         FA_BY_STORAGE_OF_KEYS(k.dtype, beside_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
-    } else if (SHORT_VECTORS) {
-        short_qk_of(fa_rows_from(k, from), s, q, ld, rows, keys, head_dim, k.dtype);
     } else {
-        FA_BY_STORAGE_OF_KEYS(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim)
+        FA_BY_STORAGE_OF_KEYS(k.dtype, short_qk_of, fa_rows_from(k, from), s, q, ld, rows, keys, head_dim, FASTATTN_FLOAT32)
     }
 }
 

@@ -344,7 +344,10 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
                                             int invariant);
 
-/* The same for few rows over quantised keys. */
+/* The same for few rows, in float32 and with the bits of the table's own; */
+const fa_products *fastattn_few_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype);
+
+/* and over quantised keys. */
 const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);
 
 /* The tables that a library holds: those of its architecture, but for what the build has left out (-DFASTATTN_NO_AVX512), which is
@@ -367,6 +370,9 @@ const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa 
 #endif
 #if (defined(__aarch64__) || defined(_M_ARM64)) && !defined(FASTATTN_NO_NEON)
 #define FA_HOLDS_NEON
+#endif
+#if defined(FA_HOLDS_NEON) && defined(__GNUC__) && !defined(FASTATTN_NO_16BIT)
+#define FA_HOLDS_FMLAL
 #endif
 #ifdef __wasm_simd128__
 #define FA_HOLDS_WASM
@@ -447,7 +453,7 @@ extern const fa_ukernel fastattn_ukernel_wasm;
 extern const fa_products fastattn_products_bfloat16_avx512, fastattn_products_bfloat16_rows_avx512, fastattn_products_bfloat16_few_avx512;
 extern const fa_products fastattn_products_bfloat16_turned_avx512;
 extern const fa_products fastattn_products_int16_avx512, fastattn_products_bytes_avx512;
-extern const fa_products fastattn_products_bfloat16_neon, fastattn_products_bytes_neon;
+extern const fa_products fastattn_products_bfloat16_neon, fastattn_products_bytes_neon, fastattn_products_float16_neon;
 extern const fa_products fastattn_products_bfloat16_amx;
 extern const fa_products fastattn_products_bfloat16x3_amx, fastattn_products_float16_amx;
 

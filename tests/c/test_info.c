@@ -160,7 +160,7 @@ TEST(info_what_was_left_out_is_refused) {
 }
 
 #if defined(__aarch64__) && defined(__linux__)
-/* The products of bfloat16, and those of bytes, where the system says that the processor has them, and there alone. */
+/* The products of bfloat16, and those of bytes and of float16, where the system says that the processor has them, and there alone. */
 TEST(info_chooses_products_by_the_processor) {
     static const struct spec spec = {.name = "bfloat16", .q_len = 100, .kv_len = 100, .head_dim = 16,
                                      .q_dtype = FASTATTN_BFLOAT16, .kv_dtype = FASTATTN_BFLOAT16};
@@ -173,6 +173,13 @@ TEST(info_chooses_products_by_the_processor) {
     const fa_products *few = fastattn_quantised_select(&fastattn_ukernel_neon, FASTATTN_ISA_BEST, FASTATTN_BFLOAT16, FASTATTN_PRECISION_HIGHEST);
     wanted = getauxval(AT_HWCAP) >> 20 & 1 ? "bytes_rows_neon" : "quantised_rows_neon";
     CHECK(!strcmp(few->name, wanted), "%s, not %s", few->name, wanted);
+    static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
+    for (size_t n = 0; n < COUNT(dtypes) * COUNT(dtypes); n++) {
+        const fastattn_dtype q = dtypes[n % COUNT(dtypes)], kv = dtypes[n / COUNT(dtypes)];
+        few = fastattn_few_select(&fastattn_ukernel_neon, FASTATTN_ISA_BEST, q, kv);
+        wanted = getauxval(AT_HWCAP) >> 23 & 1 && q == FASTATTN_FLOAT16 && kv == q ? "float16_rows_neon" : "float32_rows_neon";
+        CHECK(!strcmp(few->name, wanted), "%s, not %s", few->name, wanted);
+    }
 }
 #endif
 

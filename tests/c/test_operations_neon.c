@@ -1,4 +1,4 @@
-/* The operations of simd/neon.h, and those of the extensions bf16 and dotprod. */
+/* The operations of simd/neon.h, and those of the extensions bf16, dotprod and fp16fml. */
 #include "ukernel/ukernel.h"
 
 #ifdef FA_HOLDS_NEON
@@ -78,6 +78,26 @@ static void check_bytes(struct rng *rng) {
 }
 #endif
 
+#ifdef SIMD_HALVES
+/* Any finite numbers, subnormal ones too. */
+static void check_f16(struct rng *rng) {
+    uint16_t h[2][8];
+    float x[2][8], c[4];
+    for (int n = 0; n < TRIPLES / 4; n++) {
+        for (int m = 0; m < 2; m++)
+            for (int i = 0; i < 8; i++) {
+                h[m][i] = (uint16_t)random_bits(rng);
+                if ((h[m][i] & 0x7c00) == 0x7c00 || n % 4 == 0) h[m][i] &= 0x83ff;
+            }
+        EACH_LANE(i) c[i] = (float)random_signed(rng) * (n % 4 == 0 ? 0x1p-30f : 1.0f);
+        for (int m = 0; m < 2; m++)
+            for (int i = 0; i < 8; i++) x[m][i] = (float)load(FASTATTN_FLOAT16, &h[m][i]);
+        EXPECT_FLOATS(simd_fma_f16(vreinterpretq_f32_u16(vld1q_u16(h[0])), vreinterpretq_f32_u16(vld1q_u16(h[1])), simd_load(c)),
+                      fmaf(x[0][i + 4], x[1][i + 4], fmaf(x[0][i], x[1][i], c[i])));
+    }
+}
+#endif
+
 TEST(operations_of_neon) {
     check_operations();
 #ifdef SIMD_PAIRS
@@ -88,6 +108,10 @@ TEST(operations_of_neon) {
 #ifdef SIMD_BYTES
     struct rng of_bytes = {5};
     if (fastattn_cpu_has(FA_CPU_DOTPROD)) check_bytes(&of_bytes);
+#endif
+#ifdef SIMD_HALVES
+    struct rng of_halves = {6};
+    if (fastattn_cpu_has(FA_CPU_FMLAL)) check_f16(&of_halves);
 #endif
 }
 

@@ -413,6 +413,10 @@ TEST_EACH_ISA(products_of_rows_beside_each_other) {
     if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
         check_beside(fastattn_products_bfloat16_avx512.few, pairs, COUNT(pairs));
 #endif
+#ifdef FA_HOLDS_FMLAL
+    static const fastattn_dtype halves[] = {FASTATTN_FLOAT16};
+    if (test_isa == FASTATTN_ISA_NEON && fastattn_cpu_has(FA_CPU_FMLAL)) check_beside(&fastattn_products_float16_neon, halves, COUNT(halves));
+#endif
 }
 
 /* Blocks of integers fit as long as what they share leaves enough to each. */

@@ -193,11 +193,44 @@ static void check_rows_qk(const fa_products *by, fastattn_dtype q_dtype, const c
     }
 }
 
+#ifdef FA_HOLDS_FMLAL
+/* Halves that are multiplied as they are give what float32 numbers do: of so few rows that float32 turns no keys for them. */
+static void check_qk_of_halves(const fa_products *by) {
+    for (size_t e = 0; e < FEW_CASES; e++) {
+        const struct few x = few_case("qk of halves", e);
+        const void *rows_of[FA_PANEL_ROWS];
+        if (x.stored.dtype != FASTATTN_FLOAT16 || x.rows > 24) {
+            guard_release();
+            continue;
+        }
+        const fa_products *const sides[2] = {by, table()->few};
+        float *s[2];
+        random_rows(rows_of, x.rows, x.rows, x.dim, x.dim * 2, FASTATTN_FLOAT16);
+        for (int side = 0; side < 2; side++) {
+            float *q = panel("q", x.rows, (int)x.pitch);
+            s[side] = panel("s", x.rows, (int)x.s_pitch);
+            sides[side]->pack(q, (int)x.s_pitch, rows_of, x.rows, x.dim, FASTATTN_FLOAT16, -1.0f);
+            sides[side]->qk(s[side], q, (int)x.s_pitch, x.rows, x.stored, 0, x.keys, x.dim);
+        }
+        for (int r = 0; r < x.rows; r++)
+            for (int64_t j = 0; j < x.keys; j++) check_close("s", r, j, s[0][r * x.s_pitch + j], s[1][r * x.s_pitch + j], 0);
+        guard_check();
+        guard_release();
+    }
+}
+#endif
+
 TEST_EACH_ISA(slot_rows_qk) {
     check_rows_qk(table()->few, FASTATTN_FLOAT32, "qk by rows", table()->few_quantised != NULL);
 #ifdef FA_HOLDS_AVX512_BF16
     if (test_isa == FASTATTN_ISA_AVX512 && fastattn_cpu_has(FA_CPU_AVX512_BF16))
         check_rows_qk(fastattn_products_bfloat16_avx512.few, FASTATTN_BFLOAT16, "bfloat16 qk by rows", 0);
+#endif
+#ifdef FA_HOLDS_FMLAL
+    if (test_isa == FASTATTN_ISA_NEON && fastattn_cpu_has(FA_CPU_FMLAL)) {
+        check_rows_qk(&fastattn_products_float16_neon, FASTATTN_FLOAT16, "float16 qk by rows", 0);
+        check_qk_of_halves(&fastattn_products_float16_neon);
+    }
 #endif
 }
 
