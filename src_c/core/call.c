@@ -313,9 +313,7 @@ static fastattn_status plan(fa_call *call, const fastattn_attention_args *given)
     call->products = rounds ? fastattn_products_select(call->uk, args->isa, args->q_dtype, args->precision, args->invariant) : call->exact;
     if (FA_UNLIKELY(args->additive)) call->few = call->uk->additive_few;
     else if (args->invariant) call->few = call->uk->turned;
-    else call->few = fastattn_few_select(call->uk, args->isa, args->q_dtype, args->kv_dtype);
-    const int pairs = args->q_dtype == FASTATTN_BFLOAT16 && args->kv_dtype == FASTATTN_BFLOAT16;
-    if (call->products->few && pairs && !args->invariant) call->few = call->products->few;
+    else call->few = fastattn_few_select(call->uk, call->products, args->isa, args->q_dtype, args->kv_dtype);
     call->stored.widened = args->kv_dtype != FASTATTN_FLOAT32 && !call->uk->few_quantised;
     if (FA_UNLIKELY(call->stored.quantised)) {
         const fa_products *few = rounds ? fastattn_quantised_select(call->uk, args->isa, args->q_dtype, args->precision)

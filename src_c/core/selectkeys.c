@@ -425,7 +425,7 @@ static void plan(fa_select *x, int64_t threads) {
     x->products = fastattn_products_select(x->uk, a->isa, a->q_dtype, FASTATTN_PRECISION_HIGHEST, 0);
     const int fewest = fa_fewest_rows(x->products, a->head_dim, a->kv_len);
     if (fa_min(a->q_len, fa_max(1, x->products->panel_rows / x->group)) * x->group < fewest)
-        x->products = x->products->few ? x->products->few : fastattn_few_select(x->uk, a->isa, a->q_dtype, a->k_dtype);
+        x->products = fastattn_few_select(x->uk, x->products, a->isa, a->q_dtype, a->k_dtype);
     const int64_t most = x->products->panel_rows;
     x->tile_queries = fa_max(1, fa_min(a->q_len, most / x->group));
     x->tiles = fa_ceil_div(a->q_len, x->tile_queries);

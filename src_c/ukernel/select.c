@@ -74,13 +74,15 @@ const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa l
     return uk->products;
 }
 
-const fa_products *fastattn_few_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype) {
+const fa_products *fastattn_few_select(const fa_ukernel *uk, const fa_products *products, fastattn_isa limit, fastattn_dtype q_dtype,
+                                       fastattn_dtype kv_dtype) {
+    if (products->few && q_dtype == FASTATTN_BFLOAT16 && kv_dtype == FASTATTN_BFLOAT16) return products->few;
 #ifdef FA_HOLDS_FMLAL
     if (q_dtype == FASTATTN_FLOAT16 && kv_dtype == FASTATTN_FLOAT16 && (limit == FASTATTN_ISA_BEST || limit == FASTATTN_ISA_NEON) &&
         fastattn_cpu_has(FA_CPU_FMLAL))
         return &fastattn_products_float16_neon;
 #else
-    (void)limit, (void)q_dtype, (void)kv_dtype;
+    (void)limit;
 #endif
     return uk->few;
 }

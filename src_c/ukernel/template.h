@@ -35,6 +35,7 @@
 #include "scores.h"
 #include "activate.h"
 #include "tile.h"
+#include "squares.h"
 #include "rows.h"
 #include "additive.h"
 #include "gather.h"

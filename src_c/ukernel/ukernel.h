@@ -344,8 +344,9 @@ const fa_ukernel *fastattn_ukernel_select(fastattn_isa limit);
 const fa_products *fastattn_products_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision,
                                             int invariant);
 
-/* The same for few rows, in float32 and with the bits of the table's own; */
-const fa_products *fastattn_few_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_dtype kv_dtype);
+/* What goes with those for few rows: their own if pairs are multiplied, else in float32 and with the bits of the table's; */
+const fa_products *fastattn_few_select(const fa_ukernel *uk, const fa_products *products, fastattn_isa limit, fastattn_dtype q_dtype,
+                                       fastattn_dtype kv_dtype);
 
 /* and over quantised keys. */
 const fa_products *fastattn_quantised_select(const fa_ukernel *uk, fastattn_isa limit, fastattn_dtype q_dtype, fastattn_precision precision);

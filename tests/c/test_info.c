@@ -176,7 +176,7 @@ TEST(info_chooses_products_by_the_processor) {
     static const fastattn_dtype dtypes[] = {FASTATTN_FLOAT32, FASTATTN_FLOAT16, FASTATTN_BFLOAT16};
     for (size_t n = 0; n < COUNT(dtypes) * COUNT(dtypes); n++) {
         const fastattn_dtype q = dtypes[n % COUNT(dtypes)], kv = dtypes[n / COUNT(dtypes)];
-        few = fastattn_few_select(&fastattn_ukernel_neon, FASTATTN_ISA_BEST, q, kv);
+        few = fastattn_few_select(&fastattn_ukernel_neon, fastattn_ukernel_neon.products, FASTATTN_ISA_BEST, q, kv);
         wanted = getauxval(AT_HWCAP) >> 23 & 1 && q == FASTATTN_FLOAT16 && kv == q ? "float16_rows_neon" : "float32_rows_neon";
         CHECK(!strcmp(few->name, wanted), "%s, not %s", few->name, wanted);
     }
