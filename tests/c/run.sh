@@ -87,7 +87,7 @@ flags="-std=c11 -O2 -DFASTATTN_LAYERS ${CPPFLAGS-} $extra -Wall -Wextra -Werror 
 library=$(sed 's/#.*//' "$source/sources.txt")
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$here/../../fastattn/__init__.py")
 tests="$isa_tests $(cd "$here/.." && ls c/*.c)"
-[ "$target" != wasm ] || tests=$(echo "$tests" | grep -v test_threads) # of which this build has none
+[ "$target" != wasm ] || tests=$(echo "$tests" | grep -v -e test_threads -e test_pool) # threads, of which this build has none
 object() { # of a source's path
     echo "$(echo "${1%.c}" | tr / -).o"
 }
